@@ -1,0 +1,1 @@
+"""trimtab: an edge-deployment compiler for diffusion models."""
