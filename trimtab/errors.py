@@ -1,0 +1,74 @@
+"""Everything that trimtab raises on purpose.
+
+TrimtabError
+├── InputError          a value, file or option that the user gave
+├── ExportError         a model that cannot become a Program
+├── PassError           a graph that a pass cannot take
+├── CalibrationError    a measurement that cannot be made or trusted
+├── TargetError         a device or an engine
+│   ├── UnsupportedOp   the backend has no such operator
+│   ├── BuildFailed     the engine builder gave up
+│   └── WrongDevice     an engine that was built for another device
+├── BundleError         a bundle that is damaged, foreign or too new
+└── MissingDependency   an optional package that is not installed
+
+Every message is one line: what was found, what was needed, what to do.
+"""
+
+from __future__ import annotations
+
+
+class TrimtabError(Exception):
+    """Base of all errors that trimtab raises on purpose."""
+
+
+class InputError(TrimtabError):
+    """A value, a file or an option that the user gave cannot be used."""
+
+
+class ExportError(TrimtabError):
+    """A model cannot be turned into a Program."""
+
+
+class PassError(TrimtabError):
+    """A pass was given a graph or data that it cannot work on."""
+
+
+class CalibrationError(TrimtabError):
+    """A measurement on the model failed or cannot be trusted."""
+
+
+class TargetError(TrimtabError):
+    """Something about a device or an engine."""
+
+
+class UnsupportedOp(TargetError):
+    """The backend has no implementation of an operator."""
+
+
+class BuildFailed(TargetError):
+    """The engine builder gave up."""
+
+
+class WrongDevice(TargetError):
+    """The engine was built for another device or version."""
+
+
+class BundleError(TrimtabError):
+    """A bundle is damaged, foreign or newer than this version of trimtab."""
+
+
+class MissingDependency(TrimtabError):
+    """An optional package is not installed.
+
+    Args:
+        package: The name that was imported.
+        extra: The extra of trimtab that installs it.
+    """
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"the package {package!r} is not installed and is needed here: run pip install 'trimtab[{extra}]'"
+        )
+        self.package = package
+        self.extra = extra

@@ -1,0 +1,132 @@
+"""The Program: a whole sampling pipeline as static data, with no code in it.
+
+Calls and steps are plain data and import no onnx: the runtime reads them from a bundle as they are. Only
+`Segment` holds a graph, and only while compiling.
+
+A tensor is a name. Whatever writes the name and whatever reads it share one buffer, so a tensor that lives
+from one step to the next is just a name that a later call reads. ``name[k]`` is the k-th slice of the tensor
+``name`` along its first axis: the sampler's state is one tensor whose slots are written one at a time and read
+together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+Dim = int | str
+"""A size, or an expression over symbols such as ``"rows*batch"`` or ``"height//8"`` (see `trimtab.shapes`)."""
+
+STATE = "state"
+"""The sampler's state: (slots, batch, *latent) float32. Slot 0 holds the start noise, slot 1 an image's latents."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor that enters or leaves a program or a graph.
+
+    Attributes:
+        name: The name that calls use.
+        dtype: A numpy dtype name ("float32", "int64", ...).
+        shape: Sizes or expressions over "batch", "height", "width" (pixels) and "rows" (1, or 2 with
+            classifier-free guidance: row 0 is the negative one).
+        source: Where the value comes from: a key of `trimtab.runtime.inputs.SOURCES` with its options,
+            for instance ``{"kind": "tokens", "tokenizer": "tokenizer"}``. Empty for outputs.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+    source: Mapping[str, str | int | float | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run a segment.
+
+    Attributes:
+        segment: The segment's name.
+        inputs: Graph input -> tensor name.
+        outputs: Graph output -> tensor name.
+    """
+
+    segment: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One turn of the sampling loop: one evaluation of the denoiser.
+
+    Attributes:
+        calls: What runs, in order.
+        constants: Tensor name -> its values in this step (float32; a scalar for one value marked so in
+            `Schedule.scalars`, else a vector).
+        draws: Noise tensors that are drawn before the calls, in order. A name that no call reads is drawn
+            all the same: the generator must advance as diffusers' does.
+    """
+
+    calls: tuple[Call, ...]
+    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    draws: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that a program can be asked for: "text-to-image", "image-to-image", ...
+
+    Attributes:
+        inputs: What the host provides, in the order in which noise is drawn.
+        prologue: Runs once before the steps.
+        schedules: Name -> steps. An image-to-image schedule that starts at evaluation k of ``dpm++-20`` is
+            named ``dpm++-20/from-k``.
+        guidance: The default guidance scale, or None where the model has no guidance.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    prologue: tuple[Call, ...]
+    schedules: Mapping[str, tuple[Step, ...]]
+    guidance: float | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One ONNX graph; becomes one engine.
+
+    The graph's inputs and outputs are the interface: names, dtypes and symbolic shapes. The symbols of a
+    segment are its own; the runtime binds them from the inputs and resolves the outputs' expressions.
+    """
+
+    name: str
+    model: ir.Model
+
+
+@dataclass(frozen=True)
+class Program:
+    """A whole pipeline.
+
+    Attributes:
+        segments: Name -> graph.
+        tasks: Task name -> inputs, prologue and schedules; the first is the default.
+        epilogue: Latents -> image.
+        outputs: What the program gives.
+        size: Native (width, height) in pixels, and the multiple that a size must be of.
+        slots: First axis of the tensor `STATE`.
+        tokenizers: Name -> contents of a ``tokenizer.json``.
+        metadata: Free text for reports: pipeline class, scheduler, module classes.
+    """
+
+    segments: Mapping[str, Segment]
+    tasks: Mapping[str, Task]
+    epilogue: tuple[Call, ...]
+    outputs: tuple[TensorSpec, ...]
+    size: tuple[int, int]
+    size_multiple: int
+    slots: int
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
