@@ -1,0 +1,370 @@
+"""Small diffusers pipelines with random weights, one for each family that trimtab exports."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+SD_BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def clip_tokenizer(folder: Path, pad: str = "<|endoftext|>", length: int = 16) -> CLIPTokenizer:
+    """A CLIP tokenizer that spells words letter by letter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = string.ascii_lowercase + string.digits + "!"
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), pad_token=pad, model_max_length=length
+    )
+
+
+def t5_tokenizer(length: int = 24) -> PreTrainedTokenizerFast:
+    """A tokenizer shaped like T5's: one token a letter, </s> at the end, <pad> behind."""
+    vocab = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    for letter in string.ascii_letters + string.digits + " ,.":
+        vocab[letter] = len(vocab)
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=length,
+    )
+
+
+def clip_text(projection: bool = False, width: int = 16) -> CLIPTextModel:
+    config = CLIPTextConfig(
+        vocab_size=80,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        projection_dim=width,
+        hidden_act="quick_gelu",
+        bos_token_id=74,
+        eos_token_id=75,
+        pad_token_id=75,
+    )
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+
+
+def t5(width: int = 32) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=80,
+        d_model=width,
+        d_kv=8,
+        d_ff=2 * width,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return T5EncoderModel(config).eval()
+
+
+def vae(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=latent_channels,
+        sample_size=64,
+        **config,
+    ).eval()
+
+
+def unet(**config: Any) -> UNet2DConditionModel:
+    defaults: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+        "norm_num_groups": 4,
+    }
+    return UNet2DConditionModel(**(defaults | config)).eval()
+
+
+def _stable_diffusion(folder: Path, scheduler: Any, cls: Any = StableDiffusionPipeline, **config: Any) -> Any:
+    extra = {} if cls is StableDiffusionInpaintPipeline else {}
+    return cls(
+        vae=vae(),
+        text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(folder / "scratch"),
+        unet=unet(**config),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+        **extra,
+    )
+
+
+def sd15(folder: Path) -> Any:
+    return _stable_diffusion(folder, DDIMScheduler(**SD_BETAS))
+
+
+def sd21_v(folder: Path) -> Any:
+    betas = {k: v for k, v in SD_BETAS.items() if k not in ("clip_sample", "set_alpha_to_one")}
+    return _stable_diffusion(
+        folder,
+        DPMSolverMultistepScheduler(**betas, prediction_type="v_prediction"),
+        use_linear_projection=True,
+        attention_head_dim=[2, 4, 4],
+        upcast_attention=True,
+    )
+
+
+def inpaint9(folder: Path) -> Any:
+    return _stable_diffusion(
+        folder, DDIMScheduler(**SD_BETAS), cls=StableDiffusionInpaintPipeline, in_channels=9
+    )
+
+
+def lcm(folder: Path) -> Any:
+    return _stable_diffusion(
+        folder, LCMScheduler(**SD_BETAS), cls=LatentConsistencyModelPipeline, time_cond_proj_dim=16
+    )
+
+
+def sdxl(folder: Path) -> Any:
+    return StableDiffusionXLPipeline(
+        vae=vae(),
+        text_encoder=clip_text(),
+        text_encoder_2=clip_text(projection=True),
+        tokenizer=clip_tokenizer(folder / "scratch"),
+        tokenizer_2=clip_tokenizer(folder / "scratch2", pad="!"),
+        unet=unet(
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2),
+            cross_attention_dim=32,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=8 * 6 + 16,
+            use_linear_projection=True,
+            attention_head_dim=(2, 4),
+        ),
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
+
+
+def sd3(folder: Path) -> Any:
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=4,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=4,
+            joint_attention_dim=32,
+            caption_projection_dim=32,
+            pooled_projection_dim=32,
+            out_channels=4,
+            pos_embed_max_size=32,
+            qk_norm="rms_norm",
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_text(projection=True),
+        tokenizer=clip_tokenizer(folder / "scratch"),
+        text_encoder_2=clip_text(projection=True),
+        tokenizer_2=clip_tokenizer(folder / "scratch2", pad="!"),
+        text_encoder_3=t5(),
+        tokenizer_3=t5_tokenizer(),
+    )
+
+
+def flux(folder: Path) -> Any:
+    return FluxPipeline(
+        transformer=FluxTransformer2DModel(
+            patch_size=1,
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=True,
+            axes_dims_rope=(4, 4, 8),
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        text_encoder=clip_text(),
+        tokenizer=clip_tokenizer(folder / "scratch"),
+        text_encoder_2=t5(),
+        tokenizer_2=t5_tokenizer(),
+    )
+
+
+def _pixart(cls: Any, **config: Any) -> Any:
+    return cls(
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            cross_attention_dim=16,
+            sample_size=32,
+            patch_size=2,
+            caption_channels=32,
+            **config,
+        ).eval(),
+        scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear"),
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=t5_tokenizer(),
+    )
+
+
+def pixart_sigma(folder: Path) -> Any:
+    return _pixart(PixArtSigmaPipeline, use_additional_conditions=False)
+
+
+def pixart_alpha(folder: Path) -> Any:
+    return _pixart(PixArtAlphaPipeline, use_additional_conditions=True)
+
+
+def dit(folder: Path) -> Any:
+    return DiTPipeline(
+        transformer=DiTTransformer2DModel(
+            num_attention_heads=2,
+            attention_head_dim=8,
+            in_channels=4,
+            out_channels=8,
+            num_layers=2,
+            sample_size=8,
+            patch_size=2,
+            num_embeds_ada_norm=1000,
+        ).eval(),
+        vae=vae(),
+        scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
+        id2label={i: f"thing {i}, item {i}" for i in range(1000)},
+    )
+
+
+def _unet2d() -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+    ).eval()
+
+
+def ddpm(folder: Path) -> Any:
+    return DDPMPipeline(unet=_unet2d(), scheduler=DDPMScheduler())
+
+
+def ddim(folder: Path) -> Any:
+    return DDIMPipeline(unet=_unet2d(), scheduler=DDIMScheduler())
+
+
+FAMILIES: dict[str, Callable[[Path], Any]] = {
+    make.__name__: make
+    for make in (
+        sd15,
+        sd21_v,
+        inpaint9,
+        lcm,
+        sdxl,
+        sd3,
+        flux,
+        pixart_sigma,
+        pixart_alpha,
+        dit,
+        ddpm,
+        ddim,
+    )
+}
+
+
+def spread(module: torch.nn.Module, generator: torch.Generator) -> None:
+    """Gives zero-initialised outputs (as DiT's have) and flat norms something to say."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if float(parameter.std() if parameter.numel() > 1 else 0.0) == 0.0:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+def save(family: str, folder: Path, seed: int = 0) -> Path:
+    """Writes the pipeline of a family to ``folder / family`` and returns that path."""
+    torch.manual_seed(seed)
+    pipeline = FAMILIES[family](folder)
+    generator = torch.Generator().manual_seed(seed)
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            spread(component, generator)
+    pipeline.save_pretrained(folder / family)
+    return folder / family

@@ -1,0 +1,156 @@
+"""One torch module in, one ONNX graph out, with sizes left open and the model's own names kept."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+import torch
+
+from trimtab.errors import ExportError
+
+OPSET = 23
+"""Keeps Attention and GroupNormalization whole: 1.7 times as fast as opset 20 on ONNX Runtime's CPU (SD 1.5)."""
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+CLASSES = "pkg.torch.onnx.class_hierarchy"
+
+_WRAPPED = "model"
+"""The attribute under which every wrapper of `trimtab.export.modules` holds the user's model."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """An example input for tracing.
+
+    Attributes:
+        tensor: Values of the right dtype; the sizes only serve the trace.
+        dims: A name for every axis whose size stays open, None for the others.
+    """
+
+    tensor: torch.Tensor
+    dims: tuple[str | None, ...] = ()
+
+
+def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Sequence[str]) -> ir.Model:
+    """Exports a module as one ONNX graph of opset 23.
+
+    Every node keeps the module path it came from (the wrapper's own prefix dropped), every initializer its
+    parameter name, and every open size the name given in ``inputs``; sizes that follow from them are
+    expressions over those names. Weights are shared with the module's tensors, not copied.
+
+    Args:
+        module: In eval mode; takes the inputs by keyword.
+        inputs: Name -> example.
+        outputs: Names for the results, in order.
+
+    Raises:
+        ExportError: The exporter failed; the message holds its first line.
+    """
+    dynamic = {
+        name: {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(example.dims) if dim}
+        for name, example in inputs.items()
+    }
+    try:
+        with _quiet(), torch.no_grad():
+            # Traced here and not by the exporter, whose fallbacks would lose the module names.
+            exported = torch.export.export(
+                module.eval(),
+                args=(),
+                kwargs={name: example.tensor for name, example in inputs.items()},
+                dynamic_shapes=dynamic,
+                strict=False,
+            )
+            program = torch.onnx.export(
+                exported,
+                dynamo=True,
+                opset_version=OPSET,
+                output_names=list(outputs),
+                verbose=False,
+            )
+    except Exception as error:  # the exporter wraps whatever went wrong in types of its own
+        cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(
+            f"torch could not export {type(module).__name__}: {cause[0]}; run with --debug for the whole story"
+        ) from error
+    assert program is not None
+    model = program.model
+    _name_sizes(model.graph, inputs)
+    _restore_names(model.graph)
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences the exporter's chatter about packages that it would like to have."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _name_sizes(graph: ir.Graph, inputs: Mapping[str, Example]) -> None:
+    """Gives torch's symbols (s53) the names that the caller chose, in every shape of the graph."""
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        dims = inputs[value.name or ""].dims
+        for size, name in zip(value.shape or (), dims, strict=False):
+            if name and isinstance(size, ir.SymbolicDim) and size.value:
+                names.setdefault(str(size.value), name)
+    if not names:
+        return
+    symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
+
+    def renamed(shape: ir.Shape | None) -> ir.Shape | None:
+        if shape is None:
+            return None
+        return ir.Shape(
+            [d if isinstance(d, int) else symbol.sub(lambda m: names[m[1]], str(d.value)) for d in shape]
+        )
+
+    for value in graph.inputs:
+        value.shape = renamed(value.shape)
+    for node in graph:
+        for value in node.outputs:
+            value.shape = renamed(value.shape)
+
+
+def _restore_names(graph: ir.Graph) -> None:
+    """Drops the wrapper's prefix from module paths and parameters, and whatever else the exporter noted.
+
+    Its stack traces hold the paths of the machine that ran it.
+    """
+    graph.metadata_props.clear()
+    for node in ir.traversal.RecursiveGraphIterator(graph):
+        kept = {}
+        if scopes := node.metadata_props.get(SCOPES):
+            paths = [_without_prefix(path) for path in ast.literal_eval(scopes)]
+            classes = ast.literal_eval(node.metadata_props.get(CLASSES, "[]"))
+            # The wrapper and the model inside it now share the empty path; the model's entry is the one kept.
+            start = 1 if len(paths) > 1 and paths[1] == "" else 0
+            kept = {SCOPES: repr(paths[start:]), CLASSES: repr(classes[start:])}
+        node.metadata_props.clear()
+        node.metadata_props.update(kept)
+    for value in list(graph.initializers.values()):
+        name = value.name or ""
+        if name.startswith(_WRAPPED + "."):
+            value.name = _without_prefix(name)
+
+
+def _without_prefix(path: str) -> str:
+    if path == _WRAPPED:
+        return ""
+    return path.removeprefix(_WRAPPED + ".")
