@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from trimtab.errors import InputError
+
 if TYPE_CHECKING:
     import onnx_ir as ir
 
@@ -65,8 +67,7 @@ class Step:
 
     Attributes:
         calls: What runs, in order.
-        constants: Tensor name -> its values in this step (float32; a scalar for one value marked so in
-            `Schedule.scalars`, else a vector).
+        constants: Tensor name -> its values in this step, float32 in the shape that the graphs ask for.
         draws: Noise tensors that are drawn before the calls, in order. A name that no call reads is drawn
             all the same: the generator must advance as diffusers' does.
     """
@@ -86,12 +87,16 @@ class Task:
         schedules: Name -> steps. An image-to-image schedule that starts at evaluation k of ``dpm++-20`` is
             named ``dpm++-20/from-k``.
         guidance: The default guidance scale, or None where the model has no guidance.
+        strength: For tasks that start from a picture: the default share of the steps that run.
+        strength_rounds_up: Whether steps * strength is rounded up to whole steps, or down.
     """
 
     inputs: tuple[TensorSpec, ...]
     prologue: tuple[Call, ...]
     schedules: Mapping[str, tuple[Step, ...]]
     guidance: float | None = None
+    strength: float | None = None
+    strength_rounds_up: bool = False
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,23 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class PassEntry:
+    """What a pass did.
+
+    Attributes:
+        name: The pass.
+        segment: Where it ran.
+        applied: How many places it rewrote.
+        refused: How many it left alone.
+    """
+
+    name: str
+    segment: str
+    applied: int
+    refused: int
+
+
+@dataclass(frozen=True)
 class Program:
     """A whole pipeline.
 
@@ -115,10 +137,13 @@ class Program:
         tasks: Task name -> inputs, prologue and schedules; the first is the default.
         epilogue: Latents -> image.
         outputs: What the program gives.
-        size: Native (width, height) in pixels, and the multiple that a size must be of.
+        size: Native (width, height) in pixels.
+        size_multiple: What both must be multiples of.
+        fixed_size: Why no other size can be drawn, or None.
         slots: First axis of the tensor `STATE`.
         tokenizers: Name -> contents of a ``tokenizer.json``.
-        metadata: Free text for reports: pipeline class, scheduler, module classes.
+        metadata: Free text for reports: pipeline class, scheduler.
+        passes: What was done to the graphs, in order.
     """
 
     segments: Mapping[str, Segment]
@@ -127,6 +152,23 @@ class Program:
     outputs: tuple[TensorSpec, ...]
     size: tuple[int, int]
     size_multiple: int
+    fixed_size: str | None
     slots: int
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    passes: tuple[PassEntry, ...] = ()
+
+
+def check_size(size: tuple[int, int], native: tuple[int, int], multiple: int, fixed: str | None) -> None:
+    """Raises InputError for a size that the model cannot draw."""
+    width, height = size
+    if fixed and size != native:
+        raise InputError(
+            f"{width}x{height} was asked for and only {native[0]}x{native[1]} can be drawn: {fixed}"
+        )
+    if width < multiple or height < multiple or width % multiple or height % multiple:
+        near = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
+        raise InputError(
+            f"{width}x{height} was asked for and both sides must be multiples of {multiple}: "
+            f"use {near[0]}x{near[1]}"
+        )

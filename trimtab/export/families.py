@@ -1,0 +1,399 @@
+"""The pipeline families: which graphs each has, and how text becomes its conditioning.
+
+Each function fills a `Parts` with everything but sampler and tasks, and adds the denoiser last. Components
+are loaded, traced and let go one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from trimtab.errors import ExportError, InputError
+from trimtab.export import modules
+from trimtab.export.parts import (
+    ROWS,
+    TOKENS,
+    Parts,
+    hidden_example,
+    pooled_example,
+    sample_example,
+    timestep_example,
+    tokens_example,
+)
+from trimtab.export.trace import Example
+from trimtab.program import TensorSpec
+
+T5_LENGTH_SD3 = 256
+T5_LENGTH_FLUX = 512
+T5_LENGTH_PIXART_ALPHA = 120
+T5_LENGTH_PIXART_SIGMA = 300
+
+
+def _geometry(parts: Parts, sample_size: Any, config: Mapping[str, Any], patch: int = 1) -> None:
+    """Latent channels, pixel factor and native size from the denoiser's and the VAE's configuration."""
+    parts.channels = int(config["latent_channels"])
+    parts.factor = 2 ** (len(config["block_out_channels"]) - 1)
+    parts.multiple = parts.factor * patch
+    if sample_size is not None:
+        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+        parts.size = (int(width) * parts.factor, int(height) * parts.factor)
+
+
+def _clip(parts: Parts, suffix: str, hidden: str | None, pooled: str | None) -> None:
+    """A CLIP encoder with its tokenizer: tokens -> hidden{suffix}, pooled{suffix}."""
+    model = parts.source.load("text_encoder" + suffix)
+    length = int(model.config.max_position_embeddings)
+    parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
+    outputs = [n for n, wanted in (("hidden", hidden), ("pooled", pooled)) if wanted]
+    parts.add(
+        "text_encoder" + suffix, modules.ClipText(model, hidden, pooled), {"tokens": tokens_example()}, outputs
+    )
+    parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {n: n + suffix for n in outputs})
+
+
+def _t5(parts: Parts, suffix: str, length: int) -> None:
+    """A T5 encoder with its tokenizer: tokens -> hidden{suffix}."""
+    parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
+    model = parts.source.load("text_encoder" + suffix)
+    parts.add("text_encoder" + suffix, modules.T5Text(model), {"tokens": tokens_example()}, ["hidden"])
+    parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
+
+
+def _vae_config(parts: Parts) -> Mapping[str, Any]:
+    import json
+
+    path = parts.source.folder / "vae" / "config.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error}): copy the pipeline again, whole") from None
+
+
+def _known_examples(parts: Parts) -> dict[str, Example]:
+    """What a denoiser with inpainting channels reads beside the sample."""
+    sample = sample_example(parts.channels).tensor
+    sizes = ("latent_height", "latent_width")
+    return {
+        "mask": Example(torch.rand(1, 1, *sample.shape[2:]), (None, None, *sizes)),
+        "masked_latents": Example(torch.randn_like(sample), ("batch", None, *sizes)),
+    }
+
+
+def stable_diffusion(parts: Parts) -> None:
+    """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
+    source = parts.source
+    _clip(parts, "", "last", None)
+    config = _vae_config(parts)
+    parts.channels = int(config["latent_channels"])
+    unet = source.load("unet")
+    _geometry(parts, unet.config.sample_size, config)
+    inputs = {
+        "sample": sample_example(parts.channels),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(unet.config.cross_attention_dim),
+    }
+    parts.conditioning = {"encoder_hidden_states": "hidden"}
+    parts.strength, parts.inpainting_strength = 0.8, 1.0
+    wrapper: modules.Denoiser
+    if unet.config.time_cond_proj_dim is not None:
+        wrapper = modules.GuidedUNet(unet, unet.config.time_cond_proj_dim)
+        inputs["guidance"] = Example(torch.tensor(7.5))
+        parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
+        parts.conditioning["guidance"] = "guidance"
+        parts.classifier_free = False
+        # An LCM's time steps depend on the strength, not only on where a schedule starts.
+        parts.strength = parts.inpainting_strength = None
+        if source.pipeline_class == "LatentConsistencyModelPipeline":
+            parts.guidance = 8.5
+    elif unet.config.in_channels == parts.channels:
+        wrapper = modules.ConditionalUNet(unet)
+    elif unet.config.in_channels == 2 * parts.channels + 1:
+        wrapper = modules.InpaintingUNet(unet)
+        inputs |= _known_examples(parts)
+        parts.inpainting_channels = True
+    else:
+        raise _channels(parts, unet)
+    parts.add("denoiser", wrapper, inputs, ["prediction"])
+    del unet, wrapper
+    parts.vae(encoder=parts.inpainting_strength is not None)
+    if parts.inpainting_strength is not None:
+        parts.masks()
+
+
+def stable_diffusion_xl(parts: Parts) -> None:
+    """SDXL: two CLIPs side by side, added time ids."""
+    source = parts.source
+    if not source.has("text_encoder"):
+        raise ExportError(
+            "this SDXL pipeline has one text encoder (a refiner), and trimtab takes the base model: give that"
+        )
+    _clip(parts, "", "penultimate", None)
+    _clip(parts, "_2", "penultimate", "projected")
+    zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
+    parts.inputs.append(
+        TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros})
+    )
+    config = _vae_config(parts)
+    parts.channels = int(config["latent_channels"])
+    unet = source.load("unet")
+    _geometry(parts, unet.config.sample_size, config)
+    width = int(unet.config.cross_attention_dim)
+    pooled = int(unet.config.projection_class_embeddings_input_dim) - 6 * int(unet.config.addition_time_embed_dim)
+    parts.add(
+        "text_join",
+        modules.JoinXLText(),
+        _join_xl_examples(parts, pooled),
+        ["encoder_hidden_states", "text_embeds"],
+    )
+    parts.call(
+        "text_join",
+        {"hidden": "hidden", "hidden_2": "hidden_2", "pooled_2": "pooled_2", "given": "given"},
+        {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"},
+    )
+    inputs = {
+        "sample": sample_example(parts.channels),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(width),
+        "text_embeds": pooled_example(pooled),
+    }
+    parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
+    parts.guidance = 5.0
+    parts.strength, parts.inpainting_strength = 0.3, 0.9999
+    wrapper: modules.Denoiser
+    if unet.config.in_channels == parts.channels:
+        wrapper = modules.XLUNet(unet, parts.factor)
+    elif unet.config.in_channels == 2 * parts.channels + 1:
+        wrapper = modules.XLInpaintingUNet(unet, parts.factor)
+        inputs |= _known_examples(parts)
+        parts.inpainting_channels = True
+    else:
+        raise _channels(parts, unet)
+    parts.add("denoiser", wrapper, inputs, ["prediction"])
+    del unet, wrapper
+    parts.vae()
+    parts.masks()
+
+
+def stable_diffusion_3(parts: Parts) -> None:
+    """Stable Diffusion 3 and 3.5: two CLIPs, T5 or zeros in its place, an MMDiT."""
+    source = parts.source
+    _clip(parts, "", "penultimate", "projected")
+    _clip(parts, "_2", "penultimate", "projected")
+    config = _vae_config(parts)
+    parts.channels = int(config["latent_channels"])
+    with_t5 = source.has("text_encoder_3")
+    if with_t5:
+        _t5(parts, "_3", T5_LENGTH_SD3)
+    transformer = source.load("transformer")
+    _geometry(parts, transformer.config.sample_size, config, transformer.config.patch_size)
+    width = int(transformer.config.joint_attention_dim)
+    names = ["hidden", "hidden_2", *(["hidden_3"] if with_t5 else []), "pooled", "pooled_2"]
+    join = modules.JoinSD3Text() if with_t5 else modules.JoinSD3TextWithoutT5(T5_LENGTH_SD3, width)
+    examples = {}
+    for name in names:
+        suffix = name.removeprefix("hidden").removeprefix("pooled")
+        size = _output_width(parts, "text_encoder" + suffix, name.removesuffix(suffix))
+        examples[name] = hidden_example(size) if name.startswith("hidden") else pooled_example(size)
+    if with_t5:
+        t5 = examples["hidden_3"].tensor
+        examples["hidden_3"] = Example(
+            torch.randn(ROWS, TOKENS + 3, t5.shape[2]), ("prompts", "tokens_3", None)
+        )
+    outputs = {"encoder_hidden_states": "encoder_hidden_states", "pooled_projections": "pooled_projections"}
+    parts.add("text_join", join, examples, list(outputs))
+    parts.call("text_join", {n: n for n in names}, outputs)
+    parts.conditioning = outputs
+    parts.guidance = 7.0
+    parts.strength = 0.6
+    parts.strength_rounds_up = True
+    parts.add(
+        "denoiser",
+        modules.SD3Transformer(transformer),
+        {
+            "sample": sample_example(parts.channels, even=True),
+            "timestep": timestep_example(),
+            "encoder_hidden_states": hidden_example(width),
+            "pooled_projections": pooled_example(transformer.config.pooled_projection_dim),
+        },
+        ["prediction"],
+    )
+    del transformer
+    parts.vae()
+
+
+def flux(parts: Parts) -> None:
+    """Flux: CLIP's pooled output, T5, guidance as an embedding."""
+    source = parts.source
+    _clip(parts, "", None, "pooler")
+    _t5(parts, "_2", T5_LENGTH_FLUX)
+    config = _vae_config(parts)
+    transformer = source.load("transformer")
+    # A latent is packed 2x2 into the transformer's channels; the pipeline's own default is 128 latents.
+    _geometry(parts, 128, config, patch=2)
+    parts.conditioning = {"encoder_hidden_states": "hidden_2", "pooled_projections": "pooled"}
+    inputs = {
+        "sample": sample_example(parts.channels, even=True),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(transformer.config.joint_attention_dim),
+        "pooled_projections": pooled_example(transformer.config.pooled_projection_dim),
+    }
+    parts.classifier_free = False
+    parts.guidance = None
+    if transformer.config.guidance_embeds:
+        inputs["guidance"] = Example(torch.tensor(3.5))
+        parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
+        parts.conditioning["guidance"] = "guidance"
+        parts.guidance = 3.5
+    parts.strength = 0.6
+    parts.strength_rounds_up = True
+    parts.add("denoiser", modules.FluxTransformer(transformer), inputs, ["prediction"])
+    del transformer
+    parts.vae()
+
+
+def pixart(parts: Parts) -> None:
+    """PixArt alpha and sigma: T5 with a mask, a class-free DiT."""
+    source = parts.source
+    sigma = "Sigma" in source.pipeline_class
+    length = T5_LENGTH_PIXART_SIGMA if sigma else T5_LENGTH_PIXART_ALPHA
+    parts.tokens("tokens", "tokenizer", length, mask=True, lowercase=True)
+    parts.add(
+        "text_encoder",
+        modules.MaskedT5Text(source.load("text_encoder")),
+        {"tokens": tokens_example(), "attention_mask": Example(_example_mask(), ("prompts", "tokens"))},
+        ["hidden", "mask"],
+    )
+    parts.call(
+        "text_encoder",
+        {"tokens": "tokens", "attention_mask": "tokens_mask"},
+        {"hidden": "hidden", "mask": "hidden_mask"},
+    )
+    config = _vae_config(parts)
+    transformer = source.load("transformer")
+    _geometry(parts, transformer.config.sample_size, config, transformer.config.patch_size)
+    parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
+    parts.guidance = 4.5
+    parts.add(
+        "denoiser",
+        modules.PixArtTransformer(transformer, parts.factor),
+        {
+            "sample": sample_example(parts.channels, even=True),
+            "timestep": timestep_example(),
+            "encoder_hidden_states": hidden_example(transformer.config.caption_channels),
+            "encoder_attention_mask": Example(_example_mask().float(), ("prompts", "tokens")),
+        },
+        ["prediction"],
+    )
+    del transformer
+    parts.vae(encoder=False)
+
+
+def dit(parts: Parts) -> None:
+    """DiT: class labels, at the size it was trained for."""
+    source = parts.source
+    config = _vae_config(parts)
+    transformer = source.load("transformer")
+    _geometry(parts, transformer.config.sample_size, config, transformer.config.patch_size)
+    parts.fixed_size = "the model's position embeddings are fixed"
+    # The null class is the one behind the last; diffusers' pipeline writes it as 1000.
+    parts.inputs.append(
+        TensorSpec(
+            "class_labels",
+            "int64",
+            ("rows*batch",),
+            {"kind": "label", "null": 1000, "classes": int(transformer.config.num_embeds_ada_norm)},
+        )
+    )
+    parts.conditioning = {"class_labels": "class_labels"}
+    parts.guidance = 4.0
+    side = int(transformer.config.sample_size)
+    parts.add(
+        "denoiser",
+        modules.ClassTransformer(transformer),
+        {
+            "sample": Example(torch.randn(ROWS, parts.channels, side, side), ("prompts", None, None, None)),
+            "timestep": timestep_example(),
+            "class_labels": Example(torch.tensor([1, 2]), ("prompts",)),
+        },
+        ["prediction"],
+    )
+    del transformer
+    parts.vae(encoder=False)
+
+
+def unconditional(parts: Parts) -> None:
+    """DDPM and DDIM pipelines: a U-Net over pixels, no condition."""
+    unet = parts.source.load("unet")
+    parts.channels = int(unet.config.in_channels)
+    parts.factor = parts.multiple = 1
+    size = unet.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    parts.size = (int(width), int(height))
+    parts.guidance = None
+    parts.classifier_free = False
+    sample = sample_example(parts.channels)
+    parts.add(
+        "denoiser",
+        modules.PixelUNet(unet),
+        {"sample": sample, "timestep": timestep_example()},
+        ["prediction"],
+    )
+    latents = Example(sample.tensor, ("batch", None, "latent_height", "latent_width"))
+    parts.add("pixels", modules.PixelDecoder(), {"latents": latents}, ["image"])
+
+
+def _join_xl_examples(parts: Parts, pooled: int) -> dict[str, Example]:
+    return {
+        "hidden": hidden_example(_output_width(parts, "text_encoder", "hidden")),
+        "hidden_2": hidden_example(_output_width(parts, "text_encoder_2", "hidden")),
+        "pooled_2": pooled_example(pooled),
+        "given": Example(torch.ones(ROWS, 1), ("prompts", None)),
+    }
+
+
+def _output_width(parts: Parts, segment: str, output: str) -> int:
+    """The last, fixed axis of a segment's output."""
+    for value in parts.segments[segment].graph.outputs:
+        if value.name == output and value.shape is not None:
+            width = value.shape[-1]
+            assert isinstance(width, int)
+            return width
+    raise AssertionError(f"{segment} has no output {output}")
+
+
+def _example_mask() -> torch.Tensor:
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    mask[0, TOKENS // 2 :] = 0
+    return mask
+
+
+def _channels(parts: Parts, unet: Any) -> ExportError:
+    c = parts.channels
+    return ExportError(
+        f"the U-Net takes {unet.config.in_channels} channels, and {c} (plain) or {2 * c + 1} (inpainting) are "
+        "supported: depth, upscaling and instruction models are not"
+    )
+
+
+FAMILIES: Mapping[str, Callable[[Parts], None]] = {
+    "StableDiffusionPipeline": stable_diffusion,
+    "StableDiffusionImg2ImgPipeline": stable_diffusion,
+    "StableDiffusionInpaintPipeline": stable_diffusion,
+    "LatentConsistencyModelPipeline": stable_diffusion,
+    "StableDiffusionXLPipeline": stable_diffusion_xl,
+    "StableDiffusionXLImg2ImgPipeline": stable_diffusion_xl,
+    "StableDiffusionXLInpaintPipeline": stable_diffusion_xl,
+    "StableDiffusion3Pipeline": stable_diffusion_3,
+    "StableDiffusion3Img2ImgPipeline": stable_diffusion_3,
+    "FluxPipeline": flux,
+    "FluxImg2ImgPipeline": flux,
+    "PixArtAlphaPipeline": pixart,
+    "PixArtSigmaPipeline": pixart,
+    "DiTPipeline": dit,
+    "DDPMPipeline": unconditional,
+    "DDIMPipeline": unconditional,
+}
+"""Pipeline class -> family."""

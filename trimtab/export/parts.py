@@ -1,0 +1,171 @@
+"""What a pipeline family contributes: graphs, and how their tensors are wired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import torch
+
+from trimtab.export.modules import Blend, MaskEncoder, VaeDecoder, VaeEncoder
+from trimtab.export.source import Source, tokenizer_json
+from trimtab.export.trace import Example, trace
+from trimtab.program import Call, TensorSpec
+
+Keep = Callable[[str, ir.Model], ir.Model]
+"""Writes a segment's weights to disk as soon as they are traced, so that torch's copy can go."""
+
+# Example sizes for tracing. Odd latent sizes make a U-Net take its general path, in which an upsampler is told
+# the size of its skip; transformers need even ones. Sizes differ from each other and from 0 and 1, which
+# torch.export would take for constants.
+LATENT = (13, 9)
+EVEN_LATENT = (12, 10)
+ROWS = 2
+TOKENS = 11
+
+
+@dataclass
+class Parts:
+    """Collected while a family is exported.
+
+    Attributes:
+        source: The pipeline.
+        keep: Where weights go.
+        segments: Name -> graph.
+        tokenizers: Name -> text of its tokenizer.json.
+        inputs: Tensors that every task needs from the host.
+        prologue: Calls that every task makes.
+        conditioning: Denoiser input -> tensor name.
+        channels: Channels of a latent.
+        factor: Pixels to a latent, along a side.
+        multiple: What a picture's sides must be multiples of, in pixels.
+        size: Native (width, height) in pixels.
+        fixed_size: Why the graphs only take the native size, or None.
+        guidance: Default guidance scale, None without guidance.
+        classifier_free: Guidance by a second, negative row.
+        strength: Default strength of image-to-image and of inpainting, None where there is no such task.
+        strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
+        inpainting_channels: The denoiser reads mask and masked picture itself.
+    """
+
+    source: Source
+    keep: Keep
+    segments: dict[str, ir.Model] = field(default_factory=dict)
+    tokenizers: dict[str, str] = field(default_factory=dict)
+    inputs: list[TensorSpec] = field(default_factory=list)
+    prologue: list[Call] = field(default_factory=list)
+    conditioning: dict[str, str] = field(default_factory=dict)
+    channels: int = 4
+    factor: int = 8
+    multiple: int = 8
+    size: tuple[int, int] = (512, 512)
+    fixed_size: str | None = None
+    guidance: float | None = 7.5
+    classifier_free: bool = True
+    strength: float | None = None
+    inpainting_strength: float | None = None
+    strength_rounds_up: bool = False
+    inpainting_channels: bool = False
+
+    def add(
+        self, name: str, module: torch.nn.Module, inputs: Mapping[str, Example], outputs: list[str]
+    ) -> None:
+        """Traces a module into the segment ``name``."""
+        self.segments[name] = self.keep(name, trace(module, inputs, outputs))
+
+    def tokens(self, name: str, tokenizer: str, length: int, *, mask: bool = False, lowercase: bool = False) -> None:
+        """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted."""
+        self.tokenizers[tokenizer] = tokenizer_json(self.source.load(tokenizer), length, lowercase)
+        shape = ("rows*batch", length)
+        self.inputs.append(TensorSpec(name, "int64", shape, {"kind": "tokens", "tokenizer": tokenizer}))
+        if mask:
+            self.inputs.append(
+                TensorSpec(name + "_mask", "int64", shape, {"kind": "token_mask", "tokenizer": tokenizer})
+            )
+
+    def call(self, segment: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+        """Adds a call to the prologue."""
+        self.prologue.append(Call(segment, dict(inputs), dict(outputs)))
+
+    def vae(self, *, encoder: bool = True) -> None:
+        """Adds the decoder, and the encoder and mask graphs that pictures as inputs need."""
+        vae = self.source.load("vae")
+        height, width = EVEN_LATENT
+        latents = Example(
+            torch.randn(ROWS, self.channels, height, width), ("batch", None, "latent_height", "latent_width")
+        )
+        if encoder:
+            # The encoder's sizes are counted in latents, so that no size is asked for that it would cut off.
+            unit = self.factor
+            image = Example(
+                torch.rand(1, height * unit, width * unit, 3), (None, "height", "width", None)
+            )
+            posterior = Example(
+                torch.randn(1, self.channels, height, width), (None, None, "latent_height", "latent_width")
+            )
+            self.add(
+                "vae_encoder",
+                VaeEncoder(vae),
+                {"image": image, "posterior_noise": posterior, "like": latents},
+                ["latents"],
+            )
+        self.add("vae_decoder", VaeDecoder(vae), {"latents": latents}, ["image"])
+
+    def masks(self) -> None:
+        """Adds the graphs of inpainting: mask and masked picture, and the blend of plain denoisers."""
+        height, width = EVEN_LATENT
+        open_latent = ("batch", None, "latent_height", "latent_width")
+        one = (None, "height", "width", None)
+        unit = self.factor
+        self.add(
+            "mask_encoder",
+            MaskEncoder(unit),
+            {
+                "image": Example(torch.rand(1, height * unit, width * unit, 3), one),
+                "mask": Example(torch.rand(1, height * unit, width * unit, 1), one),
+            },
+            ["masked_image", "latent_mask"],
+        )
+        if self.inpainting_channels:
+            return
+        latents = torch.randn(ROWS, self.channels, height, width)
+        self.add(
+            "blend",
+            Blend(),
+            {
+                "proposal": Example(latents, open_latent),
+                "state": Example(torch.stack([latents] * 3), ("slots", *open_latent)),
+                "known_weights": Example(torch.rand(2)),
+                "mask": Example(torch.rand(1, 1, height, width), (None, None, "latent_height", "latent_width")),
+            },
+            ["sample"],
+        )
+
+
+def sample_example(channels: int, even: bool = False) -> Example:
+    """The denoiser's sample: (rows * batch, channels, h, w)."""
+    height, width = EVEN_LATENT if even else LATENT
+    return Example(
+        torch.randn(ROWS, channels, height, width), ("prompts", None, "latent_height", "latent_width")
+    )
+
+
+def timestep_example() -> Example:
+    """The denoiser's time step: a float32 scalar."""
+    return Example(torch.tensor(500.0))
+
+
+def hidden_example(width: int) -> Example:
+    """Text embeddings: (rows * batch, tokens, width)."""
+    return Example(torch.randn(ROWS, TOKENS, width), ("prompts", "tokens", None))
+
+
+def pooled_example(width: int) -> Example:
+    """Pooled text embeddings: (rows * batch, width)."""
+    return Example(torch.randn(ROWS, width), ("prompts", None))
+
+
+def tokens_example() -> Example:
+    """Token ids: (rows * batch, tokens)."""
+    return Example(torch.randint(3, 30, (ROWS, TOKENS)), ("prompts", "tokens"))

@@ -1,0 +1,87 @@
+"""A diffusers pipeline in, a Program out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.errors import ExportError
+from trimtab.export.families import FAMILIES
+from trimtab.export.parts import Keep, Parts
+from trimtab.export.sampler import make_scheduler
+from trimtab.export.schedules import Sampling, plan_tasks, probe_tasks
+from trimtab.export.source import Source
+from trimtab.passes.sampler import FuseSampler
+from trimtab.program import Call, PassEntry, Program, Segment, TensorSpec, check_size
+
+logger = logging.getLogger(__name__)
+
+
+def export_pipeline(
+    source: Source,
+    keep: Keep,
+    *,
+    steps: tuple[int, ...],
+    scheduler: str | None = None,
+    size: tuple[int, int] | None = None,
+    step_options: Mapping[str, Any] | None = None,
+) -> Program:
+    """Exports every graph of a pipeline and compiles its sampler into the denoiser.
+
+    Args:
+        source: The pipeline.
+        keep: Called with each segment's graph as soon as it is traced, to move the weights out of memory.
+        steps: Numbers of steps, one schedule each.
+        scheduler: A name of `trimtab.export.schedulers.SCHEDULERS`; None for the pipeline's own.
+        size: (width, height) in pixels that becomes the program's native one; None for the model's.
+        step_options: For the scheduler's ``step``: ``eta``.
+
+    Raises:
+        InputError: The pipeline is damaged, or an option does not fit it.
+        ExportError: The pipeline's class is not supported, or a part of it cannot be exported.
+    """
+    family = FAMILIES.get(source.pipeline_class)
+    if family is None:
+        raise ExportError(
+            f"{source.pipeline_class} is not supported: give one of {', '.join(sorted(FAMILIES))}, "
+            "or export it yourself and name the .onnx files in a .toml file"
+        )
+    own = source.load("scheduler")
+    config = {**own.config, "_class_name": type(own).__name__}
+    sampling = Sampling(make_scheduler(scheduler, config) if scheduler else own, steps, dict(step_options or {}))
+
+    parts = Parts(source, keep)
+    family(parts)
+    _choose_size(parts, size)
+    tables = probe_tasks(parts, sampling)
+    tasks, sampler = plan_tasks(parts, sampling, tables)
+    result = FuseSampler(slots=sampler.slots, clip_range=sampler.clip_range, noise=sampler.noise)(
+        parts.segments["denoiser"]
+    )
+    if result.refused:
+        raise ExportError(f"the sampler cannot be compiled into the denoiser: {result.refused[0].reason}")
+    decoder = "vae_decoder" if "vae_decoder" in parts.segments else "pixels"
+    return Program(
+        segments={name: Segment(name, model) for name, model in parts.segments.items()},
+        tasks=tasks,
+        epilogue=(Call(decoder, {"latents": "latents"}, {"image": "image"}),),
+        outputs=(TensorSpec("image", "float32", ("batch", "height", "width", 3)),),
+        size=parts.size,
+        size_multiple=parts.multiple,
+        fixed_size=parts.fixed_size,
+        slots=sampler.slots,
+        tokenizers=parts.tokenizers,
+        metadata={
+            "pipeline": source.pipeline_class,
+            "scheduler": type(sampling.scheduler).__name__,
+        },
+        passes=(PassEntry("FuseSampler", "denoiser", len(result.applied), len(result.refused)),),
+    )
+
+
+def _choose_size(parts: Parts, size: tuple[int, int] | None) -> None:
+    if size is None:
+        return
+    check_size(size, parts.size, parts.multiple, parts.fixed_size)
+    parts.size = size

@@ -1,0 +1,238 @@
+"""From sampler tables to tasks: which calls every step makes, with which constants."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from trimtab.export.parts import Parts
+from trimtab.export.sampler import SamplerTable, probe, scheduler_name
+from trimtab.program import STATE, Call, Step, Task, TensorSpec
+
+logger = logging.getLogger(__name__)
+
+ALL_STARTS = 50
+"""Up to this many steps, image-to-image can start at any of them; above, at those of strengths in twentieths:
+the tables of all starts grow with the square of the steps."""
+
+DISCARD = "discard"
+"""A noise tensor that nothing reads, drawn because diffusers draws it."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a user chose about the sampler.
+
+    Attributes:
+        scheduler: A diffusers scheduler.
+        steps: Numbers of steps, one schedule each.
+        options: For the scheduler's ``step`` (``eta``).
+    """
+
+    scheduler: Any
+    steps: tuple[int, ...]
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What the denoiser's graph must be able to do for all schedules of a program.
+
+    Attributes:
+        slots: First axis of the state.
+        clip_range: r of the clip to [-r, r], or None.
+        noise: Whether any step adds noise.
+    """
+
+    slots: int
+    clip_range: float | None
+    noise: bool
+
+
+def plan_tasks(parts: Parts, sampling: Sampling, tables: Mapping[str, Mapping[str, SamplerTable]]) -> tuple[dict[str, Task], Sampler]:
+    """Tasks with their schedules, and the sampler that serves them all.
+
+    Args:
+        parts: The exported pipeline.
+        sampling: The user's choice.
+        tables: Task -> schedule name -> table, from `probe_tasks`.
+    """
+    every = [table for schedules in tables.values() for table in schedules.values()]
+    ranges = {table.clip_range for table in every} - {None}
+    sampler = Sampler(
+        slots=max(table.slots for table in every),
+        clip_range=max((r for r in ranges if r is not None), default=None),
+        noise=any(table.draws_noise for table in every),
+    )
+    tasks = {}
+    for name, schedules in tables.items():
+        inputs, prologue, conditioning = _task_wiring(name, parts)
+        steps = {}
+        for schedule, table in schedules.items():
+            blend = name == "inpainting" and not parts.inpainting_channels
+            steps[schedule] = tuple(_steps(table.pad(sampler.slots), sampler, conditioning, blend))
+        tasks[name] = Task(
+            inputs=tuple(inputs),
+            prologue=tuple(prologue),
+            schedules=steps,
+            guidance=parts.guidance,
+            strength={"image-to-image": parts.strength, "inpainting": parts.inpainting_strength}.get(name),
+            strength_rounds_up=parts.strength_rounds_up,
+        )
+    return tasks, sampler
+
+
+def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, SamplerTable]]:
+    """Reads the tables of every task that the pipeline has: task -> schedule name -> table."""
+    first = _first_task(parts)
+    tasks: dict[str, dict[str, SamplerTable]] = {}
+    short = scheduler_name(sampling.scheduler)
+    for steps in sampling.steps:
+        name = f"{short}-{steps}"
+        options = _timesteps_options(sampling.scheduler, steps, parts)
+
+        def table(start: int | None, keep: bool = False, steps: int = steps, options: Any = options) -> SamplerTable:
+            return probe(
+                sampling.scheduler,
+                steps,
+                start=start or 0,
+                from_image=start is not None,
+                keep_start=keep,
+                timesteps_options=options,
+                step_options=sampling.options,
+            )
+
+        plain = table(None)
+        if not parts.inpainting_channels:
+            tasks.setdefault(first, {})[name] = plain
+        starts = _starts(steps)
+        if parts.strength is not None and not parts.inpainting_channels:
+            found = {k: table(k) for k in starts}
+            tasks.setdefault("image-to-image", {}).update({f"{name}/from-{k}": t for k, t in found.items()})
+        if parts.inpainting_strength is not None:
+            keep = not parts.inpainting_channels
+            schedules = tasks.setdefault("inpainting", {})
+            schedules[name] = table(None, keep)
+            schedules.update({f"{name}/from-{k}": table(k, keep) for k in starts})
+    return tasks
+
+
+def _starts(steps: int) -> Iterable[int]:
+    if steps <= ALL_STARTS:
+        return range(steps)
+    return sorted({steps - int(steps * twentieth / 20) for twentieth in range(1, 21)})
+
+
+def _first_task(parts: Parts) -> str:
+    kinds = {spec.source.get("kind") for spec in parts.inputs}
+    if "tokens" in kinds:
+        return "text-to-image"
+    return "class-to-image" if "label" in kinds else "unconditional"
+
+
+def _timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
+    """What the family's pipeline hands to ``set_timesteps`` beside the number of steps."""
+    options: dict[str, Any] = {}
+    if parts.source.pipeline_class.startswith("Flux") and not scheduler.config.get("use_flow_sigmas"):
+        options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    if scheduler.config.get("use_dynamic_shifting"):
+        options["mu"] = _shift(scheduler.config, parts)
+    return options
+
+
+def _shift(config: Mapping[str, Any], parts: Parts) -> float:
+    """mu of flow matching's time shift: linear in the number of image tokens (SD3 paper, sec. 5.3.2; Flux)."""
+    width, height = parts.size
+    tokens = (width // parts.multiple) * (height // parts.multiple)
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (many - few)
+    return float(tokens * slope + low - slope * few)
+
+
+def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call], dict[str, str]]:
+    """A task's inputs in the order of their draws, its prologue, and what the denoiser reads."""
+    factor = parts.factor
+    latent = (parts.channels, f"height//{factor}", f"width//{factor}")
+    noise = TensorSpec(f"{STATE}[0]", "float32", ("batch", *latent), {"kind": "noise"})
+    mix = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "classifier_free": parts.classifier_free})
+    inputs, prologue = [*parts.inputs, mix], list(parts.prologue)
+    conditioning = dict(parts.conditioning)
+    if name not in ("image-to-image", "inpainting"):
+        return [*inputs, noise], prologue, conditioning
+
+    inputs.append(TensorSpec("image", "float32", (1, "height", "width", 3), {"kind": "image"}))
+    posterior = TensorSpec("posterior_noise", "float32", (1, *latent), {"kind": "noise"})
+    inputs += [posterior, noise]
+    prologue.append(
+        Call(
+            "vae_encoder",
+            {"image": "image", "posterior_noise": "posterior_noise", "like": f"{STATE}[0]"},
+            {"latents": f"{STATE}[1]"},
+        )
+    )
+    if name == "inpainting":
+        inputs.append(TensorSpec("mask", "float32", (1, "height", "width", 1), {"kind": "mask"}))
+        prologue.append(
+            Call(
+                "mask_encoder",
+                {"image": "image", "mask": "mask"},
+                {"masked_image": "masked_image", "latent_mask": "latent_mask"},
+            )
+        )
+        # diffusers encodes the masked picture for plain U-Nets too and does not use it: its draw comes all
+        # the same.
+        inputs.append(replace(posterior, name="masked_posterior_noise", source={"kind": "noise", "always": True}))
+        if parts.inpainting_channels:
+            prologue.append(
+                Call(
+                    "vae_encoder",
+                    {"image": "masked_image", "posterior_noise": "masked_posterior_noise", "like": f"{STATE}[0]"},
+                    {"latents": "masked_latents"},
+                )
+            )
+            conditioning |= {"mask": "latent_mask", "masked_latents": "masked_latents"}
+    return inputs, prologue, conditioning
+
+
+def _steps(
+    table: SamplerTable, sampler: Sampler, conditioning: Mapping[str, str], blend: bool
+) -> Iterable[Step]:
+    """The steps of one table."""
+    for evaluation in table.evaluations:
+        result = "latents" if evaluation.next_slot is None else f"{STATE}[{evaluation.next_slot}]"
+        inputs = {"state": STATE, "mix": "mix", "timestep": "timestep", "sample_weights": "sample_weights"}
+        inputs |= {"next_weights": "next_weights", **conditioning}
+        outputs = {
+            "next_sample": "proposal" if blend else result,
+            "model_output": _slot(evaluation.output_slot, "model_output"),
+        }
+        weights = [*evaluation.next_weights, evaluation.output_weight]
+        constants = {"timestep": (evaluation.timestep,), "sample_weights": evaluation.sample_weights}
+        draws = [DISCARD] * evaluation.draws
+        if sampler.clip_range is not None:
+            inputs["clip_weights"] = "clip_weights"
+            outputs["clipped"] = _slot(evaluation.clipped_slot, "clipped")
+            constants["clip_weights"] = evaluation.clip_weights or (0.0,) * (sampler.slots + 1)
+            weights.append(evaluation.clipped_weight)
+        if sampler.noise:
+            inputs["noise"] = "noise"
+            weights.append(evaluation.noise_weight)
+            if evaluation.noise_draw is not None:
+                draws[evaluation.noise_draw] = "noise"
+        constants["next_weights"] = tuple(weights)
+        calls = [Call("denoiser", inputs, outputs)]
+        if blend:
+            assert evaluation.known_weights is not None
+            constants["known_weights"] = evaluation.known_weights
+            blending = {"proposal": "proposal", "state": STATE, "known_weights": "known_weights"}
+            calls.append(Call("blend", {**blending, "mask": "latent_mask"}, {"sample": result}))
+        yield Step(tuple(calls), constants, tuple(draws))
+
+
+def _slot(slot: int | None, scratch: str) -> str:
+    return scratch if slot is None else f"{STATE}[{slot}]"

@@ -1,0 +1,189 @@
+"""A diffusers pipeline on disk: what it is made of, opened one component at a time."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import ExportError, InputError
+
+logger = logging.getLogger(__name__)
+
+
+class Source:
+    """A folder written by ``save_pretrained``.
+
+    Components are loaded one at a time and in float32, so that a caller who lets go of each before it asks
+    for the next never holds more than the largest.
+
+    Args:
+        folder: Holds ``model_index.json``.
+
+    Raises:
+        InputError: No such folder, or not a diffusers pipeline.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / "model_index.json"
+        if not folder.is_dir():
+            raise InputError(f"{folder} is not a folder: give the folder of a diffusers pipeline")
+        if not index.is_file():
+            raise InputError(
+                f"{folder} holds no model_index.json: give a folder written by a diffusers pipeline's "
+                "save_pretrained, or a .toml file that names .onnx files"
+            )
+        try:
+            self.index: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
+            self.pipeline_class = str(self.index["_class_name"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{index} cannot be read as a pipeline's index ({error}): save it again") from None
+        self.folder = folder
+
+    def has(self, name: str) -> bool:
+        """Whether the pipeline comes with this component."""
+        entry = self.index.get(name)
+        return isinstance(entry, list) and entry[0] is not None
+
+    def class_name(self, name: str) -> str:
+        """The class of a component, such as "UNet2DConditionModel"."""
+        return str(self._entry(name)[1])
+
+    def _entry(self, name: str) -> list[Any]:
+        entry = self.index.get(name)
+        if not self.has(name):
+            raise InputError(f"{self.folder} has no {name}: {self.pipeline_class} needs one")
+        if not (self.folder / name).is_dir():
+            raise InputError(f"{self.folder / name} is missing: copy the pipeline again, whole")
+        assert isinstance(entry, list)
+        return entry
+
+    def load(self, name: str) -> Any:
+        """Loads a model in float32 and eval mode, or a scheduler or tokenizer.
+
+        Raises:
+            InputError: The component is missing, damaged, or of a class that is not installed.
+        """
+        library, class_name = self._entry(name)
+        folder = self.folder / name
+        if library not in ("diffusers", "transformers"):
+            # The pipeline's own python package ("stable_diffusion", ...), or remote code, which is never run.
+            raise InputError(f"{name} is a {library}.{class_name}: only diffusers and transformers are loaded")
+        cls = getattr(importlib.import_module(library), class_name, None)
+        if cls is None:
+            raise InputError(f"{library} has no {class_name}, which {folder} needs: upgrade {library}")
+        options: dict[str, Any] = {}
+        if _is_model(cls):
+            import torch
+
+            weights = self._weights(folder)
+            # Only safetensors: a pickle runs code when it is opened.
+            options = {"torch_dtype": torch.float32, "use_safetensors": True, "variant": weights}
+            if library == "transformers":
+                options["dtype"] = options.pop("torch_dtype")
+        try:
+            component = cls.from_pretrained(folder, local_files_only=True, **options)
+        except Exception as error:  # from_pretrained raises whatever the layer below did
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise InputError(f"{folder} cannot be loaded as {class_name} ({reason[0]}): copy it again") from error
+        return component.eval() if hasattr(component, "eval") else component
+
+    def _weights(self, folder: Path) -> str | None:
+        """Checks that the weight files are there and whole; gives their variant ("fp16") or None."""
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            other = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.msgpack")]
+            found = f"only {other[0].name}" if other else "no weight file"
+            raise InputError(
+                f"{folder} holds {found}, and a .safetensors file is needed: save the pipeline again with "
+                "safe_serialization=True"
+            )
+        for file in files:
+            _check_safetensors(file)
+        plain = [f for f in files if f.name.count(".") == 1 or ".fp" not in f.name]
+        return None if plain else "fp16"
+
+
+def _is_model(cls: type) -> bool:
+    import torch
+
+    return issubclass(cls, torch.nn.Module)
+
+
+def _check_safetensors(file: Path) -> None:
+    """Compares the file's size with what its header says (Raises InputError where they differ)."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header_bytes = stream.read(min(length, size))
+    try:
+        header = json.loads(header_bytes)
+        needed = 8 + length + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{file} is not a safetensors file or is cut short: copy it again") from None
+    if size < needed:
+        raise InputError(f"{file} is cut short: {size} bytes of {needed}; copy it again")
+
+
+def find(model: str) -> Path:
+    """The folder of a model: a path as it is, a hub id downloaded (or found in the hub's cache).
+
+    Raises:
+        InputError: Neither a path nor a model that the hub gives.
+    """
+    path = Path(model)
+    if path.exists():
+        return path
+    parts = model.split("/")
+    if path.is_absolute() or model.startswith(".") or len(parts) != 2 or not all(parts):
+        raise InputError(f"{model} does not exist: give a diffusers folder, a .toml file or a hub id (owner/name)")
+    return _download(model)
+
+
+def _download(model: str) -> Path:
+    import huggingface_hub
+
+    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+    # Single-file checkpoints of the same weights, and what other frameworks would load.
+    ignored = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "openvino*", "flax*", "safety_checker/*"]
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored)
+        )
+    except Exception as error:  # requests, httpx and hub errors share no base
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{model} is no folder here and the hub did not give it ({type(error).__name__}: {reason[0][:120]}): "
+            "check the name and the network, or give a folder"
+        ) from error
+
+
+def tokenizer_json(tokenizer: Any, length: int, lowercase: bool = False) -> str:
+    """A tokenizer as the text of a ``tokenizer.json`` that cuts and pads to ``length`` by itself.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        length: Tokens of every encoded prompt.
+        lowercase: Strip and lower-case first, as PixArt's pipeline does outside of the tokenizer.
+
+    Raises:
+        ExportError: The tokenizer has no fast form.
+    """
+    from tokenizers import Tokenizer, normalizers
+
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(
+            f"{type(tokenizer).__name__} has no fast form: save the tokenizer's tokenizer.json beside it"
+        )
+    fast = Tokenizer.from_str(backend.to_str())
+    if tokenizer.pad_token_id is None:
+        raise ExportError(f"{type(tokenizer).__name__} has no padding token: set one and save it again")
+    fast.enable_truncation(length)
+    fast.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    if lowercase:
+        steps = [normalizers.Strip(), normalizers.Lowercase()]
+        fast.normalizer = normalizers.Sequence(steps + ([fast.normalizer] if fast.normalizer else []))
+    return str(fast.to_str())

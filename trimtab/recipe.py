@@ -1,0 +1,111 @@
+"""What to compile, as one frozen value: from keywords, from the command line, or from a TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import InputError
+
+PRECISIONS = ("fp32",)
+DEFAULT_STEPS = 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a bundle holds.
+
+    Attributes:
+        targets: Devices to build engines for.
+        steps: Numbers of sampler steps, one schedule each.
+        scheduler: A scheduler's name; None for the pipeline's own.
+        size: Native (width, height) in pixels; None for the model's.
+        eta: For schedulers that take it (DDIM, TCD); None for their default.
+        precision: Of the weights and of the arithmetic.
+    """
+
+    targets: tuple[str, ...] = ("cpu",)
+    steps: tuple[int, ...] = (DEFAULT_STEPS,)
+    scheduler: str | None = None
+    size: tuple[int, int] | None = None
+    eta: float | None = None
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
+            raise InputError(f"steps {_shown(self.steps)}: whole numbers from 1 are needed")
+        if len(set(self.steps)) != len(self.steps) or len(set(self.targets)) != len(self.targets):
+            raise InputError("a number of steps or a target is given twice: give each once")
+        if not self.targets:
+            raise InputError("no target is given: give at least one, such as cpu")
+        if self.size is not None and any(type(side) is not int or side < 1 for side in self.size):
+            raise InputError(f"the size {_shown(self.size)} is not a width and a height in pixels")
+        if self.precision not in PRECISIONS:
+            raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.eta is not None and not 0 <= self.eta <= 1:
+            raise InputError(f"eta {self.eta} is not from 0 to 1")
+
+
+def make_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from loosely typed values: lists for tuples, ``"WxH"`` for sizes, one value for a list of one.
+
+    Raises:
+        InputError: An unknown name or a value of the wrong kind.
+    """
+    known = {field.name for field in dataclasses.fields(Recipe)}
+    if unknown := sorted(set(values) - known):
+        raise InputError(f"a recipe has no {unknown[0]!r}: known are {', '.join(sorted(known))}")
+    clean = {name: value for name, value in values.items() if value is not None}
+    for name in ("targets", "steps"):
+        if name in clean:
+            value = clean[name]
+            clean[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
+    if isinstance(clean.get("size"), str):
+        clean["size"] = parse_size(clean["size"])
+    elif "size" in clean:
+        clean["size"] = tuple(clean["size"])
+    return Recipe(**clean)
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The values of a TOML recipe.
+
+    Raises:
+        InputError: The file cannot be read, or is not TOML.
+    """
+    return read_toml(path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as plain data.
+
+    Raises:
+        InputError: The file cannot be read, or is not TOML.
+    """
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as TOML ({error}): mend it") from None
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """``"512x768"`` as (width, height).
+
+    Raises:
+        InputError: Not two whole numbers with an x between them.
+    """
+    width, _, height = text.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) > 0 and int(height) > 0):
+        raise InputError(f"the size {text!r} is not WIDTHxHEIGHT in pixels, such as 512x512")
+    return int(width), int(height)
+
+
+def _shown(values: object) -> str:
+    return ", ".join(map(str, values)) if isinstance(values, tuple) else str(values)

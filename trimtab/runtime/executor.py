@@ -1,0 +1,218 @@
+"""Walks a program: buffers made once, bound once, and then nothing but engine calls.
+
+A `Plan` is everything that can be decided before the first number is drawn. Walking it again with another
+prompt or seed allocates nothing and binds nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimtab.bundle import Contents, SegmentEntry
+from trimtab.errors import BundleError
+from trimtab.program import Call, Step, Task, TensorSpec
+from trimtab.runtime.inputs import Request, make_input
+from trimtab.runtime.sessions import Buffer, Run, Session, new_buffer
+from trimtab.shapes import bind, shape
+
+_SLICE = re.compile(r"^(\w+)\[(\d+)\]$")
+
+OnStep = Callable[[int, int], None]
+"""Told (steps done, steps in all)."""
+
+
+@dataclass(frozen=True)
+class BoundStep:
+    """A step ready to run.
+
+    Attributes:
+        draws: Noise buffers to fill, in order.
+        runs: Engine calls, in order.
+    """
+
+    draws: tuple[Buffer, ...]
+    runs: tuple[Run, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task with a schedule, for one batch and size.
+
+    Attributes:
+        inputs: What the host fills, in the order of the draws.
+        buffers: Every tensor by name.
+        prologue: Engine calls before the steps.
+        steps: The sampling loop.
+        epilogue: Engine calls after it.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    buffers: Mapping[str, Buffer]
+    prologue: tuple[Run, ...]
+    steps: tuple[BoundStep, ...]
+    epilogue: tuple[Run, ...]
+
+    def run(self, request: Request, on_step: OnStep | None = None) -> None:
+        """Fills the inputs and runs everything; results are in ``buffers``.
+
+        Raises:
+            InputError: The request lacks an input.
+            TargetError: An engine failed.
+        """
+        for spec in self.inputs:
+            self.buffers[spec.name][...] = make_input(spec, request)
+        for run in self.prologue:
+            run()
+        for index, step in enumerate(self.steps):
+            for buffer in step.draws:
+                buffer[...] = request.noise.normal(buffer.shape)
+            for run in step.runs:
+                run()
+            if on_step is not None:
+                on_step(index + 1, len(self.steps))
+        for run in self.epilogue:
+            run()
+
+
+def make_plan(
+    contents: Contents,
+    task: Task,
+    steps: Sequence[Step],
+    symbols: Mapping[str, int],
+    session: Callable[[str], Session],
+) -> Plan:
+    """Allocates and binds all buffers of a task.
+
+    Args:
+        contents: The bundle's.
+        task: What to do.
+        steps: One of the task's schedules.
+        symbols: "batch", "rows", "width" and "height".
+        session: Gives the loaded engine of a segment.
+
+    Raises:
+        BundleError: The calls do not fit together.
+    """
+    calls = [call for step in steps for call in step.calls]
+    prologue = _needed(task.prologue, [*calls, *contents.epilogue])
+    read = {name for call in (*prologue, *calls) for name in call.inputs.values()}
+    inputs = tuple(
+        spec for spec in task.inputs if spec.source.get("always") or _reads(read, spec.name)
+    )
+    table = _Buffers(contents.slots)
+    for spec in inputs:
+        table.make(spec.name, shape(spec.shape, symbols), spec.dtype)
+
+    def bound(call: Call, constants: Mapping[str, tuple[float, ...]] = {}) -> Run:
+        segment = contents.segments[call.segment]
+        arrays = {
+            spec.name: _constant(spec, constants[call.inputs[spec.name]])
+            if call.inputs[spec.name] in constants
+            else table.get(call.inputs[spec.name], call)
+            for spec in segment.inputs
+        }
+        results = _outputs(segment, call, arrays, table)
+        return session(call.segment).bind(arrays, results)
+
+    draw = next((spec for spec in task.inputs if spec.source.get("kind") == "noise" and "batch" in spec.shape), None)
+    for name in {name for step in steps for name in step.draws}:
+        if draw is None:
+            raise BundleError(f"a step draws the noise {name!r}, and the task starts from none: compile again")
+        table.make(name, shape(draw.shape, symbols), draw.dtype)
+    if draw is not None and _reads(read, "noise"):
+        # Schedules without noise share their graph with those that have it: theirs has the weight 0.
+        table.make("noise", shape(draw.shape, symbols), draw.dtype)
+
+    first = tuple(bound(call) for call in prologue)
+    bound_steps = tuple(
+        BoundStep(
+            tuple(table.get(name) for name in step.draws),
+            tuple(bound(call, step.constants) for call in step.calls),
+        )
+        for step in steps
+    )
+    return Plan(inputs, table.buffers, first, bound_steps, tuple(bound(call) for call in contents.epilogue))
+
+
+class _Buffers:
+    """Buffers by name; ``name[k]`` is a slice of ``name``."""
+
+    def __init__(self, slots: int) -> None:
+        self.buffers: dict[str, Buffer] = {}
+        self._slots = slots
+
+    def make(self, name: str, sizes: tuple[int, ...], dtype: str) -> Buffer:
+        """The buffer of this name, new unless it is there.
+
+        Raises:
+            BundleError: It is there with another shape or dtype.
+        """
+        if name not in self.buffers:
+            if match := _SLICE.match(name):
+                whole = self.make(match[1], (self._slots, *sizes), dtype)
+                if int(match[2]) >= self._slots:
+                    raise BundleError(f"{name} is used and {match[1]} has {self._slots} slots: compile again")
+                self.buffers[name] = whole[int(match[2])]
+            else:
+                self.buffers[name] = new_buffer(sizes, dtype)
+        buffer = self.buffers[name]
+        if buffer.shape != sizes or buffer.dtype != np.dtype(dtype):
+            raise BundleError(
+                f"the tensor {name} is {buffer.dtype} {buffer.shape} and {dtype} {sizes} is written to it: compile again"
+            )
+        return buffer
+
+    def get(self, name: str, reader: Call | None = None) -> Buffer:
+        """A buffer that something fills.
+
+        Raises:
+            BundleError: Nothing does.
+        """
+        if name not in self.buffers:
+            where = f" by {reader.segment}" if reader else ""
+            raise BundleError(f"the tensor {name} is read{where} before anything wrote it: compile again")
+        return self.buffers[name]
+
+
+def _needed(prologue: Sequence[Call], later: Sequence[Call]) -> tuple[Call, ...]:
+    """The calls of a prologue whose results something reads."""
+    read = {name for call in later for name in call.inputs.values()}
+    kept: list[Call] = []
+    for call in reversed(prologue):
+        if any(_reads(read, name) for name in call.outputs.values()):
+            kept.append(call)
+            read.update(call.inputs.values())
+    return tuple(reversed(kept))
+
+
+def _reads(read: set[str], name: str) -> bool:
+    """Whether a tensor, or for a slice the whole that it is part of, is among those read."""
+    match = _SLICE.match(name)
+    return name in read or (match is not None and match[1] in read)
+
+
+def _constant(spec: TensorSpec, values: tuple[float, ...]) -> Buffer:
+    array = np.array(values, spec.dtype)
+    return array.reshape(()) if not spec.shape and len(values) == 1 else array
+
+
+def _outputs(
+    segment: SegmentEntry, call: Call, arrays: Mapping[str, Buffer], table: _Buffers
+) -> dict[str, Buffer]:
+    """Buffers for a call's results, of the shapes that follow from its inputs."""
+    sizes: dict[str, int] = {}
+    for spec in segment.inputs:
+        array = arrays[spec.name]
+        problem = bind(spec.shape, array.shape, sizes)
+        if problem is None and array.dtype != np.dtype(spec.dtype):
+            problem = f"{array.dtype}, {spec.dtype} needed"
+        if problem is not None:
+            raise BundleError(f"{segment.name} is given {call.inputs[spec.name]} as {spec.name}: {problem}")
+    return {
+        spec.name: table.make(call.outputs[spec.name], shape(spec.shape, sizes), spec.dtype)
+        for spec in segment.outputs
+    }

@@ -1,0 +1,78 @@
+"""Pictures in and out: arrays in 0..1 on one side, files on the other."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import InputError
+from trimtab.staging import write_file
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Pixels = npt.NDArray[np.float32]
+
+
+def to_images(pictures: Pixels) -> list[Image]:
+    """Pictures (n, height, width, 3) or (n, height, width, 1) in 0..1 as 8-bit images, rounded to nearest."""
+    from PIL import Image
+
+    levels = np.round(pictures * 255).clip(0, 255).astype(np.uint8)
+    return [Image.fromarray(level[..., 0] if level.shape[-1] == 1 else level) for level in levels]
+
+
+def read_image(image: str | Path | Image | Pixels, size: tuple[int, int], *, gray: bool = False) -> Pixels:
+    """A picture as (1, height, width, 3) float32 in 0..1, resized by Lanczos where the size differs.
+
+    Args:
+        image: A file, a PIL image, or an array (height, width, channels) in 0..1 that has the right size.
+        size: (width, height).
+        gray: One channel, for masks.
+
+    Raises:
+        InputError: The file is missing or no picture, or the array has another shape.
+    """
+    from PIL import Image as PIL
+    from PIL import UnidentifiedImageError
+
+    channels = 1 if gray else 3
+    if isinstance(image, np.ndarray):
+        wanted = (size[1], size[0], channels)
+        if image.shape != wanted:
+            raise InputError(f"an array of shape {image.shape} was given and {wanted} is needed: resize it")
+        return np.ascontiguousarray(image[None], np.float32)
+    if isinstance(image, str | Path):
+        try:
+            with PIL.open(image) as file:
+                image = file.convert("L" if gray else "RGB")
+        except FileNotFoundError:
+            raise InputError(f"{image} does not exist: give a picture") from None
+        except (UnidentifiedImageError, OSError, ValueError, PIL.DecompressionBombError) as error:
+            raise InputError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG") from None
+    image = image.convert("L" if gray else "RGB")
+    if image.size != size:
+        image = image.resize(size, PIL.Resampling.LANCZOS)
+    return (np.asarray(image, np.float32) / 255.0).reshape(1, size[1], size[0], channels)
+
+
+def save_png(image: Image, path: Path, settings: Mapping[str, Any]) -> None:
+    """Writes a PNG that carries its settings as text chunks.
+
+    Raises:
+        InputError: The place cannot be written.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in settings.items():
+        if value is not None:
+            info.add_itxt(key, str(value))
+    data = io.BytesIO()
+    image.save(data, "PNG", pnginfo=info)
+    write_file(path, data.getvalue())

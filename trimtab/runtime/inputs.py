@@ -1,0 +1,171 @@
+"""What the host makes of a request: one array for every input that a task declares.
+
+An input's ``source["kind"]`` names a function here. None of them knows a model: what differs between models
+is in the options beside the kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import BundleError, InputError
+from trimtab.program import TensorSpec
+from trimtab.runtime.noise import NoiseGenerator
+from trimtab.runtime.tokenizer import Tokenizer
+from trimtab.shapes import shape
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One call of a pipeline, with every default filled in.
+
+    Attributes:
+        batch: Pictures.
+        rows: 2 with classifier-free guidance, else 1.
+        size: (width, height) in pixels.
+        prompts: One a picture.
+        negatives: One a picture; None where no negative prompt was given.
+        labels: Class numbers, one a picture.
+        guidance: The guidance scale.
+        image: (1, height, width, 3) in 0..1, or None.
+        mask: (1, height, width, 1) in 0..1, or None.
+        noise: Where all random numbers come from, in the order of the task's inputs and steps.
+    """
+
+    batch: int
+    rows: int
+    size: tuple[int, int]
+    noise: Noise
+    prompts: tuple[str, ...] = ()
+    negatives: tuple[str, ...] | None = None
+    labels: tuple[int, ...] = ()
+    guidance: float = 1.0
+    image: Array | None = None
+    mask: Array | None = None
+    tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
+
+    @property
+    def symbols(self) -> dict[str, int]:
+        """Values of the names in the shapes of a task's inputs."""
+        width, height = self.size
+        return {"batch": self.batch, "rows": self.rows, "width": width, "height": height}
+
+
+class Noise:
+    """Standard normals as diffusers draws them: one generator for the batch, or one a picture.
+
+    Args:
+        seeds: One seed for all pictures together, or as many as there are pictures.
+    """
+
+    def __init__(self, seeds: tuple[int, ...]) -> None:
+        self._generators = [NoiseGenerator(seed) for seed in seeds]
+
+    def normal(self, shape: tuple[int, ...]) -> Array:
+        """Draws (n, ...) float32."""
+        if len(self._generators) == 1 or shape[0] == 1:
+            return self._generators[0].normal(shape)
+        rows = [generator.normal((1, *shape[1:])) for generator in self._generators]
+        return np.concatenate(rows)
+
+
+def make_input(spec: TensorSpec, request: Request) -> Array:
+    """The array for one input, of its dtype and shape.
+
+    Raises:
+        BundleError: The bundle asks for a kind of input that this trimtab does not know.
+        InputError: The request lacks what the input needs.
+    """
+    kind = str(spec.source.get("kind", ""))
+    if kind not in SOURCES:
+        raise BundleError(f"the input {spec.name} is of the unknown kind {kind!r}: upgrade trimtab")
+    array = np.asarray(SOURCES[kind](spec, request), spec.dtype, order="C")
+    wanted = shape(spec.shape, request.symbols)
+    if array.shape != wanted:
+        raise BundleError(f"the input {spec.name} came out as {array.shape} and the bundle says {wanted}")
+    return array
+
+
+def _texts(request: Request) -> list[str]:
+    """The prompts as rows: all negative ones first, as diffusers stacks them."""
+    negatives = request.negatives if request.negatives is not None else ("",) * request.batch
+    return [*(negatives if request.rows == 2 else ()), *request.prompts]
+
+
+def _tokenizer(spec: TensorSpec, request: Request) -> Tokenizer:
+    name = str(spec.source.get("tokenizer", ""))
+    if name not in request.tokenizers:
+        raise BundleError(f"the input {spec.name} needs the tokenizer {name!r}, which the bundle lacks")
+    return request.tokenizers[name]
+
+
+def _tokens(spec: TensorSpec, request: Request) -> Array:
+    return _tokenizer(spec, request).encode(_texts(request))[0]
+
+
+def _token_mask(spec: TensorSpec, request: Request) -> Array:
+    return _tokenizer(spec, request).encode(_texts(request), warn=False)[1]
+
+
+def _given(spec: TensorSpec, request: Request) -> Array:
+    """0 for rows of a negative prompt that was not given, where the model wants zeros for it; else 1."""
+    given = np.ones((request.rows * request.batch, 1), np.float32)
+    if spec.source.get("zeros") and request.negatives is None and request.rows == 2:
+        given[: request.batch] = 0
+    return given
+
+
+def _label(spec: TensorSpec, request: Request) -> Array:
+    classes = int(spec.source["classes"])
+    for label in request.labels:
+        if not 0 <= label < classes:
+            raise InputError(f"there is no class {label}: this model has 0 to {classes - 1}")
+    null = (int(spec.source["null"]),) * request.batch
+    return np.array([*(null if request.rows == 2 else ()), *request.labels], np.int64)
+
+
+def _mix(spec: TensorSpec, request: Request) -> Array:
+    """The weights of the guidance rows: (1 - w, w), or 1 without guidance."""
+    weights = [1 - request.guidance, request.guidance] if request.rows == 2 else [1.0]
+    return np.array(weights, np.float32)
+
+
+def _guidance(spec: TensorSpec, request: Request) -> Array:
+    return np.array(request.guidance, np.float32)
+
+
+def _noise(spec: TensorSpec, request: Request) -> Array:
+    return request.noise.normal(shape(spec.shape, request.symbols))
+
+
+def _image(spec: TensorSpec, request: Request) -> Array:
+    if request.image is None:
+        raise InputError("this task needs a picture and none was given: give image= (--image FILE)")
+    return request.image
+
+
+def _mask(spec: TensorSpec, request: Request) -> Array:
+    if request.mask is None:
+        raise InputError("this task needs a mask and none was given: give mask= (--mask FILE)")
+    return request.mask
+
+
+SOURCES: Mapping[str, Callable[[TensorSpec, Request], Array]] = {
+    "tokens": _tokens,
+    "token_mask": _token_mask,
+    "given": _given,
+    "label": _label,
+    "mix": _mix,
+    "guidance": _guidance,
+    "noise": _noise,
+    "image": _image,
+    "mask": _mask,
+}
+"""Kind of input -> what makes it."""

@@ -1,0 +1,122 @@
+"""Weights beside the graphs: one file a segment, every distinct tensor once over all segments.
+
+Graphs and weight files share one folder, since ONNX Runtime refuses external data that lies elsewhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+INLINE_BYTES = 1024
+"""Smaller tensors stay in the graph: shapes and axes must be readable there by every parser."""
+
+_ALIGN = 64
+"""Bytes: a cache line, and what ONNX Runtime wants of a tensor that it maps instead of copies."""
+
+_CHUNK = 1 << 24
+"""Bytes hashed and written at a time."""
+
+
+class WeightStore:
+    """Writes the initializers of graphs into files of one folder, each distinct tensor once.
+
+    Args:
+        folder: Holds the ``.weights`` files; must exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._where: dict[tuple[bytes, str, tuple[int, ...]], tuple[str, int, int]] = {}
+
+    def keep(self, name: str, model: ir.Model) -> ir.Model:
+        """Moves a graph's large initializers into ``NAME.weights`` and maps them from there.
+
+        Tensors that the store already holds, of this or another graph, are referred to and not written again.
+
+        Args:
+            name: The segment.
+            model: Edited in place.
+
+        Returns:
+            The same model.
+        """
+        path = self.folder / f"{name}.weights"
+        with path.open("ab") as stream:
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if tensor is None or tensor.nbytes < INLINE_BYTES or self._holds(tensor):
+                    continue
+                shape = tuple(int(d) for d in tensor.shape.numpy())
+                data = _bytes(tensor)
+                key = (hashlib.sha256(data).digest(), tensor.dtype.name, shape)
+                if key not in self._where:
+                    stream.write(b"\0" * (-stream.tell() % _ALIGN))
+                    self._where[key] = (path.name, stream.tell(), len(data))
+                    for start in range(0, len(data), _CHUNK):
+                        stream.write(data[start : start + _CHUNK])
+                location, offset, length = self._where[key]
+                value.const_value = ir.ExternalTensor(
+                    location, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=self.folder
+                )
+        if path.stat().st_size == 0:
+            path.unlink()
+        return model
+
+    def _holds(self, tensor: ir.TensorProtocol) -> bool:
+        return isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir) == self.folder
+
+    def compact(self, models: dict[str, ir.Model]) -> None:
+        """Rewrites the files if passes have left more than a hundredth of their bytes without a reader.
+
+        Args:
+            models: Every graph that the store serves, by segment.
+        """
+        live: dict[tuple[str, int], int] = {}
+        for model in models.values():
+            for value in model.graph.initializers.values():
+                tensor = value.const_value
+                if isinstance(tensor, ir.ExternalTensor) and self._holds(tensor):
+                    live[str(tensor.location), tensor.offset or 0] = tensor.nbytes
+        files = sorted(self.folder.glob("*.weights"))
+        total = sum(file.stat().st_size for file in files)
+        if total == 0 or sum(live.values()) >= 0.99 * total:
+            return
+        fresh = self.folder / "compact"
+        fresh.mkdir()
+        other = WeightStore(fresh)
+        for name, model in models.items():
+            other.keep(name, model)
+        for file in files:
+            file.unlink()
+        for file in fresh.iterdir():
+            file.rename(self.folder / file.name)
+        fresh.rmdir()
+        self._where = other._where
+        for model in models.values():
+            ir.external_data.set_base_dir(model.graph, self.folder)
+
+
+def _bytes(tensor: ir.TensorProtocol) -> memoryview:
+    """A tensor's raw little-endian bytes, without a copy where numpy allows one to be avoided."""
+    if tensor.dtype.bitwidth < 8:
+        return memoryview(tensor.tobytes())
+    array = np.ascontiguousarray(tensor.numpy())
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def parameter_count(model: ir.Model) -> int:
+    """Elements of all floating-point initializers with more than one element."""
+    return sum(
+        v.const_value.size
+        for v in model.graph.initializers.values()
+        if v.const_value is not None and v.const_value.dtype.is_floating_point() and v.const_value.size > 1
+    )
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers."""
+    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
