@@ -96,7 +96,7 @@ def stable_diffusion(parts: Parts) -> None:
         "encoder_hidden_states": hidden_example(unet.config.cross_attention_dim),
     }
     parts.conditioning = {"encoder_hidden_states": "hidden"}
-    parts.strength, parts.inpainting_strength = 0.8, 1.0
+    parts.strength = {"image-to-image": 0.8, "inpainting": 1.0}
     wrapper: modules.Denoiser
     if unet.config.time_cond_proj_dim is not None:
         wrapper = modules.GuidedUNet(unet, unet.config.time_cond_proj_dim)
@@ -105,7 +105,7 @@ def stable_diffusion(parts: Parts) -> None:
         parts.conditioning["guidance"] = "guidance"
         parts.classifier_free = False
         # An LCM's time steps depend on the strength, not only on where a schedule starts.
-        parts.strength = parts.inpainting_strength = None
+        parts.strength = {}
         if source.pipeline_class == "LatentConsistencyModelPipeline":
             parts.guidance = 8.5
     elif unet.config.in_channels == parts.channels:
@@ -116,10 +116,10 @@ def stable_diffusion(parts: Parts) -> None:
         parts.inpainting_channels = True
     else:
         raise _channels(parts, unet)
-    parts.add("denoiser", wrapper, inputs, ["prediction"])
+    parts.denoiser(wrapper, inputs)
     del unet, wrapper
-    parts.vae(encoder=parts.inpainting_strength is not None)
-    if parts.inpainting_strength is not None:
+    parts.vae(encoder=bool(parts.strength))
+    if parts.strength:
         parts.masks()
 
 
@@ -161,7 +161,8 @@ def stable_diffusion_xl(parts: Parts) -> None:
     }
     parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
     parts.guidance = 5.0
-    parts.strength, parts.inpainting_strength = 0.3, 0.9999
+    parts.strength = {"image-to-image": 0.3, "inpainting": 0.9999}
+    parts.task_guidance = {"inpainting": 7.5}
     wrapper: modules.Denoiser
     if unet.config.in_channels == parts.channels:
         wrapper = modules.XLUNet(unet, parts.factor)
@@ -171,7 +172,7 @@ def stable_diffusion_xl(parts: Parts) -> None:
         parts.inpainting_channels = True
     else:
         raise _channels(parts, unet)
-    parts.add("denoiser", wrapper, inputs, ["prediction"])
+    parts.denoiser(wrapper, inputs)
     del unet, wrapper
     parts.vae()
     parts.masks()
@@ -207,10 +208,9 @@ def stable_diffusion_3(parts: Parts) -> None:
     parts.call("text_join", {n: n for n in names}, outputs)
     parts.conditioning = outputs
     parts.guidance = 7.0
-    parts.strength = 0.6
+    parts.strength = {"image-to-image": 0.6}
     parts.strength_rounds_up = True
-    parts.add(
-        "denoiser",
+    parts.denoiser(
         modules.SD3Transformer(transformer),
         {
             "sample": sample_example(parts.channels, even=True),
@@ -218,7 +218,6 @@ def stable_diffusion_3(parts: Parts) -> None:
             "encoder_hidden_states": hidden_example(width),
             "pooled_projections": pooled_example(transformer.config.pooled_projection_dim),
         },
-        ["prediction"],
     )
     del transformer
     parts.vae()
@@ -247,9 +246,10 @@ def flux(parts: Parts) -> None:
         parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
         parts.conditioning["guidance"] = "guidance"
         parts.guidance = 3.5
-    parts.strength = 0.6
+        parts.task_guidance = {"image-to-image": 7.0}
+    parts.strength = {"image-to-image": 0.6}
     parts.strength_rounds_up = True
-    parts.add("denoiser", modules.FluxTransformer(transformer), inputs, ["prediction"])
+    parts.denoiser(modules.FluxTransformer(transformer), inputs)
     del transformer
     parts.vae()
 
@@ -276,8 +276,7 @@ def pixart(parts: Parts) -> None:
     _geometry(parts, transformer.config.sample_size, config, transformer.config.patch_size)
     parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
     parts.guidance = 4.5
-    parts.add(
-        "denoiser",
+    parts.denoiser(
         modules.PixArtTransformer(transformer, parts.factor),
         {
             "sample": sample_example(parts.channels, even=True),
@@ -285,7 +284,6 @@ def pixart(parts: Parts) -> None:
             "encoder_hidden_states": hidden_example(transformer.config.caption_channels),
             "encoder_attention_mask": Example(_example_mask().float(), ("prompts", "tokens")),
         },
-        ["prediction"],
     )
     del transformer
     parts.vae(encoder=False)
@@ -310,15 +308,13 @@ def dit(parts: Parts) -> None:
     parts.conditioning = {"class_labels": "class_labels"}
     parts.guidance = 4.0
     side = int(transformer.config.sample_size)
-    parts.add(
-        "denoiser",
+    parts.denoiser(
         modules.ClassTransformer(transformer),
         {
             "sample": Example(torch.randn(ROWS, parts.channels, side, side), ("prompts", None, None, None)),
             "timestep": timestep_example(),
             "class_labels": Example(torch.tensor([1, 2]), ("prompts",)),
         },
-        ["prediction"],
     )
     del transformer
     parts.vae(encoder=False)
@@ -328,20 +324,22 @@ def unconditional(parts: Parts) -> None:
     """DDPM and DDIM pipelines: a U-Net over pixels, no condition."""
     unet = parts.source.load("unet")
     parts.channels = int(unet.config.in_channels)
-    parts.factor = parts.multiple = 1
+    parts.factor = 1
+    # Its upsamplers double, so that a side must halve at every level.
+    parts.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
     size = unet.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size
     parts.size = (int(width), int(height))
     parts.guidance = None
     parts.classifier_free = False
-    sample = sample_example(parts.channels)
-    parts.add(
-        "denoiser",
+    sides = (3 * parts.multiple, 2 * parts.multiple) if parts.multiple > 1 else (6, 4)
+    open_sizes = ("latent_height", "latent_width")
+    sample = Example(torch.randn(ROWS, parts.channels, *sides), ("prompts", None, *open_sizes))
+    parts.denoiser(
         modules.PixelUNet(unet),
         {"sample": sample, "timestep": timestep_example()},
-        ["prediction"],
     )
-    latents = Example(sample.tensor, ("batch", None, "latent_height", "latent_width"))
+    latents = Example(sample.tensor, ("batch", None, *open_sizes))
     parts.add("pixels", modules.PixelDecoder(), {"latents": latents}, ["image"])
 
 

@@ -44,7 +44,8 @@ class Parts:
         fixed_size: Why the graphs only take the native size, or None.
         guidance: Default guidance scale, None without guidance.
         classifier_free: Guidance by a second, negative row.
-        strength: Default strength of image-to-image and of inpainting, None where there is no such task.
+        task_guidance: Task -> default guidance scale where it is another.
+        strength: Task that starts from a picture -> its default strength; what is not here cannot be done.
         strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
         inpainting_channels: The denoiser reads mask and masked picture itself.
     """
@@ -63,8 +64,8 @@ class Parts:
     fixed_size: str | None = None
     guidance: float | None = 7.5
     classifier_free: bool = True
-    strength: float | None = None
-    inpainting_strength: float | None = None
+    task_guidance: dict[str, float] = field(default_factory=dict)
+    strength: dict[str, float] = field(default_factory=dict)
     strength_rounds_up: bool = False
     inpainting_channels: bool = False
 
@@ -73,6 +74,13 @@ class Parts:
     ) -> None:
         """Traces a module into the segment ``name``."""
         self.segments[name] = self.keep(name, trace(module, inputs, outputs))
+
+    def denoiser(self, module: torch.nn.Module, inputs: Mapping[str, Example]) -> None:
+        """Traces the denoiser. Its prediction has the sample's shape, whatever expression the trace found."""
+        self.add("denoiser", module, inputs, ["prediction"])
+        graph = self.segments["denoiser"].graph
+        sample = next(value for value in graph.inputs if value.name == "sample")
+        graph.outputs[0].shape = sample.shape
 
     def tokens(self, name: str, tokenizer: str, length: int, *, mask: bool = False, lowercase: bool = False) -> None:
         """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted."""

@@ -79,8 +79,8 @@ def plan_tasks(parts: Parts, sampling: Sampling, tables: Mapping[str, Mapping[st
             inputs=tuple(inputs),
             prologue=tuple(prologue),
             schedules=steps,
-            guidance=parts.guidance,
-            strength={"image-to-image": parts.strength, "inpainting": parts.inpainting_strength}.get(name),
+            guidance=parts.task_guidance.get(name, parts.guidance),
+            strength=parts.strength.get(name),
             strength_rounds_up=parts.strength_rounds_up,
         )
     return tasks, sampler
@@ -110,10 +110,10 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
         if not parts.inpainting_channels:
             tasks.setdefault(first, {})[name] = plain
         starts = _starts(steps)
-        if parts.strength is not None and not parts.inpainting_channels:
+        if "image-to-image" in parts.strength and not parts.inpainting_channels:
             found = {k: table(k) for k in starts}
             tasks.setdefault("image-to-image", {}).update({f"{name}/from-{k}": t for k, t in found.items()})
-        if parts.inpainting_strength is not None:
+        if "inpainting" in parts.strength:
             keep = not parts.inpainting_channels
             schedules = tasks.setdefault("inpainting", {})
             schedules[name] = table(None, keep)
