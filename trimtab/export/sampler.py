@@ -110,7 +110,7 @@ def _check_config(scheduler: Any) -> None:
     if str(config.get("variance_type", "")).startswith("learned"):
         raise ExportError(
             f"{owner} has variance_type={config['variance_type']!r}: a variance that the model predicts "
-            "scales the noise, which is not linear; use a fixed variance_type or another scheduler, such as ddim"
+            "scales the noise, which is not linear; use a fixed variance_type or another scheduler"
         )
 
 
