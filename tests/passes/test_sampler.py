@@ -124,6 +124,14 @@ def test_the_interface_is_the_documented_one() -> None:
     assert model.opset_imports[""] == 23
 
 
+def test_sizes_that_depend_on_the_batch_are_renamed() -> None:
+    model = denoiser()
+    product = model.graph.node(0).outputs[0]
+    product.shape = ir.Shape(["4*batch + batches", 2])
+    FuseSampler(SLOTS)(model)
+    assert str(product.shape) == "[4*(rows*batch) + batches,2]"
+
+
 def test_new_nodes_carry_a_scope_and_old_ones_keep_theirs() -> None:
     model = denoiser()
     old = {node.name for node in model.graph}

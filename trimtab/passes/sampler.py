@@ -7,6 +7,7 @@ without classifier-free guidance.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -148,10 +149,16 @@ def _rename_dim(graph: ir.Graph, sample: ir.Value, new: str) -> None:
     values = {id(value): value for value in (*graph.inputs, *graph.outputs)}
     for node in graph.all_nodes():
         values.update((id(value), value) for value in node.outputs)
+    word = re.compile(rf"\b{re.escape(old)}\b")
+
+    def renamed(dim: int | ir.SymbolicDim) -> int | str | ir.SymbolicDim:
+        if isinstance(dim, int) or dim.value is None:
+            return dim
+        return new if dim.value == old else word.sub(f"({new})", dim.value)
+
     for value in values.values():
         if value.shape is not None:
-            dims = [new if isinstance(d, ir.SymbolicDim) and d.value == old else d for d in value.shape]
-            value.shape = ir.Shape(dims)
+            value.shape = ir.Shape([renamed(dim) for dim in value.shape])
 
 
 class _Fusion:
