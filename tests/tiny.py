@@ -271,7 +271,6 @@ def _pixart(cls: Any, **config: Any) -> Any:
             out_channels=8,
             num_layers=2,
             cross_attention_dim=16,
-            sample_size=32,
             patch_size=2,
             caption_channels=32,
             **config,
@@ -284,11 +283,11 @@ def _pixart(cls: Any, **config: Any) -> Any:
 
 
 def pixart_sigma(folder: Path) -> Any:
-    return _pixart(PixArtSigmaPipeline, use_additional_conditions=False)
+    return _pixart(PixArtSigmaPipeline, sample_size=32, use_additional_conditions=False)
 
 
 def pixart_alpha(folder: Path) -> Any:
-    return _pixart(PixArtAlphaPipeline, use_additional_conditions=True)
+    return _pixart(PixArtAlphaPipeline, sample_size=128)
 
 
 def dit(folder: Path) -> Any:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from trimtab.errors import BundleError, InputError
-from trimtab.program import Call, PassEntry, Step, Task, TensorSpec
+from trimtab.program import Call, PassEntry, Schedule, Step, Task, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -261,8 +261,12 @@ def to_json(contents: Contents) -> dict[str, Any]:
             "inputs": [_spec_json(spec) for spec in task.inputs],
             "prologue": [number(call) for call in task.prologue],
             "schedules": [
-                {"name": schedule, "steps": [_step_json(step, number) for step in steps]}
-                for schedule, steps in task.schedules.items()
+                {
+                    "name": schedule_name,
+                    "prologue": [number(call) for call in schedule.prologue],
+                    "steps": [_step_json(step, number) for step in schedule.steps],
+                }
+                for schedule_name, schedule in task.schedules.items()
             ],
             "guidance": task.guidance,
             "strength": task.strength,
@@ -328,13 +332,9 @@ def _contents(data: Mapping[str, Any]) -> Contents:
     tasks = {}
     for task in data["tasks"]:
         schedules = {
-            _of(str, schedule["name"]): tuple(
-                Step(
-                    chosen(step["calls"]),
-                    {_of(str, k): tuple(float(v) for v in values) for k, values in step["constants"].items()},
-                    tuple(_of(str, name) for name in step.get("draws", ())),
-                )
-                for step in schedule["steps"]
+            _of(str, schedule["name"]): Schedule(
+                steps=tuple(_step(step, chosen) for step in schedule["steps"]),
+                prologue=chosen(schedule["prologue"]),
             )
             for schedule in task["schedules"]
         }
@@ -383,6 +383,14 @@ def _contents(data: Mapping[str, Any]) -> Contents:
     )
 
 
+def _step(data: Mapping[str, Any], chosen: Callable[[Sequence[int]], tuple[Call, ...]]) -> Step:
+    return Step(
+        chosen(data["calls"]),
+        {_of(str, k): tuple(float(v) for v in values) for k, values in data["constants"].items()},
+        tuple(_of(str, name) for name in data.get("draws", ())),
+    )
+
+
 def _spec(data: Mapping[str, Any]) -> TensorSpec:
     shape = tuple(data["shape"])
     if any(type(dim) not in (int, str) for dim in shape):
@@ -416,8 +424,10 @@ def _check_wiring(folder: Path, contents: Contents) -> None:
     calls = list(contents.epilogue)
     for task in contents.tasks.values():
         calls += task.prologue
-        calls += [call for steps in task.schedules.values() for step in steps for call in step.calls]
-    for call in calls:
+        for schedule in task.schedules.values():
+            calls += schedule.prologue
+            calls += [call for step in schedule.steps for call in step.calls]
+    for call in {id(call): call for call in calls}.values():  # steps share their calls
         segment = contents.segments.get(call.segment)
         if segment is None:
             raise BundleError(f"{folder}: a call of {call.segment!r}, which is no segment: compile again")

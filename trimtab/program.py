@@ -78,13 +78,26 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """The sampling loop at one number of steps.
+
+    Attributes:
+        steps: In the order in which they run.
+        prologue: Calls that only this schedule needs before its first step, after the task's own.
+    """
+
+    steps: tuple[Step, ...]
+    prologue: tuple[Call, ...] = ()
+
+
+@dataclass(frozen=True)
 class Task:
     """One thing that a program can be asked for: "text-to-image", "image-to-image", ...
 
     Attributes:
         inputs: What the host provides, in the order in which noise is drawn.
         prologue: Runs once before the steps.
-        schedules: Name -> steps. An image-to-image schedule that starts at evaluation k of ``dpm++-20`` is
+        schedules: By name. An image-to-image schedule that starts at evaluation k of ``dpm++-20`` is
             named ``dpm++-20/from-k``.
         guidance: The default guidance scale, or None where the model has no guidance.
         strength: For tasks that start from a picture: the default share of the steps that run.
@@ -93,7 +106,7 @@ class Task:
 
     inputs: tuple[TensorSpec, ...]
     prologue: tuple[Call, ...]
-    schedules: Mapping[str, tuple[Step, ...]]
+    schedules: Mapping[str, Schedule]
     guidance: float | None = None
     strength: float | None = None
     strength_rounds_up: bool = False

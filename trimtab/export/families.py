@@ -306,6 +306,7 @@ def dit(parts: Parts) -> None:
         )
     )
     parts.conditioning = {"class_labels": "class_labels"}
+    parts.step_options = {}
     parts.guidance = 4.0
     side = int(transformer.config.sample_size)
     parts.denoiser(

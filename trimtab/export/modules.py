@@ -143,12 +143,37 @@ class ClassTransformer(Denoiser):
         return prediction[:, : sample.shape[1]]  # type: ignore[no-any-return]
 
 
+class _Attention:
+    """Attention whose mask (rows, 1, queries, keys) serves every head, with a query axis of full size.
+
+    diffusers' own repeats the mask for every head and leaves its query axis at 1, which ONNX Runtime's
+    Attention does not broadcast.
+    """
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            projected.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for projected in (attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source))
+        )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        return attention.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
 class PixArtTransformer(Denoiser):
     """PixArt; with its size conditions (1024 px models) read off the latents' shape."""
 
     def __init__(self, model: nn.Module, factor: int) -> None:
         super().__init__(model)
         self.factor = factor
+        model.set_attn_processor(_Attention())  # type: ignore[operator]
 
     def forward(
         self,
@@ -161,10 +186,14 @@ class PixArtTransformer(Denoiser):
         if self.model.config.sample_size == 128 and self.model.use_additional_conditions:  # type: ignore[union-attr]
             height, width = _pixels(sample, self.factor)
             conditions = {"resolution": torch.cat([height, width], dim=1), "aspect_ratio": height / width}
+        patch = self.model.config.patch_size  # type: ignore[union-attr]
+        queries = (sample.shape[2] // patch) * (sample.shape[3] // patch)
+        # As the model makes it of a mask of two axes: -10000 where there is no word.
+        bias = ((1 - encoder_attention_mask) * -10000.0)[:, None, None].expand(-1, -1, queries, -1)
         prediction = self.model(
             sample,
             encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
+            encoder_attention_mask=bias,
             timestep=_rows(timestep, sample),
             added_cond_kwargs=conditions,
             return_dict=False,

@@ -48,6 +48,7 @@ class Parts:
         strength: Task that starts from a picture -> its default strength; what is not here cannot be done.
         strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
         inpainting_channels: The denoiser reads mask and masked picture itself.
+        step_options: What the family's pipeline hands to the scheduler's ``step``.
     """
 
     source: Source
@@ -68,6 +69,7 @@ class Parts:
     strength: dict[str, float] = field(default_factory=dict)
     strength_rounds_up: bool = False
     inpainting_channels: bool = False
+    step_options: dict[str, float] = field(default_factory=lambda: {"eta": 0.0})
 
     def add(
         self, name: str, module: torch.nn.Module, inputs: Mapping[str, Example], outputs: list[str]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.errors import ExportError
-from trimtab.export.families import FAMILIES
+from trimtab.export.families import FAMILIES, stable_diffusion
 from trimtab.export.parts import Keep, Parts
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.schedules import Sampling, plan_tasks, probe_tasks
@@ -47,12 +47,12 @@ def export_pipeline(
             f"{source.pipeline_class} is not supported: give one of {', '.join(sorted(FAMILIES))}, "
             "or export it yourself and name the .onnx files in a .toml file"
         )
-    own = source.load("scheduler")
-    config = {**own.config, "_class_name": type(own).__name__}
-    sampling = Sampling(make_scheduler(scheduler, config) if scheduler else own, steps, dict(step_options or {}))
+    own = _own_scheduler(source)
+    chosen = make_scheduler(scheduler, {**own.config, "_class_name": type(own).__name__}) if scheduler else own
 
     parts = Parts(source, keep)
     family(parts)
+    sampling = Sampling(chosen, steps, parts.step_options | dict(step_options or {}))
     _choose_size(parts, size)
     tables = probe_tasks(parts, sampling)
     tasks, sampler = plan_tasks(parts, sampling, tables)
@@ -78,6 +78,21 @@ def export_pipeline(
         },
         passes=(PassEntry("FuseSampler", "denoiser", len(result.applied), len(result.refused)),),
     )
+
+
+def _own_scheduler(source: Source) -> Any:
+    """The pipeline's scheduler, with what Stable Diffusion's pipelines mend in its configuration."""
+    scheduler = source.load("scheduler")
+    mended = {}
+    if FAMILIES[source.pipeline_class] is stable_diffusion:
+        if scheduler.config.get("steps_offset", 1) != 1:
+            mended["steps_offset"] = 1
+        if source.pipeline_class == "StableDiffusionInpaintPipeline":
+            if scheduler.config.get("skip_prk_steps", True) is False:
+                mended["skip_prk_steps"] = True
+        elif scheduler.config.get("clip_sample", False):
+            mended["clip_sample"] = False
+    return type(scheduler).from_config(scheduler.config, **mended) if mended else scheduler
 
 
 def _choose_size(parts: Parts, size: tuple[int, int] | None) -> None:

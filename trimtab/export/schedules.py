@@ -11,7 +11,7 @@ import numpy as np
 
 from trimtab.export.parts import Parts
 from trimtab.export.sampler import SamplerTable, probe, scheduler_name
-from trimtab.program import STATE, Call, Step, Task, TensorSpec
+from trimtab.program import STATE, Call, Schedule, Step, Task, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +21,14 @@ the tables of all starts grow with the square of the steps."""
 
 DISCARD = "discard"
 """A noise tensor that nothing reads, drawn because diffusers draws it."""
+
+
+_ENCODE = Call(
+    "vae_encoder",
+    {"image": "image", "posterior_noise": "posterior_noise", "like": f"{STATE}[0]"},
+    {"latents": f"{STATE}[1]"},
+)
+"""The picture's latents, into the slot where sampler tables look for them."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,18 @@ def plan_tasks(parts: Parts, sampling: Sampling, tables: Mapping[str, Mapping[st
     tasks = {}
     for name, schedules in tables.items():
         inputs, prologue, conditioning = _task_wiring(name, parts)
-        steps = {}
+        blend = name == "inpainting" and not parts.inpainting_channels
+        loops = {}
         for schedule, table in schedules.items():
-            blend = name == "inpainting" and not parts.inpainting_channels
-            steps[schedule] = tuple(_steps(table.pad(sampler.slots), sampler, conditioning, blend))
+            steps = tuple(_steps(table.pad(sampler.slots), sampler, conditioning, blend))
+            # A loop that starts from pure noise and has no use for the picture does not encode it, and so
+            # does not draw from its posterior.
+            encode = (_ENCODE,) if blend or "/from-" in schedule else ()
+            loops[schedule] = Schedule(steps, encode)
         tasks[name] = Task(
             inputs=tuple(inputs),
             prologue=tuple(prologue),
-            schedules=steps,
+            schedules=loops,
             guidance=parts.task_guidance.get(name, parts.guidance),
             strength=parts.strength.get(name),
             strength_rounds_up=parts.strength_rounds_up,
@@ -168,13 +180,6 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
     inputs.append(TensorSpec("image", "float32", (1, "height", "width", 3), {"kind": "image"}))
     posterior = TensorSpec("posterior_noise", "float32", (1, *latent), {"kind": "noise"})
     inputs += [posterior, noise]
-    prologue.append(
-        Call(
-            "vae_encoder",
-            {"image": "image", "posterior_noise": "posterior_noise", "like": f"{STATE}[0]"},
-            {"latents": f"{STATE}[1]"},
-        )
-    )
     if name == "inpainting":
         inputs.append(TensorSpec("mask", "float32", (1, "height", "width", 1), {"kind": "mask"}))
         prologue.append(

@@ -7,14 +7,16 @@ prompt or seed allocates nothing and binds nothing.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from trimtab.bundle import Contents, SegmentEntry
 from trimtab.errors import BundleError
-from trimtab.program import Call, Step, Task, TensorSpec
+from trimtab.program import Call, Schedule, Task, TensorSpec
 from trimtab.runtime.inputs import Request, make_input
 from trimtab.runtime.sessions import Buffer, Run, Session, new_buffer
 from trimtab.shapes import bind, shape
@@ -25,17 +27,37 @@ OnStep = Callable[[int, int], None]
 """Told (steps done, steps in all)."""
 
 
+OnCall = Callable[[str, float], None]
+"""Told (segment, seconds) after every engine call."""
+
+
+class BoundCall(NamedTuple):
+    """An engine call ready to run, and the buffers that it reads."""
+
+    segment: str
+    run: Run
+    inputs: Mapping[str, Buffer]
+
+
 @dataclass(frozen=True)
 class BoundStep:
     """A step ready to run.
 
     Attributes:
         draws: Noise buffers to fill, in order.
-        runs: Engine calls, in order.
+        calls: Engine calls, in order.
+        results: Graph output -> buffer, over all calls.
     """
 
     draws: tuple[Buffer, ...]
-    runs: tuple[Run, ...]
+    calls: tuple[BoundCall, ...]
+    results: Mapping[str, Buffer]
+
+    def run(self, request: Request, on_call: OnCall | None = None) -> None:
+        """Draws the step's noise and runs its calls."""
+        for buffer in self.draws:
+            buffer[...] = request.noise.normal(buffer.shape)
+        _run(self.calls, on_call)
 
 
 @dataclass(frozen=True)
@@ -52,36 +74,48 @@ class Plan:
 
     inputs: tuple[TensorSpec, ...]
     buffers: Mapping[str, Buffer]
-    prologue: tuple[Run, ...]
+    prologue: tuple[BoundCall, ...]
     steps: tuple[BoundStep, ...]
-    epilogue: tuple[Run, ...]
+    epilogue: tuple[BoundCall, ...]
 
-    def run(self, request: Request, on_step: OnStep | None = None) -> None:
+    def run(self, request: Request, on_step: OnStep | None = None, on_call: OnCall | None = None) -> None:
         """Fills the inputs and runs everything; results are in ``buffers``.
+
+        Args:
+            request: What to draw.
+            on_step: Told about progress.
+            on_call: Told the time of every engine call.
 
         Raises:
             InputError: The request lacks an input.
             TargetError: An engine failed.
         """
-        for spec in self.inputs:
-            self.buffers[spec.name][...] = make_input(spec, request)
-        for run in self.prologue:
-            run()
+        self.begin(request, on_call)
         for index, step in enumerate(self.steps):
-            for buffer in step.draws:
-                buffer[...] = request.noise.normal(buffer.shape)
-            for run in step.runs:
-                run()
+            step.run(request, on_call)
             if on_step is not None:
                 on_step(index + 1, len(self.steps))
-        for run in self.epilogue:
-            run()
+        _run(self.epilogue, on_call)
+
+    def begin(self, request: Request, on_call: OnCall | None = None) -> None:
+        """Fills the inputs and runs the prologue: what `run` does before the first step."""
+        for spec in self.inputs:
+            self.buffers[spec.name][...] = make_input(spec, request)
+        _run(self.prologue, on_call)
+
+
+def _run(calls: tuple[BoundCall, ...], on_call: OnCall | None) -> None:
+    for segment, run, _ in calls:
+        start = time.perf_counter()
+        run()
+        if on_call is not None:
+            on_call(segment, time.perf_counter() - start)
 
 
 def make_plan(
     contents: Contents,
     task: Task,
-    steps: Sequence[Step],
+    schedule: Schedule,
     symbols: Mapping[str, int],
     session: Callable[[str], Session],
 ) -> Plan:
@@ -90,15 +124,16 @@ def make_plan(
     Args:
         contents: The bundle's.
         task: What to do.
-        steps: One of the task's schedules.
+        schedule: One of the task's.
         symbols: "batch", "rows", "width" and "height".
         session: Gives the loaded engine of a segment.
 
     Raises:
         BundleError: The calls do not fit together.
     """
+    steps = schedule.steps
     calls = [call for step in steps for call in step.calls]
-    prologue = _needed(task.prologue, [*calls, *contents.epilogue])
+    prologue = _needed([*task.prologue, *schedule.prologue], [*calls, *contents.epilogue])
     read = {name for call in (*prologue, *calls) for name in call.inputs.values()}
     inputs = tuple(
         spec for spec in task.inputs if spec.source.get("always") or _reads(read, spec.name)
@@ -107,7 +142,7 @@ def make_plan(
     for spec in inputs:
         table.make(spec.name, shape(spec.shape, symbols), spec.dtype)
 
-    def bound(call: Call, constants: Mapping[str, tuple[float, ...]] = {}) -> Run:
+    def bound(call: Call, constants: Mapping[str, tuple[float, ...]] = {}) -> BoundCall:
         segment = contents.segments[call.segment]
         arrays = {
             spec.name: _constant(spec, constants[call.inputs[spec.name]])
@@ -116,7 +151,7 @@ def make_plan(
             for spec in segment.inputs
         }
         results = _outputs(segment, call, arrays, table)
-        return session(call.segment).bind(arrays, results)
+        return BoundCall(call.segment, session(call.segment).bind(arrays, results), arrays)
 
     draw = next((spec for spec in task.inputs if spec.source.get("kind") == "noise" and "batch" in spec.shape), None)
     for name in {name for step in steps for name in step.draws}:
@@ -132,6 +167,7 @@ def make_plan(
         BoundStep(
             tuple(table.get(name) for name in step.draws),
             tuple(bound(call, step.constants) for call in step.calls),
+            {name: table.get(tensor) for call in step.calls for name, tensor in call.outputs.items()},
         )
         for step in steps
     )

@@ -76,3 +76,14 @@ def save_png(image: Image, path: Path, settings: Mapping[str, Any]) -> None:
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     write_file(path, data.getvalue())
+
+
+def save_npy(pixels: Pixels, path: Path) -> None:
+    """Writes pictures (n, height, width, 3) as they are, in numpy's format.
+
+    Raises:
+        InputError: The place cannot be written.
+    """
+    data = io.BytesIO()
+    np.save(data, pixels, allow_pickle=False)
+    write_file(path, data.getvalue())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ import numpy as np
 
 from trimtab.bundle import Bundle, open_bundle
 from trimtab.errors import InputError, TargetError, WrongDevice
-from trimtab.program import Step, Task, check_size
+from trimtab.program import Schedule, Task, TensorSpec, check_size
 from trimtab.runtime.executor import OnStep, Plan, make_plan
 from trimtab.runtime.images import Pixels, read_image, to_images
 from trimtab.runtime.inputs import Noise, Request
@@ -124,6 +124,47 @@ class Pipeline:
             BundleError: A file of the bundle is missing or was changed.
             TargetError: An engine failed, or gave numbers that are not finite.
         """
+        request, plan, settings = self.prepare(
+            prompt,
+            negative_prompt=negative_prompt,
+            label=label,
+            guidance=guidance,
+            seed=seed,
+            count=count,
+            size=size,
+            schedule=schedule,
+            image=image,
+            mask=mask,
+            strength=strength,
+        )
+        plan.run(request, on_step)
+        pixels = plan.buffers[self.bundle.contents.outputs[0].name].copy()
+        if not np.isfinite(pixels).all():
+            raise TargetError(
+                f"the picture of {self.bundle.folder} holds numbers that are not finite: compile it again "
+                "with --precision fp32"
+            )
+        return Result(pixels, settings)
+
+    def prepare(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        label: int | Sequence[int] | None = None,
+        guidance: float | None = None,
+        seed: int | Sequence[int] | None = None,
+        count: int = 1,
+        size: tuple[int, int] | None = None,
+        schedule: str | int | None = None,
+        image: str | Path | Image | Pixels | None = None,
+        mask: str | Path | Image | Pixels | None = None,
+        strength: float | None = None,
+    ) -> tuple[Request, Plan, dict[str, Any]]:
+        """What `__call__` runs: the request, the plan for it, and the settings that make the picture again.
+
+        The plan is kept and given again for the same task, schedule, batch and size.
+        """
         contents = self.bundle.contents
         name = self._task_name(image, mask)
         task = contents.tasks[name]
@@ -131,44 +172,36 @@ class Pipeline:
             check_size(size, contents.size, contents.size_multiple, contents.fixed_size)
         size = size or contents.size
         kinds = {str(spec.source.get("kind")): spec for spec in task.inputs}
-        prompts = self._prompts(kinds, prompt, count)
-        labels = self._labels(kinds, label, count)
-        batch = len(prompts) or len(labels) or count
-        if batch < 1:
+        if count < 1:
             raise InputError(f"{count} pictures were asked for: ask for one or more")
+        prompts = _texts(kinds, prompt, count)
+        labels = _labels(kinds, label, count)
+        batch = len(prompts) or len(labels) or count
         scale, rows = _guidance(task, kinds, guidance)
         seeds = _seeds(seed, batch)
-        negatives = _repeated("negative prompts", negative_prompt, batch) if negative_prompt is not None else None
         request = Request(
             batch=batch,
             rows=rows,
             size=size,
             noise=Noise(seeds),
             prompts=prompts,
-            negatives=negatives,
+            negatives=None if negative_prompt is None else _negatives(kinds, negative_prompt, batch),
             labels=labels,
             guidance=scale,
             image=None if image is None else read_image(image, size),
             mask=None if mask is None else read_image(mask, size, gray=True),
             tokenizers=self._load_tokenizers(),
         )
-        chosen, steps = self._schedule(task, schedule, strength)
+        chosen, loop = self._schedule(task, schedule, strength)
         key = (name, chosen, batch, rows, size)
         if self._plan is None or self._plan[0] != key:
             self._plan = None  # its buffers go before new ones come
-            self._plan = (key, make_plan(contents, task, steps, request.symbols, self.session))
-        plan = self._plan[1]
-        plan.run(request, on_step)
-        pixels = plan.buffers[contents.outputs[0].name].copy()
-        if not np.isfinite(pixels).all():
-            raise TargetError(
-                f"the {contents.epilogue[-1].segment}'s picture holds numbers that are not finite: compile with --precision fp32"
-            )
+            self._plan = (key, make_plan(contents, task, loop, request.symbols, self.session))
         settings = {
             "task": name,
-            "prompt": prompt if isinstance(prompt, str | None) else list(prompt),
-            "negative_prompt": negative_prompt if isinstance(negative_prompt, str | None) else list(negative_prompt),
-            "class": label if isinstance(label, int | None) else list(label),
+            "prompt": _plain(prompt),
+            "negative_prompt": _plain(negative_prompt),
+            "class": _plain(label),
             "guidance": scale if task.guidance is not None else None,
             "seed": seeds[0] if len(seeds) == 1 else list(seeds),
             "schedule": chosen,
@@ -177,7 +210,7 @@ class Pipeline:
             "model": contents.metadata.get("pipeline"),
             "trimtab": contents.version,
         }
-        return Result(pixels, {k: v for k, v in settings.items() if v is not None})
+        return request, self._plan[1], {k: v for k, v in settings.items() if v is not None}
 
     def session(self, segment: str) -> Session:
         """The loaded engine of a segment."""
@@ -185,13 +218,9 @@ class Pipeline:
             engine = next(e for e in self.bundle.contents.segments[segment].engines if e.target == self._target)
             # Every file beside the engine is verified with it: a graph reads weights that others wrote.
             folder = engine.path.rpartition("/")[0] + "/"
-            self.bundle.verify(
-                f.path for f in self.bundle.contents.files if f.path == engine.path or f.path.startswith(folder)
-                and f.path.endswith(".weights")
-            )
-            path = self.bundle.path(engine.path)
-            load_engine = BACKENDS[engine.backend]
-            self._sessions[segment] = load_engine(path, self._threads)
+            weights = [f.path for f in self.bundle.contents.files if f.path.endswith(".weights")]
+            self.bundle.verify([engine.path, *(path for path in weights if path.startswith(folder))])
+            self._sessions[segment] = BACKENDS[engine.backend](self.bundle.path(engine.path), self._threads)
         return self._sessions[segment]
 
     def close(self) -> None:
@@ -219,27 +248,7 @@ class Pipeline:
             raise InputError(f"this bundle cannot do {wanted}: it does {', '.join(self.tasks)}")
         return wanted
 
-    def _prompts(self, kinds: Any, prompt: str | Sequence[str] | None, count: int) -> tuple[str, ...]:
-        if "tokens" not in kinds:
-            if prompt is not None:
-                raise InputError("a prompt was given and this model does not read any: leave it out")
-            return ()
-        if prompt is None:
-            raise InputError("no prompt was given and this model needs one: give prompt= (--prompt TEXT)")
-        texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        return tuple(text for text in texts for _ in range(count))
-
-    def _labels(self, kinds: Any, label: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
-        if "label" not in kinds:
-            if label is not None:
-                raise InputError("a class was given and this model has none: leave it out")
-            return ()
-        if label is None:
-            raise InputError("no class was given and this model needs one: give label= (--class N)")
-        labels = [label] if isinstance(label, int) else list(label)
-        return tuple(value for value in labels for _ in range(count))
-
-    def _schedule(self, task: Task, schedule: str | int | None, strength: float | None) -> tuple[str, tuple[Step, ...]]:
+    def _schedule(self, task: Task, schedule: str | int | None, strength: float | None) -> tuple[str, Schedule]:
         names = self.schedules
         if schedule is None:
             name = names[0]
@@ -293,7 +302,7 @@ def _choose_target(bundle: Bundle, target: str | None) -> str:
     )
 
 
-def _guidance(task: Task, kinds: Any, guidance: float | None) -> tuple[float, int]:
+def _guidance(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | None) -> tuple[float, int]:
     """The guidance scale and the number of rows that it takes."""
     if task.guidance is None:
         if guidance is not None:
@@ -317,9 +326,39 @@ def _seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
     return tuple(seed)
 
 
-def _repeated(what: str, value: str | Sequence[str], batch: int) -> tuple[str, ...]:
+def _texts(kinds: Mapping[str, TensorSpec], prompt: str | Sequence[str] | None, count: int) -> tuple[str, ...]:
+    if "tokens" not in kinds:
+        if prompt is not None:
+            raise InputError("a prompt was given and this model does not read any: leave it out")
+        return ()
+    if prompt is None or len(prompt) == 0 and not isinstance(prompt, str):
+        raise InputError("no prompt was given and this model needs one: give prompt= (--prompt TEXT)")
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    return tuple(text for text in texts for _ in range(count))
+
+
+def _negatives(kinds: Mapping[str, TensorSpec], value: str | Sequence[str], batch: int) -> tuple[str, ...]:
+    if "tokens" not in kinds:
+        raise InputError("a negative prompt was given and this model does not read any: leave it out")
     if isinstance(value, str):
         return (value,) * batch
-    if batch % len(value):
-        raise InputError(f"{len(value)} {what} were given for {batch} pictures: give one, or one for each")
+    if not value or batch % len(value):
+        raise InputError(
+            f"{len(value)} negative prompts were given for {batch} pictures: give one, or one for each prompt"
+        )
     return tuple(text for text in value for _ in range(batch // len(value)))
+
+
+def _labels(kinds: Mapping[str, TensorSpec], label: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if "label" not in kinds:
+        if label is not None:
+            raise InputError("a class was given and this model has none: leave it out")
+        return ()
+    if label is None or not isinstance(label, int) and len(label) == 0:
+        raise InputError("no class was given and this model needs one: give label= (--class N)")
+    labels = [label] if isinstance(label, int) else list(label)
+    return tuple(value for value in labels for _ in range(count))
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, str | int | None) else list(value)

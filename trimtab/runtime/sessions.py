@@ -92,8 +92,8 @@ class OnnxRuntimeSession:
         self.close()
 
 
-BACKENDS: Mapping[str, Callable[[Path], Session]] = {"onnxruntime": OnnxRuntimeSession}
-"""Backend -> how its engine is loaded."""
+BACKENDS: Mapping[str, Callable[[Path, int], Session]] = {"onnxruntime": OnnxRuntimeSession}
+"""Backend -> how its engine is loaded: from a file, with a number of CPU threads."""
 
 
 def new_buffer(shape: tuple[int, ...], dtype: str) -> Buffer:

@@ -1,0 +1,129 @@
+"""How far two bundles drift apart when they are given the same latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import InputError
+from trimtab.program import STATE
+from trimtab.runtime.load import Pipeline, load
+
+_SAMPLER = ("state", "sample_weights", "next_weights", "clip_weights")
+"""Inputs of the denoiser whose shape depends on the schedules that a bundle holds."""
+
+Array = npt.NDArray[np.floating[Any]]
+
+
+def compare(reference: Path, other: Path, *, seed: int = 0, **options: Any) -> dict[str, Any]:
+    """Runs two bundles side by side.
+
+    Before every step the other bundle is given the reference's state, so that what is measured is what one step
+    adds, not what earlier steps have piled up. The picture is each bundle's own, from the same start noise.
+
+    Args:
+        reference: A bundle.
+        other: A bundle of the same pipeline, compiled in another way.
+        seed: Of the start noise.
+        options: For `Pipeline.prepare`: prompt, label, schedule.
+
+    Returns:
+        ``steps``: the relative error (L2) of the denoiser's guided output at every step; ``modules``: ``name``
+        and ``error`` at the first step for the modules that both graphs have, in the graph's order, largest
+        error of a module's output (needs the extra "compile"; else empty); ``picture``: the largest absolute
+        difference of the pictures, 0..1.
+
+    Raises:
+        InputError: The bundles do not draw the same kind of picture.
+    """
+    with load(reference) as ours, load(other) as theirs:
+        wanted = {name: value for name, value in options.items() if value is not None} | {"seed": seed}
+        for pipe in (ours, theirs):
+            kinds = {s.source.get("kind") for s in pipe.bundle.contents.tasks[pipe.tasks[0]].inputs}
+            if "tokens" in kinds:
+                wanted.setdefault("prompt", "a picture")
+            if "label" in kinds:
+                wanted.setdefault("label", 0)
+        whole = [pipe(**wanted).pixels for pipe in (ours, theirs)]
+        if whole[0].shape != whole[1].shape:
+            raise InputError(
+                f"{reference} draws {whole[0].shape[1:]} and {other} {whole[1].shape[1:]}: compare bundles of one pipeline"
+            )
+        steps = _steps(ours, theirs, wanted)
+        modules = _modules(ours, theirs, wanted)
+    return {
+        "reference": str(reference),
+        "other": str(other),
+        "steps": steps,
+        "modules": modules,
+        "picture": float(np.abs(whole[0] - whole[1]).max()),
+    }
+
+
+def _steps(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[float]:
+    prepared = [pipe.prepare(**options) for pipe in (ours, theirs)]
+    plans = [plan for _, plan, _ in prepared]
+    if len(plans[0].steps) != len(plans[1].steps):
+        raise InputError(
+            f"the schedules have {len(plans[0].steps)} and {len(plans[1].steps)} steps: choose one that both have"
+        )
+    for request, plan, _ in prepared:
+        plan.begin(request)
+    request = prepared[0][0]
+    errors = []
+    for first, second in zip(plans[0].steps, plans[1].steps, strict=True):
+        slots = min(plan.buffers[STATE].shape[0] for plan in plans)
+        plans[1].buffers[STATE][:slots] = plans[0].buffers[STATE][:slots]
+        first.run(request)
+        for buffer, twin in zip(first.draws, second.draws, strict=True):
+            twin[...] = buffer
+        for call in second.calls:
+            call.run()
+        errors.append(relative_error(second.results["model_output"], first.results["model_output"]))
+    return errors
+
+
+def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Errors by module at the first step: both denoisers' graphs, run with the modules' outputs laid open."""
+    try:
+        import onnx_ir as ir
+        from trimtab.passes.scopes import expose_blocks
+    except ImportError:
+        return []
+    import onnxruntime
+
+    outputs: list[dict[str, Array]] = []
+    shared: dict[str, Array] = {}
+    for pipe in (ours, theirs):
+        request, plan, _ = pipe.prepare(**options)
+        plan.begin(request)
+        call = plan.steps[0].calls[0]
+        # What both graphs read is the reference's; the sampler's weights may differ and are each one's own.
+        feeds = dict(call.inputs) | {n: a for n, a in shared.items() if n not in _SAMPLER and n in call.inputs}
+        shared = shared or dict(call.inputs)
+        path = pipe.bundle.path(pipe.bundle.contents.segments[call.segment].graph)
+        model = ir.load(path)
+        names = expose_blocks(model)
+        settings = onnxruntime.SessionOptions()
+        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        session = onnxruntime.InferenceSession(
+            ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"]
+        )
+        values = session.run(list(names.values()), feeds)
+        outputs.append(dict(zip(names, values, strict=True)))
+    first, second = outputs
+    return [
+        {"name": name, "error": relative_error(second[name], first[name])}
+        for name in first
+        if name in second and first[name].shape == second[name].shape
+    ]
+
+
+def relative_error(value: Array, reference: Array) -> float:
+    """||value - reference|| / ||reference||, in float64."""
+    reference = reference.astype(np.float64)
+    scale = float(np.linalg.norm(reference))
+    return float(np.linalg.norm(value - reference)) / (scale or 1.0)

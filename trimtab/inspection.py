@@ -1,0 +1,52 @@
+"""A bundle's contents as the plain data that ``trimtab inspect --json`` prints: a contract."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.bundle import SCHEMA, Bundle
+
+
+def inspect(bundle: Bundle) -> dict[str, Any]:
+    """Segments, schedules, passes and files of a bundle.
+
+    Args:
+        bundle: Opened.
+
+    Returns:
+        ``schema``; ``segments`` (``name``, ``parameters``, ``weight_bytes``, ``engines`` with ``target``,
+        ``backend`` and ``bytes``); ``schedules`` (``task``, ``name``, ``steps`` and ``calls``: the segments that
+        every step runs, in order); ``passes``; ``files`` (``path``, ``bytes``, ``sha256``); and what the program
+        says of itself.
+    """
+    contents = bundle.contents
+    return {
+        "schema": SCHEMA,
+        "trimtab": contents.version,
+        "metadata": dict(contents.metadata),
+        "size": list(contents.size),
+        "tasks": list(contents.tasks),
+        "segments": [
+            {
+                "name": segment.name,
+                "parameters": segment.parameters,
+                "weight_bytes": segment.weight_bytes,
+                "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.inputs],
+                "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.outputs],
+                "engines": [vars(engine) for engine in segment.engines],
+            }
+            for segment in contents.segments.values()
+        ],
+        "schedules": [
+            {
+                "task": task_name,
+                "name": name,
+                "steps": len(schedule.steps),
+                "calls": [[call.segment for call in step.calls] for step in schedule.steps],
+            }
+            for task_name, task in contents.tasks.items()
+            for name, schedule in task.schedules.items()
+        ],
+        "passes": [vars(entry) for entry in contents.passes],
+        "files": [vars(file) for file in contents.files],
+    }

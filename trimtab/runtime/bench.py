@@ -1,0 +1,179 @@
+"""Time and memory of bundles, each in a process of its own, measured in turn."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import InputError, TrimtabError
+
+
+def bench(
+    bundles: Sequence[Path],
+    *,
+    rounds: int = 3,
+    target: str | None = None,
+    threads: int = 0,
+    progress: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measures the default picture of one bundle, or of several in turn.
+
+    Bundles take turns picture by picture, so that a machine that changes its speed changes it for all.
+
+    Args:
+        bundles: Folders.
+        rounds: Pictures of each that count, after one that does not.
+        target: Whose engines to run.
+        threads: CPU threads; 0 for one a core.
+        progress: Told what is being measured.
+
+    Returns:
+        ``bundles``, each with ``step_ms``, ``picture_ms`` and ``python_ms`` (medians; the last is what a step
+        takes beside its engine calls), ``peak_bytes`` (of the process), ``weight_bytes`` and ``segments``
+        (``name``, ``calls`` in a picture, ``ms`` of one call, ``weight_bytes``); with two bundles ``step_ratio``,
+        the median of the rounds' ratios, first to second.
+
+    Raises:
+        InputError: Fewer than one round.
+        TrimtabError: A bundle cannot be loaded or run.
+    """
+    if rounds < 1:
+        raise InputError(f"{rounds} rounds were asked for: ask for one or more")
+    context = multiprocessing.get_context("spawn")  # a fork would count this process's memory too
+    workers: list[tuple[Any, Connection]] = []
+    try:
+        for bundle in bundles:
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(theirs, str(bundle), target, threads), daemon=True)
+            process.start()
+            theirs.close()
+            workers.append((process, ours))
+        measured: list[list[dict[str, Any]]] = [[] for _ in bundles]
+        for number in range(rounds + 1):
+            for index, (_, connection) in enumerate(workers):
+                progress(f"{bundles[index]}: {'warming up' if number == 0 else f'picture {number} of {rounds}'}")
+                connection.send("picture")
+                measured[index].append(_receive(connection, bundles[index]))
+    finally:
+        for process, connection in workers:
+            connection.close()
+            process.terminate()
+            process.join()
+    counted = [pictures[1:] for pictures in measured]
+    result: dict[str, Any] = {
+        "bundles": [_summary(str(b), pictures) for b, pictures in zip(bundles, counted, strict=True)]
+    }
+    if len(bundles) == 2:
+        first, second = counted
+        ratios = [_step_ms(a) / _step_ms(b) for a, b in zip(first, second, strict=True)]
+        result["step_ratio"] = statistics.median(ratios)
+    return result
+
+
+def _receive(connection: Connection, bundle: Path) -> dict[str, Any]:
+    try:
+        answer: dict[str, Any] = connection.recv()
+    except EOFError:
+        raise TrimtabError(f"the process that ran {bundle} died: is there enough memory?") from None
+    if "error" in answer:
+        raise TrimtabError(answer["error"])
+    return answer
+
+
+def _work(connection: Connection, bundle: str, target: str | None, threads: int) -> None:
+    """Draws a picture for every message, and answers with the times of its parts."""
+    from trimtab.runtime.load import load
+
+    try:
+        with load(bundle, target=target, threads=threads) as pipe:
+            sources = [spec.source.get("kind") for spec in pipe.bundle.contents.tasks[pipe.tasks[0]].inputs]
+            options: dict[str, Any] = {"seed": 0}
+            if "tokens" in sources:
+                options["prompt"] = "a picture"
+            if "label" in sources:
+                options["label"] = 0
+            if "image" in sources:
+                import numpy as np
+
+                width, height = pipe.bundle.contents.size
+                options["image"] = np.full((height, width, 3), 0.5, np.float32)
+                if "mask" in sources:
+                    options["mask"] = np.ones((height, width, 1), np.float32)
+            while True:
+                connection.recv()
+                connection.send(_picture(pipe, options))
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except TrimtabError as error:
+        connection.send({"error": str(error)})
+
+
+def _picture(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
+    calls: dict[str, list[float]] = {}
+    marks: list[float] = []
+    start = time.perf_counter()
+    request, plan, _ = pipe.prepare(**options)
+    in_calls = 0.0
+    in_steps: list[float] = []
+
+    def on_call(segment: str, seconds: float) -> None:
+        nonlocal in_calls
+        in_calls += seconds
+        calls.setdefault(segment, []).append(seconds)
+
+    def on_step(done: int, total: int) -> None:
+        nonlocal in_calls
+        marks.append(time.perf_counter())
+        in_steps.append(in_calls)
+        in_calls = 0.0
+
+    plan.run(request, on_step, on_call)
+    whole = time.perf_counter() - start
+    # The first step's engine time has the prologue's in it: it is left out of what python takes.
+    steps = [b - a for a, b in zip(marks, marks[1:], strict=False)] or [whole]
+    python = [step - inside for step, inside in zip(steps, in_steps[1:], strict=False)] or [0.0]
+    segments = pipe.bundle.contents.segments
+    return {
+        "picture": whole,
+        "steps": steps,
+        "python": python,
+        "calls": calls,
+        "peak_bytes": _peak_bytes(),
+        "weight_bytes": {name: segments[name].weight_bytes for name in calls},
+    }
+
+
+def _step_ms(picture: dict[str, Any]) -> float:
+    return 1000 * statistics.median(picture["steps"])
+
+
+def _summary(bundle: str, pictures: list[dict[str, Any]]) -> dict[str, Any]:
+    weights = pictures[0]["weight_bytes"]
+    segments = []
+    for name in weights:
+        times = [seconds for picture in pictures for seconds in picture["calls"][name]]
+        calls = len(pictures[0]["calls"][name])
+        segments.append(
+            {"name": name, "calls": calls, "ms": 1000 * statistics.median(times), "weight_bytes": weights[name]}
+        )
+    return {
+        "bundle": bundle,
+        "step_ms": statistics.median(map(_step_ms, pictures)),
+        "picture_ms": 1000 * statistics.median(picture["picture"] for picture in pictures),
+        "python_ms": 1000 * statistics.median(p for picture in pictures for p in picture["python"]),
+        "peak_bytes": max(picture["peak_bytes"] for picture in pictures),
+        "weight_bytes": sum(weights.values()),
+        "segments": segments,
+    }
+
+
+def _peak_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
