@@ -12,6 +12,7 @@ import onnx_ir as ir
 from trimtab import __version__
 from trimtab.bundle import MANIFEST, Bundle, Contents, SegmentEntry, open_bundle, write_manifest
 from trimtab.errors import InputError
+from trimtab.export.onnx_files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.program import Program, TensorSpec
@@ -97,8 +98,22 @@ def compile(
 
 def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:
     options: dict[str, Any] = {} if recipe.eta is None else {"eta": recipe.eta}
+    if path.suffix == ".onnx" and path.is_file():
+        raise InputError(
+            f"{path} is one graph, and how to run it is not in it: write a model.toml beside it with size = [W, H], "
+            f'[scheduler] class = "DDIMScheduler" and [denoiser] file = "{path.name}", and give that (docs/onnx.md)'
+        )
+    if path.is_file() and path.suffix != ".toml":
+        raise InputError(f"{path} is a file, and a diffusers folder, a hub id or a .toml file is needed: give one")
     if path.is_file():
-        raise InputError(f"{path} is a file, and a diffusers folder or a hub id is needed: give one")
+        return export_onnx(
+            path,
+            keep,
+            steps=recipe.steps,
+            scheduler=recipe.scheduler,
+            size=recipe.size,
+            step_options=options,
+        )
     return export_pipeline(
         Source(path),
         keep,

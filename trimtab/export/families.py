@@ -1,7 +1,7 @@
 """The pipeline families: which graphs each has, and how text becomes its conditioning.
 
-Each function fills a `PipelineParts` with everything but sampler and tasks, and adds the denoiser last. Components
-are loaded, traced and let go one after another.
+Each function fills a `PipelineParts` with everything but sampler and tasks, and adds the denoiser last.
+Components are loaded, traced and let go one after another.
 """
 
 from __future__ import annotations
