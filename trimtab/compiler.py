@@ -100,11 +100,12 @@ def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model
     options: dict[str, Any] = {} if recipe.eta is None else {"eta": recipe.eta}
     if path.suffix == ".onnx" and path.is_file():
         raise InputError(
-            f"{path} is one graph, and how to run it is not in it: write a model.toml beside it with size = [W, H], "
-            f'[scheduler] class = "DDIMScheduler" and [denoiser] file = "{path.name}", and give that (docs/onnx.md)'
+            f"{path} is one graph, and how to run it is not in it: write a model.toml beside it with "
+            f'size = [W, H], [scheduler] class = "DDIMScheduler" and [denoiser] file = "{path.name}", and give '
+            "that (docs/onnx.md)"
         )
     if path.is_file() and path.suffix != ".toml":
-        raise InputError(f"{path} is a file, and a diffusers folder, a hub id or a .toml file is needed: give one")
+        raise InputError(f"{path} is a file, and a diffusers folder, a hub id or a .toml is needed: give one")
     if path.is_file():
         return export_onnx(
             path,

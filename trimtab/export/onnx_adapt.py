@@ -151,16 +151,16 @@ class Adapter:
         if dims:
             if not all(isinstance(dim, int) for dim in dims[1:]):
                 raise ExportError(
-                    f"{self.foreign.file}: the input {old.name} has the shape {old.shape}, and only its first "
-                    "axis may be open for one value that serves all rows: export it with fixed sizes behind it"
+                    f"{self.foreign.file}: the input {old.name} has the shape {old.shape}, and behind the rows "
+                    "its axes must be fixed to take one value for all of them: export it so"
                 )
             target: ir.Value
             if isinstance(dims[0], int):
                 target = self.ints([int(dim) for dim in dims if isinstance(dim, int)])
             elif like is None:
                 raise ExportError(
-                    f"{self.foreign.file}: the input {old.name} has one value a row, and no other input has rows: "
-                    "export it with a fixed size"
+                    f"{self.foreign.file}: the input {old.name} has one value a row, and no other input has "
+                    "rows: export it with a fixed size"
                 )
             else:
                 rest = [int(dim) for dim in dims[1:] if isinstance(dim, int)]

@@ -107,16 +107,16 @@ def _check_references(files: OnnxFiles, opened: Mapping[str, Foreign]) -> None:
         for graph, output in table.references():
             if graph not in files.graphs:
                 raise InputError(
-                    f"{files.path}: [{table.name}.inputs] names {graph}.{output}, and there is no graph [{graph}]: "
-                    + nearest(graph, files.graphs)
+                    f"{files.path}: [{table.name}.inputs] names {graph}.{output}, and there is no graph "
+                    f"[{graph}]: {nearest(graph, files.graphs)}"
                 )
             opened[graph].output(output)
             read.add(graph)
     for name in files.graphs:
         if name not in read:
             raise InputError(
-                f"{files.path}: nothing reads [{name}]: name one of its outputs in [{DENOISER}.inputs], or leave it "
-                f"out (the graph that makes the picture is called [{DECODER}])"
+                f"{files.path}: nothing reads [{name}]: name one of its outputs in [{DENOISER}.inputs], or leave "
+                f"it out (the graph that makes the picture is called [{DECODER}])"
             )
 
 
@@ -145,8 +145,8 @@ def _guide(files: OnnxFiles, parts: Parts) -> None:
         )
     if parts.classifier_free and not any(isinstance(wire, Tokens | Label) for wire in wires):
         raise InputError(
-            f"{files.path}: guidance = {files.guidance:g} needs a prompt or a class to guide by, and no input reads "
-            "tokens or a class: leave guidance out"
+            f"{files.path}: guidance = {files.guidance:g} needs a prompt or a class to guide by, and no input "
+            "reads tokens or a class: leave guidance out"
         )
 
 
@@ -160,15 +160,15 @@ def _check_whole_steps(program: Program, foreign: Foreign) -> None:
                 value = step.constants["timestep"][0]
                 if value != round(value):
                     raise ExportError(
-                        f"the schedule {name} has the time step {value:g} and {foreign.file.name} takes whole ones: "
-                        "export it with a float32 time step, or choose another scheduler or number of steps"
+                        f"the schedule {name} has the time step {value:g} and {foreign.file.name} takes whole "
+                        "ones: export it with a float32 time step, or choose another scheduler"
                     )
 
 
 def _fix_rows(graph: ir.Graph, rows: int, classifier_free: bool) -> None:
     """Writes a fixed batch into the fused denoiser's interface, so that another is refused when it is bound.
 
-    With classifier-free guidance the state's batch stays open: the rows are one picture's two or two pictures'.
+    With classifier-free guidance the state's batch stays open: two rows are one picture's or two pictures'.
     """
     fixed = {ROWS_BATCH} | (set() if classifier_free else {"batch"})
     for value in (*graph.inputs, *graph.outputs):

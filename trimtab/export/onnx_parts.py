@@ -66,8 +66,8 @@ def _check_rows(files: OnnxFiles, parts: Parts, foreign: Foreign, value: ir.Valu
         return None
     if parts.classifier_free and rows % 2:
         raise InputError(
-            f"{foreign.file} takes a fixed batch of {rows}, and guidance needs two rows a picture: export it with "
-            f"an open batch or one of {2 * rows}, or leave guidance out of {files.path.name}"
+            f"{foreign.file} takes a fixed batch of {rows}, and guidance needs two rows a picture: export it "
+            f"with an open batch or one of {2 * rows}, or leave guidance out of {files.path.name}"
         )
     return rows
 
@@ -188,15 +188,15 @@ def _check_prediction(foreign: Foreign, sample: ir.Value, prediction: ir.Value, 
     found = prediction.shape[1]
     if isinstance(found, int) and found not in (channels, 2 * channels):
         raise ExportError(
-            f"{foreign.file}: the output {prediction.name} has {found} channels, and {channels} or, with a learned "
-            f"variance, {2 * channels} are needed: name another under [{DENOISER}]"
+            f"{foreign.file}: the output {prediction.name} has {found} channels, and {channels} or, with a "
+            f"learned variance, {2 * channels} are needed: name another under [{DENOISER}]"
         )
     for axis in (2, 3):
         ours, theirs = sample.shape[axis], prediction.shape[axis]
         if isinstance(ours, int) and isinstance(theirs, int) and ours != theirs:
             raise ExportError(
-                f"{foreign.file}: the output {prediction.name} has {theirs} along axis {axis} and the sample {ours}: "
-                f"name another under [{DENOISER}]"
+                f"{foreign.file}: the output {prediction.name} has {theirs} along axis {axis} and the sample "
+                f"{ours}: name another under [{DENOISER}]"
             )
 
 
@@ -212,8 +212,8 @@ def _choose_size(files: OnnxFiles, parts: Parts, foreign: Foreign, dims: list[in
     parts.size = (width or said[0], height or said[1])
     if files.size is not None and files.size != parts.size:
         raise InputError(
-            f"{files.path}: size = {list(said)}, and {foreign.file.name} was exported for {list(parts.size)}: "
-            "leave size out, or export it with open sizes"
+            f"{files.path}: size = {list(said)}, and {foreign.file.name} was exported for "
+            f"{list(parts.size)}: leave size out, or export it with open sizes"
         )
     if any(side % parts.multiple for side in parts.size):
         raise InputError(
@@ -229,8 +229,8 @@ def add_decoder(files: OnnxFiles, foreign: Foreign | None, parts: Parts) -> None
     if table is None or foreign is None:
         if parts.channels not in (1, 3):
             raise InputError(
-                f"{files.path}: {files.denoiser.file.name} has {parts.channels} channels, which are no picture: add "
-                f'[{DECODER}] with file = "vae_decoder.onnx"'
+                f"{files.path}: {files.denoiser.file.name} has {parts.channels} channels, which are no picture: "
+                f'add [{DECODER}] with file = "vae_decoder.onnx"'
             )
         parts.colors = parts.channels
         parts.segments["pixels"] = parts.keep("pixels", pixel_graph(parts.channels))
@@ -251,7 +251,9 @@ def add_decoder(files: OnnxFiles, foreign: Foreign | None, parts: Parts) -> None
         raise ExportError(f"{foreign.file}: float latents and a float picture of 4 axes each are needed")
     found = latents.shape[1]
     if isinstance(found, int) and found != parts.channels:
-        raise InputError(f"{foreign.file} takes {found} channels and the denoiser gives {parts.channels}")
+        raise InputError(
+            f"{foreign.file} takes {found} channels and the denoiser gives {parts.channels}: name another"
+        )
     keep_outputs(graph, [picture])
     name_sizes(graph, {str(latents.name): ("batch", "channels", *LATENT)})
     latents.shape = ir.Shape([latents.shape[0], parts.channels, *latents.shape[2:]])
@@ -272,15 +274,17 @@ def add_decoder(files: OnnxFiles, foreign: Foreign | None, parts: Parts) -> None
 
 
 def _picture_shape(foreign: Foreign, layout: str, parts: Parts, latents: ir.Value, picture: ir.Value) -> None:
-    """Gives the picture the shape that follows from the latents' and the factor, after checking what is known."""
+    """Gives the picture the shape that follows from the latents', after checking what is known of it."""
     color = layout.index("C")
     if picture.shape is None or not isinstance(picture.shape[color], int):
         infer(foreign)
     if picture.shape is None or picture.shape[color] not in (1, 3):
-        found = "an unknown number of" if picture.shape is None else f"{picture.shape[color]}"
+        channels = None if picture.shape is None else picture.shape[color]
+        found = channels if isinstance(channels, int) else "an unknown number of"
+        other = "NHWC" if layout == "NCHW" else "NCHW"
         raise ExportError(
-            f"{foreign.file}: the output {picture.name} has {found} channels in the layout {layout}, and 1 or 3 are "
-            f'needed: name another picture, or layout = "NHWC", under [{DECODER}]'
+            f"{foreign.file}: the output {picture.name} has {found} channels in the layout {layout}, and 1 or 3 "
+            f'are needed: name another picture, or layout = "{other}", under [{DECODER}]'
         )
     assert latents.shape is not None
     trial = {"batch": 2, LATENT[0]: 8, LATENT[1]: 16}

@@ -68,7 +68,7 @@ class Wires:
         Args:
             adapter: Of the graph.
             table: What it is connected to.
-            like: The input that has the graph's rows; None for the first that is wired to something with rows.
+            like: The input that has the graph's rows; None for the first that is wired to rows.
 
         Returns:
             Graph input -> tensor name.
