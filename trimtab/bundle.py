@@ -147,7 +147,9 @@ class Bundle:
         wanted = list(listed) if paths is None else list(paths)
         for path in wanted:
             if path not in listed:
-                raise BundleError(f"{self.folder}: {path} is not in the list of files: compile the bundle again")
+                raise BundleError(
+                    f"{self.folder}: {path} is not in the list of files: compile the bundle again"
+                )
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashing lets go of the interpreter
             list(pool.map(self._check, (listed[path] for path in wanted if path not in self._verified)))
         self._verified.update(wanted)
@@ -164,7 +166,9 @@ class Bundle:
                 f"{self.folder}: {entry.path} has {size} bytes and {entry.bytes} were written: copy the bundle again"
             )
         if file_hash(path) != entry.sha256:
-            raise BundleError(f"{self.folder}: {entry.path} was changed since it was written: copy the bundle again")
+            raise BundleError(
+                f"{self.folder}: {entry.path} was changed since it was written: copy the bundle again"
+            )
 
 
 def file_hash(path: Path) -> str:
@@ -373,7 +377,9 @@ def _contents(data: Mapping[str, Any]) -> Contents:
         tokenizers={_of(str, k): _safe(v) for k, v in data["tokenizers"].items()},
         metadata=_strings(data["metadata"]),
         passes=tuple(
-            PassEntry(_of(str, p["name"]), _of(str, p["segment"]), _of(int, p["applied"]), _of(int, p["refused"]))
+            PassEntry(
+                _of(str, p["name"]), _of(str, p["segment"]), _of(int, p["applied"]), _of(int, p["refused"])
+            )
             for p in data["passes"]
         ),
         files=tuple(
@@ -404,7 +410,7 @@ def _spec(data: Mapping[str, Any]) -> TensorSpec:
 def _of(kind: type[T], value: Any) -> T:
     if type(value) is not kind:
         raise TypeError(f"{value!r:.60} is not {kind.__name__}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _strings(data: Mapping[str, Any]) -> dict[str, str]:

@@ -21,7 +21,16 @@ from trimtab.errors import InputError, MissingDependency, TrimtabError
 
 EXIT_FAILED = 1
 
-_COMPILE_PACKAGES = ("torch", "onnx_ir", "onnxscript", "onnx", "diffusers", "transformers", "scipy", "huggingface_hub")
+_COMPILE_PACKAGES = (
+    "torch",
+    "onnx_ir",
+    "onnxscript",
+    "onnx",
+    "diffusers",
+    "transformers",
+    "scipy",
+    "huggingface_hub",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
-    logging.basicConfig(level=logging.DEBUG if arguments.debug else logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.debug else logging.WARNING, handlers=[handler], force=True
+    )
     try:
         result = arguments.command(arguments)
         if arguments.json:
@@ -64,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]} (a fault in trimtab; see --debug)"
+        line = str(error).strip().partition("\n")[0]
+        message = f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
     print(f"trimtab: error: {message}", file=sys.stderr)
     return EXIT_FAILED
 
@@ -108,9 +120,15 @@ def _parser() -> argparse.ArgumentParser:
         _show_compile,
     )
     command.add_argument("model", help="a diffusers folder, a hub id, or a .toml file that names .onnx files")
-    command.add_argument("--target", action="append", metavar="NAME", help="a device of `trimtab devices` (default cpu)")
-    command.add_argument("--steps", action="append", type=int, metavar="N", help="sampler steps (default 20); repeatable")
-    command.add_argument("--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ...")
+    command.add_argument(
+        "--target", action="append", metavar="NAME", help="a device of `trimtab devices` (default cpu)"
+    )
+    command.add_argument(
+        "--steps", action="append", type=int, metavar="N", help="sampler steps (default 20); repeatable"
+    )
+    command.add_argument(
+        "--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ..."
+    )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
     command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
     command.add_argument("--precision", help="fp32")
@@ -125,7 +143,9 @@ def _parser() -> argparse.ArgumentParser:
         _show_run,
     )
     _request_arguments(command)
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
+    )
 
     command = add(
         "bench",
@@ -153,7 +173,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--class", type=int, dest="label", metavar="N")
     command.add_argument("--schedule", metavar="NAME")
 
-    command = add("inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, _show_inspect)
+    command = add(
+        "inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, _show_inspect
+    )
     _bundle_argument(command)
 
     add("devices", "list the known devices", "trimtab devices", _devices, _show_devices)
@@ -166,7 +188,9 @@ def _bundle_argument(command: argparse.ArgumentParser) -> None:
 
 def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", metavar="NAME", help="whose engines to run")
-    command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)")
+    command.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
+    )
 
 
 def _request_arguments(command: argparse.ArgumentParser) -> None:
@@ -176,11 +200,15 @@ def _request_arguments(command: argparse.ArgumentParser) -> None:
     what.add_argument("--class", type=int, dest="label", metavar="N", help="the class to draw")
     command.add_argument("--negative", metavar="TEXT", help="what not to draw")
     command.add_argument("--guidance", type=float, metavar="G", help="guidance scale")
-    command.add_argument("--schedule", metavar="NAME", help="a schedule of the bundle, or its number of steps")
+    command.add_argument(
+        "--schedule", metavar="NAME", help="a schedule of the bundle, or its number of steps"
+    )
     command.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
     command.add_argument("--mask", type=Path, metavar="FILE", help="where to draw anew (white)")
     command.add_argument("--strength", type=float, metavar="S", help="how much of --image is lost, 0 to 1")
-    command.add_argument("--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it")
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it"
+    )
     command.add_argument("-n", "--count", type=int, default=1, metavar="COUNT", help="pictures")
     command.add_argument("--size", type=_size, metavar="WxH", help="size in pixels")
     _run_options(command)
@@ -231,7 +259,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.output.is_dir():
         raise InputError(f"{arguments.output} is a folder: give the name of a file")
     start = time.perf_counter()
-    with load(arguments.bundle, target=arguments.target, threads=arguments.threads) as pipe, _bar() as on_step:
+    with (
+        load(arguments.bundle, target=arguments.target, threads=arguments.threads) as pipe,
+        _bar() as on_step,
+    ):
         result = pipe(
             arguments.prompt,
             negative_prompt=arguments.negative,
@@ -268,7 +299,13 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
 
     bundles = [arguments.bundle] + ([arguments.against] if arguments.against else [])
     with _status() as progress:
-        return bench(bundles, rounds=arguments.rounds, target=arguments.target, threads=arguments.threads, progress=progress)
+        return bench(
+            bundles,
+            rounds=arguments.rounds,
+            target=arguments.target,
+            threads=arguments.threads,
+            progress=progress,
+        )
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -311,10 +348,21 @@ def _show_run(result: dict[str, Any]) -> None:
 def _show_bench(result: dict[str, Any]) -> None:
     rows = []
     for entry in result["bundles"]:
-        rows.append([entry["bundle"], "a step", _ms(entry["step_ms"]), _mb(entry["peak_bytes"]), _mb(entry["weight_bytes"])])
+        rows.append(
+            [
+                entry["bundle"],
+                "a step",
+                _ms(entry["step_ms"]),
+                _mb(entry["peak_bytes"]),
+                _mb(entry["weight_bytes"]),
+            ]
+        )
         rows.append(["", "a picture", _ms(entry["picture_ms"]), "", ""])
         rows.append(["", "python, a step", _ms(entry["python_ms"]), "", ""])
-        rows += [["", f"{s['name']} x{s['calls']}", _ms(s["ms"]), "", _mb(s["weight_bytes"])] for s in entry["segments"]]
+        rows += [
+            ["", f"{s['name']} x{s['calls']}", _ms(s["ms"]), "", _mb(s["weight_bytes"])]
+            for s in entry["segments"]
+        ]
     _table(["bundle", "what", "ms", "peak MB", "weights MB"], rows)
     if "step_ratio" in result:
         print(f"step time, first to second: {result['step_ratio']:.3f}")
@@ -331,7 +379,9 @@ def _show_compare(result: dict[str, Any]) -> None:
 def _show_inspect(result: dict[str, Any]) -> None:
     rows = []
     for segment in result["segments"]:
-        engines = ", ".join(f"{e['target']} ({e['backend']}, {_mb(e['bytes'])} MB)" for e in segment["engines"])
+        engines = ", ".join(
+            f"{e['target']} ({e['backend']}, {_mb(e['bytes'])} MB)" for e in segment["engines"]
+        )
         rows.append([segment["name"], f"{segment['parameters']:,}", _mb(segment["weight_bytes"]), engines])
     _table(["segment", "parameters", "weights MB", "engines"], rows)
     schedules = [s for s in result["schedules"] if "/" not in s["name"]]

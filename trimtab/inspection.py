@@ -31,8 +31,12 @@ def inspect(bundle: Bundle) -> dict[str, Any]:
                 "name": segment.name,
                 "parameters": segment.parameters,
                 "weight_bytes": segment.weight_bytes,
-                "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.inputs],
-                "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.outputs],
+                "inputs": [
+                    {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.inputs
+                ],
+                "outputs": [
+                    {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.outputs
+                ],
                 "engines": [vars(engine) for engine in segment.engines],
             }
             for segment in contents.segments.values()

@@ -49,7 +49,10 @@ def _clip(parts: Parts, suffix: str, hidden: str | None, pooled: str | None) -> 
     parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
     outputs = [n for n, wanted in (("hidden", hidden), ("pooled", pooled)) if wanted]
     parts.add(
-        "text_encoder" + suffix, modules.ClipText(model, hidden, pooled), {"tokens": tokens_example()}, outputs
+        "text_encoder" + suffix,
+        modules.ClipText(model, hidden, pooled),
+        {"tokens": tokens_example()},
+        outputs,
     )
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {n: n + suffix for n in outputs})
 
@@ -133,15 +136,15 @@ def stable_diffusion_xl(parts: Parts) -> None:
     _clip(parts, "", "penultimate", None)
     _clip(parts, "_2", "penultimate", "projected")
     zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
-    parts.inputs.append(
-        TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros})
-    )
+    parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
     config = _vae_config(parts)
     parts.channels = int(config["latent_channels"])
     unet = source.load("unet")
     _geometry(parts, unet.config.sample_size, config)
     width = int(unet.config.cross_attention_dim)
-    pooled = int(unet.config.projection_class_embeddings_input_dim) - 6 * int(unet.config.addition_time_embed_dim)
+    pooled = int(unet.config.projection_class_embeddings_input_dim) - 6 * int(
+        unet.config.addition_time_embed_dim
+    )
     parts.add(
         "text_join",
         modules.JoinXLText(),

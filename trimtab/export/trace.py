@@ -81,6 +81,7 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
         ) from error
     assert program is not None
     model = program.model
+    _drop_idle_squeezes(model.graph)
     _name_sizes(model.graph, inputs)
     _restore_names(model.graph)
     return model
@@ -100,6 +101,19 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _drop_idle_squeezes(graph: ir.Graph) -> None:
+    """Removes every Squeeze of an axis that is not 1: to torch it does nothing, in ONNX it is an error."""
+    for node in list(graph):
+        if node.op_type != "Squeeze" or len(node.inputs) < 2 or node.inputs[1] is None:
+            continue
+        source, axes = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1])
+        if source is None or source.shape is None or axes is None:
+            continue
+        if all(source.shape[int(axis)] != 1 for axis in axes.numpy().reshape(-1)):
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+            graph.remove(node, safe=True)
 
 
 def _name_sizes(graph: ir.Graph, inputs: Mapping[str, Example]) -> None:
