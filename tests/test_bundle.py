@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 import trimtab
-from trimtab.bundle import DIGEST, MANIFEST, SCHEMA, open_bundle
+from trimtab.bundle import DIGEST, MANIFEST, open_bundle
 from trimtab.errors import BundleError, InputError, WrongDevice
+from trimtab.manifest import SCHEMA
 
 pytestmark = pytest.mark.xdist_group("dit")
 
@@ -143,7 +144,7 @@ def test_weights_that_lie_outside_of_the_folder_are_refused(copied_bundle: Path,
         lambda d: d["calls"][0].update(segment="nobody"),
         lambda d: d["calls"][0]["inputs"].pop("state"),
         lambda d: d["tasks"][0]["inputs"][0].update(shape=["__import__('os')"]),
-        lambda d: d["tasks"][0]["inputs"][0].update(source={"kind": "telepathy"}),
+        lambda d: d["tasks"][0]["inputs"][1].update(source={"kind": "telepathy"}),
         lambda d: d["tasks"][0]["schedules"][0]["steps"][0].update(calls=[99]),
         lambda d: d["tasks"][0]["inputs"].pop(),
         lambda d: d["segments"][0]["outputs"][0].update(dtype="float16"),

@@ -149,8 +149,8 @@ def test_bench_measures_two_bundles_in_turn(bundle: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--schedule", "euler-9"], "it has ddim-20, ddim-3"),
-        (["--size", "65x64"], "64x64"),
+        (["--class", "1", "--schedule", "euler-9"], "it has ddim-20, ddim-3"),
+        (["--class", "1", "--size", "65x64"], "64x64"),
         (["--prompt", "a cat"], "does not read any"),
         (["--class", "1000"], "0 to 999"),
         (["--class", "-1"], "0 to 999"),

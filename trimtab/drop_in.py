@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.bundle import SegmentEntry
 from trimtab.errors import InputError
+from trimtab.manifest import SegmentEntry
 from trimtab.program import STATE
 from trimtab.runtime.load import load
 from trimtab.runtime.sessions import Buffer, new_buffer

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.bundle import SCHEMA, Bundle
+from trimtab.bundle import Bundle
+from trimtab.manifest import SCHEMA
 
 
 def inspect(bundle: Bundle) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import torch
 
-from trimtab.export.modules import Blend, MaskEncoder, VaeDecoder, VaeEncoder
+from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.export.trace import Example, trace
 from trimtab.program import Call, TensorSpec

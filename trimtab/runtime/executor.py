@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trimtab.bundle import Contents, SegmentEntry
 from trimtab.errors import BundleError
+from trimtab.manifest import Contents, SegmentEntry
 from trimtab.program import Call, Schedule, Task, TensorSpec
 from trimtab.runtime.inputs import Request, make_input
 from trimtab.runtime.sessions import Buffer, Run, Session, new_buffer
