@@ -322,7 +322,8 @@ def _guidance(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | Non
     if not np.isfinite(scale):
         raise InputError(f"the guidance scale {scale} is not a finite number")
     # As in diffusers, a scale of 1 or less turns classifier-free guidance off.
-    rows = 2 if kinds["mix"].source.get("classifier_free") and scale > 1 else 1
+    mix = kinds.get("mix")
+    rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > 1 else 1
     return scale, rows
 
 
