@@ -47,7 +47,9 @@ class Recipe:
             raise InputError("a number of steps or a target is given twice: give each once")
         if not self.targets:
             raise InputError("no target is given: give at least one, such as cpu")
-        if self.size is not None and any(type(side) is not int or side < 1 for side in self.size):
+        if self.size is not None and (
+            len(self.size) != 2 or any(type(side) is not int or side < 1 for side in self.size)
+        ):
             raise InputError(f"the size {_shown(self.size)} is not a width and a height in pixels")
         if self.precision not in PRECISIONS:
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -72,7 +74,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if isinstance(clean.get("size"), str):
         clean["size"] = parse_size(clean["size"])
     elif "size" in clean:
-        clean["size"] = tuple(clean["size"])
+        clean["size"] = tuple(clean["size"]) if isinstance(clean["size"], list | tuple) else (clean["size"],)
     return Recipe(**clean)
 
 
