@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import onnx
 import pytest
+import tiny
+from foreign import LINEAR, PIXELS, write
 
 import trimtab
-from trimtab.errors import BundleError, ExportError, InputError, TrimtabError
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-import tiny  # noqa: E402
-from foreign import LINEAR, PIXELS, write  # noqa: E402
+from trimtab.errors import ExportError, InputError
 
 TEXT = '[text]\nfile = "text.onnx"\ninputs = { ids = { tokens = "tokenizer", length = 6 } }\n'
 WIRED = 'inputs = { hidden = "text.hidden" }\n'
+DECODER = '[decoder]\nfile = "decoder.onnx"\n'
+
+
+def using(file: str) -> str:
+    """The TOML file of another denoiser."""
+    return PIXELS.replace("denoiser.onnx", file)
+
+
+READS = using("reads.onnx") + WIRED + TEXT
 
 
 @pytest.fixture(scope="module")
@@ -34,32 +39,60 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "double.onnx", inputs.replace("float[N", "int64[N"), outputs, body)
     whole = body.replace("Mul(timestep,", "Mul(f,").replace("{ t =", "{ f = Cast<to = 1>(timestep) t =")
     write(folder / "whole.onnx", inputs.replace("float t", "int64 t"), outputs, whole)
-    reads = body.replace("Add(s, t)", "Add(s, u)").replace("s = Mul", "u = ReduceSum<keepdims = 0>(hidden) s = Mul")
+    reads = body.replace("Add(s, t)", "Add(s, u)").replace(
+        "s = Mul", "u = ReduceSum<keepdims = 0>(hidden) s = Mul"
+    )
     write(folder / "reads.onnx", inputs + ", float[N,T,2] hidden", outputs, reads)
     write(folder / "reads_ints.onnx", inputs + ", int64[N,T,1] hidden", outputs, reads)
-    two = body.replace("}", "s2 = Add(s, other) }").replace("{ t =", "{ t =")
-    write(folder / "two.onnx", "float[N,3,H,W] a, float[N,3,H,W] b, float timestep", outputs,
-          body.replace("Mul(sample,", "Mul(a,").replace("Add(s, t)", "Add(s, b)"))  # fmt: skip
-    del two
-    write(folder / "text.onnx", "int64[B,T] ids", "float[B,T,1] hidden",
-          "<int64[1] last = {2}> { f = Cast<to = 1>(ids) hidden = Unsqueeze(f, last) }")  # fmt: skip
-    write(folder / "shapeless.onnx", "float[Q] ids", "float[R] hidden", "{ hidden = Compress(ids, keep) k = Not(keep) }"
-          .replace("{", "<bool[2] keep = {1, 1}> {", 1))  # fmt: skip
-    write(folder / "decoder.onnx", "float[B,4,h,w] z", "float[B,3,H,W] rgb",
-          "<float[4] sizes = {1, 1, 2, 2}, float[3,4,1,1] kernel = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0}> "
-          '{ u = Resize<mode = "nearest">(z, , sizes) rgb = Conv(u, kernel) }')  # fmt: skip
-    write(folder / "decoder_fixed.onnx", "float[B,4,2,4] z", "float[B,3,4,8] rgb",
-          "<float[4] sizes = {1, 1, 2, 2}, float[3,4,1,1] kernel = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0}> "
-          '{ u = Resize<mode = "nearest">(z, , sizes) rgb = Conv(u, kernel) }')  # fmt: skip
-    write(folder / "old.onnx", "float[N,3,H,W] sample, float timestep", outputs,
-          "{ s = Upsample<mode = \"nearest\", width_scale = 1.0, height_scale = 1.0>(sample) "
-          "out_sample = Add<axis = 0, broadcast = 1>(s, timestep) }", opset=6)  # fmt: skip
+    write(
+        folder / "two.onnx",
+        "float[N,3,H,W] a, float[N,3,H,W] b, float timestep",
+        outputs,
+        body.replace("Mul(sample,", "Mul(a,").replace("Add(s, t)", "Add(s, b)"),
+    )
+    write(
+        folder / "text.onnx",
+        "int64[B,T] ids",
+        "float[B,T,1] hidden",
+        "<int64[1] last = {2}> { f = Cast<to = 1>(ids) hidden = Unsqueeze(f, last) }",
+    )
+    write(
+        folder / "shapeless.onnx",
+        "int64[B,T] ids",
+        "float[B,T,Q] hidden",
+        "<int64[1] last = {2}, bool[1] keep = {1}> "
+        "{ f = Cast<to = 1>(ids) u = Unsqueeze(f, last) hidden = Compress<axis = 2>(u, keep) }",
+    )
+    write(
+        folder / "decoder.onnx",
+        "float[B,4,h,w] z",
+        "float[B,3,H,W] rgb",
+        "<float[4] sizes = {1, 1, 2, 2}, float[3,4,1,1] kernel = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0}> "
+        '{ u = Resize<mode = "nearest">(z, , sizes) rgb = Conv(u, kernel) }',
+    )
+    write(
+        folder / "decoder_fixed.onnx",
+        "float[B,4,2,4] z",
+        "float[B,3,4,8] rgb",
+        "<float[4] sizes = {1, 1, 2, 2}, float[3,4,1,1] kernel = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0}> "
+        '{ u = Resize<mode = "nearest">(z, , sizes) rgb = Conv(u, kernel) }',
+    )
+    write(
+        folder / "old.onnx",
+        "float[N,3,H,W] sample, float timestep",
+        outputs,
+        '{ s = Upsample<mode = "nearest", width_scale = 1.0, height_scale = 1.0>(sample) '
+        "out_sample = Add<axis = 0, broadcast = 1>(s, timestep) }",
+        opset=6,
+    )
     (folder / "text.txt").write_text("not a graph")
     (folder / "empty.onnx").write_bytes(b"")
     (folder / "cut.onnx").write_bytes((folder / "denoiser.onnx").read_bytes()[:-40])
     tiny.t5_tokenizer(6).save_pretrained(folder / "tokenizer")
-    (folder / "bare.json").write_text('{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", '
-                                      '"vocab": {"a": 0}, "unk_token": "a"}}')  # fmt: skip
+    (folder / "bare.json").write_text(
+        '{"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", '
+        '"vocab": {"a": 0}, "unk_token": "a"}}'
+    )
     return folder
 
 
@@ -67,7 +100,10 @@ CASES: dict[str, tuple[str, str]] = {
     "not TOML": ("size = [", "cannot be read as TOML"),
     "no scheduler": ('[denoiser]\nfile = "denoiser.onnx"', r"no table \[scheduler\]: add one with class"),
     "no denoiser": ('[scheduler]\nclass = "DDIMScheduler"', r"no table \[denoiser\]: add one with file"),
-    "denoiser misspelt": (PIXELS.replace("[denoiser]", "[denoisr]"), r"no table \[denoiser\]: rename \[denoisr\]"),
+    "denoiser misspelt": (
+        PIXELS.replace("[denoiser]", "[denoisr]"),
+        r"no table \[denoiser\]: rename \[denoisr\]",
+    ),
     "unknown key": (PIXELS.replace("size =", "sizes ="), "no key 'sizes': did you mean size"),
     "unknown denoiser key": (PIXELS + 'predictions = "x"', "no key 'predictions': did you mean prediction"),
     "unknown scheduler option": (
@@ -80,100 +116,117 @@ CASES: dict[str, tuple[str, str]] = {
         "DDIMScheduler does not take these options",
     ),
     "a scheduler that is no file": (
-        PIXELS.replace("clip_sample", 'config = "no.json"\nclip_sample'), "no.json, which .* does not exist"
+        PIXELS.replace("clip_sample", 'config = "no.json"\nclip_sample'),
+        "no.json, which .* does not exist",
     ),
     "size of one number": (PIXELS.replace("[8, 4]", "[8]"), "a list of 2 whole numbers"),
     "no size": (PIXELS.replace("size = [8, 4]", ""), r"size = \[width, height\] is missing"),
     "guidance as a text": (f'guidance = "high"\n{PIXELS}', "guidance = 'high', and a number is needed"),
     "guidance without a text": (f"guidance = 3\n{PIXELS}", "needs a prompt or a class to guide by"),
-    "missing file": (PIXELS.replace("denoiser.onnx", "unet.onnx"), "unet.onnx, which .* does not exist: give"),
-    "a folder": (PIXELS.replace("denoiser.onnx", "tokenizer"), "tokenizer, which .* is a folder"),
-    "no ONNX": (PIXELS.replace("denoiser.onnx", "text.txt"), "text.txt (cannot be read as|holds no) ONNX"),
-    "empty": (PIXELS.replace("denoiser.onnx", "empty.onnx"), "empty.onnx holds no ONNX graph"),
-    "cut": (PIXELS.replace("denoiser.onnx", "cut.onnx"), "cut.onnx cannot be read as ONNX"),
-    "too old": (PIXELS.replace("denoiser.onnx", "old.onnx"), "old.onnx has opset 6, and it cannot be converted"),
+    "missing file": (using("unet.onnx"), "unet.onnx, which .* does not exist: give"),
+    "a folder": (using("tokenizer"), "tokenizer, which .* is a folder"),
+    "no ONNX": (using("text.txt"), "text.txt (cannot be read as|holds no) ONNX"),
+    "empty": (using("empty.onnx"), "empty.onnx holds no ONNX graph"),
+    "cut": (using("cut.onnx"), "cut.onnx cannot be read as ONNX"),
+    "too old": (using("old.onnx"), "old.onnx has opset 6, and it cannot be converted"),
     "no such input": (PIXELS + 'sample = "smaple"', "no input 'smaple': did you mean sample"),
     "no such output": (PIXELS + 'prediction = "out"', "no output 'out'.*out_sample"),
-    "which sample": (PIXELS.replace("denoiser.onnx", "two.onnx"), r'which input is the sample\? Say sample = .* a, b'),
+    "which sample": (using("two.onnx"), r"which input is the sample\? Say sample = .* a, b"),
     "an input without a wire": (
-        PIXELS.replace("denoiser.onnx", "two.onnx") + 'sample = "a"',
+        using("two.onnx") + 'sample = "a"',
         r"needs the input 'b', and model.toml says nothing of it: write b = \.\.\. under \[denoiser.inputs\]",
     ),
-    "a wire without an input": (PIXELS + 'inputs = { lable = { classes = 3 } }', "'lable', which is no input"),
+    "a wire without an input": (
+        PIXELS + "inputs = { lable = { classes = 3 } }",
+        "'lable', which is no input",
+    ),
     "a wire of no kind": (PIXELS + 'inputs = { label = "text" }', "an input is one of"),
     "an option of no kind": (
-        PIXELS + "inputs = { label = { classes = 3, nul = 3 } }", "no key 'nul': did you mean null"
+        PIXELS + "inputs = { label = { classes = 3, nul = 3 } }",
+        "no key 'nul': did you mean null",
     ),
     "no such graph": (
-        PIXELS.replace("denoiser.onnx", "reads.onnx") + WIRED.replace("text.", "txt.") + TEXT,
+        using("reads.onnx") + WIRED.replace("text.", "txt.") + TEXT,
         r"no graph \[txt\]: did you mean text",
     ),
     "no such graph output": (
-        PIXELS.replace("denoiser.onnx", "reads.onnx") + WIRED.replace("text.hidden", "text.hiden") + TEXT,
+        using("reads.onnx") + WIRED.replace("text.hidden", "text.hiden") + TEXT,
         "no output 'hiden': did you mean hidden",
     ),
     "a graph that nobody reads": (PIXELS + TEXT, r"nothing reads \[text\]"),
-    "a table without a file": (PIXELS + "[shceduler]\nx = 1", r"\[shceduler\] has no file.*did you mean scheduler"),
-    "a name that is taken": (PIXELS + TEXT.replace("[text]", "[denoiser2]"), r"\[denoiser2\] cannot be the name"),
+    "a table without a file": (
+        PIXELS + "[shceduler]\nx = 1",
+        r"\[shceduler\] has no file.*did you mean scheduler",
+    ),
+    "a name that is taken": (
+        PIXELS + TEXT.replace("[text]", "[denoiser2]"),
+        r"\[denoiser2\] cannot be the name",
+    ),
     "a circle": (
-        PIXELS.replace("denoiser.onnx", "reads.onnx")
+        using("reads.onnx")
         + WIRED.replace("text.", "a.")
-        + '[a]\nfile = "text.onnx"\ninputs = { ids = "b.hidden" }\n[b]\nfile = "text.onnx"\ninputs = { ids = "a.hidden" }',
+        + '[a]\nfile = "text.onnx"\ninputs = { ids = "b.hidden" }\n'
+        + '[b]\nfile = "text.onnx"\ninputs = { ids = "a.hidden" }\n',
         "a and b read each other",
     ),
     "another width": (
-        PIXELS.replace("denoiser.onnx", "reads.onnx") + WIRED + TEXT,
+        READS,
         r"the input hidden takes 2 along axis 2 and text.hidden has 1",
     ),
     "another kind of number": (
-        PIXELS.replace("denoiser.onnx", "reads_ints.onnx") + WIRED + TEXT, "the input hidden is INT64 and text.hidden is FLOAT"
+        using("reads_ints.onnx") + WIRED + TEXT,
+        "the input hidden is INT64 and text.hidden is FLOAT",
     ),
-    "no length": (
-        PIXELS.replace("denoiser.onnx", "reads.onnx") + WIRED + TEXT.replace(", length = 6", ""), "say how many, as in length = 77"
+    "an output of unknown size": (
+        READS.replace("text.onnx", "shapeless.onnx"),
+        "the output hidden has an open size along axis 2 that follows from no input",
     ),
+    "a sample of integers": (using("double.onnx") + 'sample = "sample"', "sample is INT64 .*, and float"),
+    "no length": (READS.replace(", length = 6", ""), "say how many, as in length = 77"),
     "no padding token": (
-        PIXELS.replace("denoiser.onnx", "reads.onnx") + WIRED + TEXT.replace('"tokenizer"', '"bare.json"'),
-        'says no padding token: say which one pads, as in pad = ',
+        READS.replace('"tokenizer"', '"bare.json"'),
+        "says no padding token: say which one pads, as in pad = ",
     ),
     "another padding token": (
-        PIXELS.replace("denoiser.onnx", "reads.onnx") + WIRED + TEXT.replace('"tokenizer"', '"bare.json", pad = "b"'),
+        READS.replace('"tokenizer"', '"bare.json", pad = "b"'),
         "has no token 'b'",
     ),
     "not a tokenizer": (
-        PIXELS.replace("denoiser.onnx", "reads.onnx") + WIRED + TEXT.replace('"tokenizer"', '"text.txt"'),
+        READS.replace('"tokenizer"', '"text.txt"'),
         "cannot be read as a tokenizer.json",
     ),
-    "five channels": (PIXELS.replace("denoiser.onnx", "five.onnx"), "the output out_sample has 5 channels, and 3 or"),
-    "another height": (PIXELS.replace("denoiser.onnx", "taller.onnx"), "out_sample has 8 along axis 2 and the sample 4"),
-    "open channels": (PIXELS.replace("denoiser.onnx", "open.onnx"), "leaves the channels of sample open: say channels"),
+    "five channels": (using("five.onnx"), "the output out_sample has 5 channels, and 3 or"),
+    "another height": (using("taller.onnx"), "out_sample has 8 along axis 2 and the sample 4"),
+    "open channels": (using("open.onnx"), "leaves the channels of sample open: say channels"),
     "other channels": (PIXELS + "channels = 4", "has 3 channels and channels = 4: leave it out"),
-    "packed latents": (PIXELS.replace("denoiser.onnx", "flat.onnx") + 'sample = "sample"\nprediction = "out_sample"', r"float \(rows, channels, h, w\) is needed"),
-    "another fixed size": (PIXELS.replace("denoiser.onnx", "fixed.onnx").replace("[8, 4]", "[8, 8]"), r"exported for \[8, 4\]"),
-    "latents without a decoder": (PIXELS.replace("denoiser.onnx", "four.onnx"), r"4 channels, which are no picture: add \[decoder\]"),
-    "another decoder": (PIXELS + '[decoder]\nfile = "decoder.onnx"\nfactor = 2', "takes 4 channels and the denoiser gives 3"),
+    "packed latents": (
+        using("flat.onnx") + 'sample = "sample"\nprediction = "out_sample"',
+        r"float \(rows, channels, h, w\) is needed",
+    ),
+    "another fixed size": (using("fixed.onnx").replace("[8, 4]", "[8, 8]"), r"exported for \[8, 4\]"),
+    "latents without a decoder": (using("four.onnx"), r"4 channels, which are no picture: add \[decoder\]"),
+    "another decoder": (PIXELS + DECODER + "factor = 2", "takes 4 channels and the denoiser gives 3"),
     "decoder's layout": (
-        PIXELS.replace("denoiser.onnx", "four.onnx") + '[decoder]\nfile = "decoder.onnx"\nfactor = 2\nlayout = "NHWC"',
+        using("four.onnx") + DECODER + 'factor = 2\nlayout = "NHWC"',
         "rgb has .* channels in the layout NHWC, and 1 or 3",
     ),
-    "decoder's unknown layout": (PIXELS + '[decoder]\nfile = "decoder.onnx"\nlayout = "HWC"', "NCHW and NHWC are known"),
-    "decoder's scale": (PIXELS + '[decoder]\nfile = "decoder.onnx"\nscale = 0', "scale = 0, and latents are divided"),
-    "decoder's range": (PIXELS + '[decoder]\nfile = "decoder.onnx"\nrange = [1, 0]', "black must be below white"),
+    "decoder's unknown layout": (PIXELS + DECODER + 'layout = "HWC"', "NCHW and NHWC are known"),
+    "decoder's scale": (PIXELS + DECODER + "scale = 0", "scale = 0, and latents are divided"),
+    "decoder's range": (PIXELS + DECODER + "range = [1, 0]", "black must be below white"),
     "decoder's factor": (
-        PIXELS.replace("denoiser.onnx", "four.onnx") + '[decoder]\nfile = "decoder_fixed.onnx"\nfactor = 4',
+        using("four.onnx") + '[decoder]\nfile = "decoder_fixed.onnx"\nfactor = 4',
         "takes latents of|say factor = N",
     ),
     "a multiple that latents have not": (
-        PIXELS.replace("denoiser.onnx", "four.onnx").replace("size", "multiple = 3\nsize") + '[decoder]\nfile = "decoder.onnx"\nfactor = 2',
+        using("four.onnx").replace("size", "multiple = 3\nsize") + DECODER + "factor = 2",
         "multiple = 3 is no multiple of 2",
     ),
-    "a size that latents have not": (
-        PIXELS.replace("denoiser.onnx", "four.onnx") + '[decoder]\nfile = "decoder.onnx"', "both must be multiples of 8"
-    ),
+    "a size that latents have not": (using("four.onnx") + DECODER, "both must be multiples of 8"),
     "fractions of steps": (
-        PIXELS.replace("denoiser.onnx", "whole.onnx").replace('"DDIMScheduler"\nclip_sample = false', '"EulerDiscreteScheduler"'),
+        using("whole.onnx").replace('"DDIMScheduler"\nclip_sample = false', '"EulerDiscreteScheduler"'),
         "the schedule euler-3 has the time step 499.5 and whole.onnx takes whole ones",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("toml,message", CASES.values(), ids=CASES)
