@@ -57,6 +57,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "<int64[1] last = {2}> { f = Cast<to = 1>(ids) hidden = Unsqueeze(f, last) }",
     )
     write(
+        folder / "wider.onnx",
+        "int64[B,T] ids",
+        "float[B,T,2] hidden",
+        "<int64[1] last = {2}> { f = Cast<to = 1>(ids) hidden = Unsqueeze(f, last) }",
+    )
+    write(
         folder / "shapeless.onnx",
         "int64[B,T] ids",
         "float[B,T,Q] hidden",
@@ -215,7 +221,15 @@ CASES: dict[str, tuple[str, str]] = {
     "decoder's range": (PIXELS + DECODER + "range = [1, 0]", "black must be below white"),
     "decoder's factor": (
         using("four.onnx") + '[decoder]\nfile = "decoder_fixed.onnx"\nfactor = 4',
-        "takes latents of|say factor = N",
+        r"takes latents of \[2, 4\] and \[1, 2\] are decoded",
+    ),
+    "open decoder's factor": (
+        using("four.onnx") + DECODER + "factor = 4",
+        "the output image comes out with 2 along axis 1, and 4 was expected: say factor = N",
+    ),
+    "an output of another size": (
+        READS.replace("text.onnx", "wider.onnx"),
+        "the output hidden comes out with 1 along axis 2, and 2 was expected",
     ),
     "a multiple that latents have not": (
         using("four.onnx").replace("size", "multiple = 3\nsize") + DECODER + "factor = 2",

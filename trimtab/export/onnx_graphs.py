@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
@@ -29,6 +30,9 @@ CONVERTED_OPSET = 17
 
 ROWS = "prompts"
 """The first axis of whatever has one entry for each guidance row of each picture."""
+
+_TRIAL = 16
+"""For sizes that a trial says nothing of: even, and larger than what a layer may cut off."""
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _FUNCTIONS = ("Max", "Min", "Mod", "FloorDiv")
@@ -273,3 +277,44 @@ def _unknown(value: ir.Value) -> bool:
     return value.shape is None or any(
         isinstance(dim, ir.SymbolicDim) and dim.value is None for dim in value.shape
     )
+
+
+def check_outputs(foreign: Foreign, trial: Mapping[str, int], advice: str) -> None:
+    """Compares the outputs' sizes with those that onnx infers once the inputs' are numbers.
+
+    With numbers the inference follows almost any graph, where with names it gives up at the first Reshape. The
+    first axes are left out: a fixed batch may disagree with the trial's.
+
+    Args:
+        foreign: Its weights must lie outside of the graph, which is copied.
+        trial: Name of a size -> a number that the graph can take; others become `_TRIAL`.
+        advice: How the error ends.
+
+    Raises:
+        InputError: An output has another size than it is said to have.
+    """
+    proto = ir.to_proto(foreign.model)
+    del proto.graph.value_info[:]
+
+    def tried(dim: int | ir.SymbolicDim) -> int:
+        names = {name: trial.get(name, _TRIAL) for name in _SYMBOL.findall(str(dim))}
+        return evaluate(dim if isinstance(dim, int) else str(dim.value), names)
+
+    for value, info in zip(foreign.model.graph.inputs, proto.graph.input, strict=True):
+        for dim, entry in zip(value.shape or (), info.type.tensor_type.shape.dim, strict=True):
+            entry.Clear()
+            entry.dim_value = tried(dim)
+    for info in proto.graph.output:
+        info.type.tensor_type.ClearField("shape")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except onnx.shape_inference.InferenceError:
+        return  # an operator that onnx does not know: the backend will say what it thinks of the graph
+    for value, info in zip(foreign.model.graph.outputs, inferred.graph.output, strict=True):
+        for axis, entry in enumerate(info.type.tensor_type.shape.dim):
+            said = None if value.shape is None else tried(value.shape[axis])
+            if axis and entry.HasField("dim_value") and said not in (None, entry.dim_value):
+                raise InputError(
+                    f"{foreign.file}: the output {value.name} comes out with {entry.dim_value} along axis {axis}, and "
+                    f"{said} was expected: {advice}"
+                )

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterable
 
 import onnx_ir as ir
 
-from trimtab.errors import BundleError, ExportError, InputError
+from trimtab.errors import ExportError, InputError
 from trimtab.export.onnx_adapt import Adapter, adapt_decoder, adapt_denoiser, pixel_graph
 from trimtab.export.onnx_graphs import (
     ROWS,
     Foreign,
+    check_outputs,
     drop_unused,
     infer,
     keep_outputs,
@@ -27,7 +28,6 @@ from trimtab.export.onnx_toml import (
 )
 from trimtab.export.onnx_wires import Wires
 from trimtab.export.parts import Parts
-from trimtab.shapes import evaluate
 
 LATENT = ("latent_height", "latent_width")
 
@@ -55,6 +55,7 @@ def add_prologue(files: OnnxFiles, foreign: Foreign, table: GraphTable, wires: W
         wires.made[table.name, name] = value
     drop_unused(foreign)
     wires.parts.segments[table.name] = wires.parts.keep(table.name, foreign.model)
+    check_outputs(foreign, {}, "export it with the shapes of its outputs")
     wires.parts.call(table.name, inputs, {str(v.name): f"{table.name}.{name}" for name, v in made.items()})
     _check_rows(files, wires.parts, foreign, (graph.inputs[0] if first else None))
 
@@ -163,6 +164,7 @@ def add_denoiser(files: OnnxFiles, foreign: Foreign, wires: Wires) -> tuple[bool
     adapt_denoiser(adapter, sample, timestep, prediction)
     drop_unused(foreign)
     parts.segments[DENOISER] = parts.keep(DENOISER, foreign.model)
+    check_outputs(foreign, _trial(parts), f"name another prediction under [{DENOISER}]")
     return whole, rows
 
 
@@ -271,10 +273,17 @@ def add_decoder(files: OnnxFiles, foreign: Foreign | None, parts: Parts) -> None
     adapt_decoder(adapter, table, latents, picture)
     drop_unused(foreign)
     parts.segments["vae_decoder"] = parts.keep("vae_decoder", foreign.model)
+    check_outputs(foreign, _trial(parts), f"say factor = N, pixels to a latent, under [{DECODER}]")
+
+
+def _trial(parts: Parts) -> dict[str, int]:
+    """Sizes that the graphs can take: the native ones, twice as wide so that both sides differ."""
+    width, height = parts.size
+    return {LATENT[0]: height // parts.factor, LATENT[1]: 2 * width // parts.factor}
 
 
 def _picture_shape(foreign: Foreign, layout: str, parts: Parts, latents: ir.Value, picture: ir.Value) -> None:
-    """Gives the picture the shape that follows from the latents', after checking what is known of it."""
+    """Gives the picture the shape that follows from the latents'; `check_outputs` holds it against the graph."""
     color = layout.index("C")
     if picture.shape is None or not isinstance(picture.shape[color], int):
         infer(foreign)
@@ -287,21 +296,6 @@ def _picture_shape(foreign: Foreign, layout: str, parts: Parts, latents: ir.Valu
             f'are needed: name another picture, or layout = "{other}", under [{DECODER}]'
         )
     assert latents.shape is not None
-    trial = {"batch": 2, LATENT[0]: 8, LATENT[1]: 16}
-    sizes = [evaluate(d if isinstance(d, int) else str(d.value), trial) for d in latents.shape]
-    for axis, letter in enumerate(layout):
-        dim = picture.shape[axis]
-        if letter in "HW" and (isinstance(dim, int) or dim.value is not None):
-            try:
-                found_side = evaluate(dim if isinstance(dim, int) else str(dim.value), trial)
-            except BundleError:
-                continue  # a size that onnx's inference made up a name for
-            wanted = sizes["NCHW".index(letter)] * parts.factor
-            if found_side != wanted:
-                raise InputError(
-                    f"{foreign.file}: the output {picture.name} has {dim} along axis {axis}, which is not "
-                    f"{parts.factor} times the latents': say factor = N under [{DECODER}]"
-                )
     parts.colors = int(str(picture.shape[color]))
 
     def scaled(dim: int | ir.SymbolicDim) -> int | str:
