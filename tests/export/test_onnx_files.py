@@ -18,6 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 import trimtab
 from trimtab.cli import main
+from trimtab.comparison import compare
 from trimtab.errors import InputError
 
 DOCS = Path(__file__).parents[2] / "docs" / "onnx.md"
@@ -250,6 +251,20 @@ def test_opsets(tmp_path: Path, opset: int) -> None:
     assert np.abs(found - picture(sampled(linear, noise((1, 3, 4, 8), 1)))).max() < 1e-5
 
 
+def test_weights_among_the_inputs(tmp_path: Path) -> None:
+    """As ONNX had it up to IR version 3, and exporters with ``keep_initializers_as_inputs``."""
+    model = onnx.load(write(tmp_path / "denoiser.onnx", *LINEAR, opset=11))
+    model.ir_version = 3
+    for tensor in model.graph.initializer:
+        model.graph.input.append(
+            onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+        )
+    onnx.save(model, tmp_path / "denoiser.onnx")
+    with compiled(tmp_path, PIXELS) as ours:
+        found = ours(seed=1).pixels
+    assert np.abs(found - picture(sampled(linear, noise((1, 3, 4, 8), 1)))).max() < 1e-5
+
+
 def test_weights_outside_of_the_file(tmp_path: Path) -> None:
     body = (
         "<float rate = {0.001}> { t = Mul(timestep, rate) s = Conv(sample, kernel) "
@@ -370,6 +385,14 @@ unused = { token_mask = "tokenizer", length = 6 }
     shift = 0.001 * ids.float().mean(1).reshape(2, 1, 1, 1)
     expected = sampled(lambda x, t: linear(x, t) + shift, noise((2, 3, 4, 8), 1))
     assert np.abs(found - picture(expected)).max() < 1e-5
+
+
+def test_graphs_without_module_names_can_be_compared(tmp_path: Path) -> None:
+    write(tmp_path / "denoiser.onnx", *LINEAR)
+    with compiled(tmp_path, PIXELS):
+        found = compare(tmp_path / "bundle", tmp_path / "bundle")
+    assert found["steps"] == [0, 0, 0]
+    assert found["modules"] == []
 
 
 def test_guidance_scale_as_an_input(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from trimtab.errors import ExportError
-from trimtab.export.onnx_graphs import CONVERTED_OPSET, Foreign
+from trimtab.export.onnx_graphs import CONVERTED_OPSET, IR_VERSION, Foreign
 from trimtab.export.onnx_toml import DecoderTable
 from trimtab.export.trace import SCOPES
 
@@ -40,9 +40,6 @@ RESERVED = frozenset(
 """What trimtab calls values of its own; whatever a foreign graph calls so is renamed."""
 
 Dims = Sequence[int | str]
-
-_IR_VERSION = 8
-"""Of the ONNX releases that brought opset 17."""
 
 
 class Adapter:
@@ -245,7 +242,7 @@ def pixel_graph(channels: int) -> ir.Model:
     dims = ("batch", channels, "latent_height", "latent_width")
     latents = ir.Value(name="latents", shape=ir.Shape(dims), type=ir.TensorType(ir.DataType.FLOAT))
     graph = ir.Graph([latents], [latents], nodes=[], opset_imports={"": CONVERTED_OPSET}, name="pixels")
-    model = ir.Model(graph, ir_version=_IR_VERSION)
+    model = ir.Model(graph, ir_version=IR_VERSION)
     adapter = Adapter(Foreign("pixels", Path("pixels"), model))
     latents.name = "latents"
     picture_pixels(adapter, latents, "NCHW", (-1.0, 1.0))

@@ -27,6 +27,8 @@ OLDEST_OPSET = 15
 """What trimtab's own nodes need (Shape with a start). Older graphs are converted."""
 
 CONVERTED_OPSET = 17
+IR_VERSION = 8
+"""Of the ONNX releases that brought opset 17."""
 
 ROWS = "prompts"
 """The first axis of whatever has one entry for each guidance row of each picture."""
@@ -92,6 +94,8 @@ def open_graph(name: str, file: Path) -> Foreign:
     for step in passes:
         model = step(model).model
     model = _convert(model, file)
+    # Version 3 demands that weights be inputs, too.
+    model.ir_version = max(model.ir_version or 0, IR_VERSION)
     _forget_notes(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype is None or not isinstance(value.type, ir.TensorType):
