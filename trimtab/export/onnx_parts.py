@@ -43,7 +43,9 @@ def add_prologue(files: OnnxFiles, foreign: Foreign, table: GraphTable, wires: W
     name_sizes(graph, {name: (ROWS,) for name in in_rows if not table.takes_scale(name)})
     tokens = [name for name, wire in table.inputs.items() if isinstance(wire, Tokens)]
     first = next((name for name in (*tokens, *in_rows) if not table.takes_scale(name)), None)
-    settle_outputs(foreign, foreign.input(first) if first else None, bool(tokens))
+    like = foreign.input(first) if first else None
+    _check_rows(files, wires.parts, foreign, like)
+    settle_outputs(foreign, like, bool(tokens))
     adapter = Adapter(foreign)
     inputs = wires.connect(adapter, table, None)
     for name, value in made.items():
@@ -57,7 +59,6 @@ def add_prologue(files: OnnxFiles, foreign: Foreign, table: GraphTable, wires: W
     wires.parts.segments[table.name] = wires.parts.keep(table.name, foreign.model)
     check_outputs(foreign, {}, "export it with the shapes of its outputs")
     wires.parts.call(table.name, inputs, {str(v.name): f"{table.name}.{name}" for name, v in made.items()})
-    _check_rows(files, wires.parts, foreign, (graph.inputs[0] if first else None))
 
 
 def _check_rows(files: OnnxFiles, parts: Parts, foreign: Foreign, value: ir.Value | None) -> int | None:
