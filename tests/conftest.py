@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,13 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 
 import trimtab
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; torch would take them all for each.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
