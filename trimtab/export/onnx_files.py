@@ -85,7 +85,7 @@ def export_onnx(
 
 
 def _scheduler(files: OnnxFiles) -> Any:
-    name = SCHEDULERS.get(files.scheduler_class, files.scheduler_class)
+    name = SCHEDULERS.get(files.scheduler_class.lower(), files.scheduler_class)
     import diffusers
 
     known = getattr(diffusers, name, None)
