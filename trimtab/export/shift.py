@@ -14,6 +14,7 @@ only.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +35,7 @@ from trimtab.export.schedules import (
     time_shift,
     timesteps_options,
 )
-from trimtab.export.trace import Example
+from trimtab.export.trace import Example, trace
 from trimtab.program import STATE, Call, Schedule, Step, Task
 
 logger = logging.getLogger(__name__)
@@ -161,7 +162,8 @@ def follow_size(parts: Parts, sampling: Sampling, tasks: Tasks) -> dict[str, Tas
         height, width = EVEN_LATENT
         noise = torch.zeros(ROWS, parts.channels, height, width)
         example = Example(noise, ("batch", None, "latent_height", "latent_width"))
-        parts.add(SEGMENT, module, {"noise": example}, [_table_name(name) for name in module.names])
+        model = trace(module, {"noise": example}, [_table_name(name) for name in module.names])
+        parts.segments[SEGMENT] = parts.keep(SEGMENT, model)
     return followed
 
 
@@ -176,7 +178,7 @@ def shifted(parts: Parts, sampling: Sampling, tasks: Tasks) -> tuple[ShiftedTabl
         raise _MisfitError(f"{owner} shifts in a way of its own")
     sizes = _sizes(parts)
     try:
-        others = [_plan(replace(parts, size=size), sampling) for size in sizes[1:]]
+        others = [_plan(parts, sampling, size) for size in sizes[1:]]
     except TrimtabError as error:
         raise _MisfitError(f"{owner} cannot be read at another size: {error}") from error
     plans = [tasks, *others]
@@ -206,8 +208,11 @@ def shifted(parts: Parts, sampling: Sampling, tasks: Tasks) -> tuple[ShiftedTabl
     return module, followed
 
 
-def _plan(parts: Parts, sampling: Sampling) -> dict[str, Task]:
-    return plan_tasks(parts, sampling, probe_tasks(parts, sampling))[0]
+def _plan(parts: Parts, sampling: Sampling, size: tuple[int, int]) -> dict[str, Task]:
+    """What the tasks would be, were this the native size."""
+    other = copy.copy(parts)
+    other.size = size
+    return plan_tasks(other, sampling, probe_tasks(other, sampling))[0]
 
 
 def _sizes(parts: Parts) -> list[tuple[int, int]]:
