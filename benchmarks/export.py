@@ -1,4 +1,4 @@
-"""Claim: compiling Stable Diffusion 1.5 takes little more memory than its U-Net, and its weights no more disk.
+"""Claim: compiling Stable Diffusion 1.5 takes little memory beside its U-Net, and its weights no more disk.
 
     python benchmarks/export.py [--json] [--scratch FOLDER]
 
