@@ -145,7 +145,6 @@ def unet(**config: Any) -> UNet2DConditionModel:
 
 
 def _stable_diffusion(folder: Path, scheduler: Any, cls: Any = StableDiffusionPipeline, **config: Any) -> Any:
-    extra = {} if cls is StableDiffusionInpaintPipeline else {}
     return cls(
         vae=vae(),
         text_encoder=clip_text(),
@@ -155,7 +154,6 @@ def _stable_diffusion(folder: Path, scheduler: Any, cls: Any = StableDiffusionPi
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-        **extra,
     )
 
 
@@ -266,11 +264,11 @@ def _pixart(cls: Any, **config: Any) -> Any:
     return cls(
         transformer=PixArtTransformer2DModel(
             num_attention_heads=2,
-            attention_head_dim=8,
+            attention_head_dim=12,  # the width must be a multiple of 3: the size conditions share it
             in_channels=4,
             out_channels=8,
             num_layers=2,
-            cross_attention_dim=16,
+            cross_attention_dim=24,
             patch_size=2,
             caption_channels=32,
             **config,

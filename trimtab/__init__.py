@@ -1,10 +1,10 @@
 """trimtab: an edge-deployment compiler for diffusion models.
 
-    import trimtab
+import trimtab
 
-    trimtab.compile("./sdxl", "sdxl.bundle")              # needs the extra "compile"
-    pipe = trimtab.load("sdxl.bundle")                    # needs neither torch nor diffusers
-    pipe("a red circle", seed=0).images[0].save("circle.png")
+trimtab.compile("./sdxl", "sdxl.bundle")              # needs the extra "compile"
+pipe = trimtab.load("sdxl.bundle")                    # needs neither torch nor diffusers
+pipe("a red circle", seed=0).images[0].save("circle.png")
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Pipeline", "Recipe", "Result", "TrimtabError", "__version__", "compile", "load"]
+__all__ = ["Denoiser", "Pipeline", "Recipe", "Result", "TrimtabError", "__version__", "compile", "load"]
 
 _WHERE = {
+    "Denoiser": "trimtab.drop_in",
     "Pipeline": "trimtab.runtime.load",
     "Recipe": "trimtab.recipe",
     "Result": "trimtab.runtime.load",
@@ -26,6 +27,7 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from trimtab.compiler import compile
+    from trimtab.drop_in import Denoiser
     from trimtab.errors import TrimtabError
     from trimtab.recipe import Recipe
     from trimtab.runtime.load import Pipeline, Result, load

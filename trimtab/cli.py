@@ -12,16 +12,25 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab import __version__
+from trimtab import __version__, render
 from trimtab.errors import InputError, MissingDependency, TrimtabError
 
 EXIT_FAILED = 1
 
-_COMPILE_PACKAGES = ("torch", "onnx_ir", "onnxscript", "onnx", "diffusers", "transformers", "scipy", "huggingface_hub")
+_COMPILE_PACKAGES = (
+    "torch",
+    "onnx_ir",
+    "onnxscript",
+    "onnx",
+    "diffusers",
+    "transformers",
+    "scipy",
+    "huggingface_hub",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,13 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
-    logging.basicConfig(level=logging.DEBUG if arguments.debug else logging.WARNING, handlers=[handler], force=True)
+    logging.basicConfig(
+        level=logging.DEBUG if arguments.debug else logging.WARNING, handlers=[handler], force=True
+    )
     try:
         result = arguments.command(arguments)
         if arguments.json:
             print(json.dumps(result))
         else:
-            arguments.show(result)
+            for line in arguments.show(result):
+                print(line)
         return 0
     except KeyboardInterrupt:
         message = "interrupted: nothing was written"
@@ -64,7 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             raise
-        message = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]} (a fault in trimtab; see --debug)"
+        line = str(error).strip().partition("\n")[0]
+        message = f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
     print(f"trimtab: error: {message}", file=sys.stderr)
     return EXIT_FAILED
 
@@ -86,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     def add(
-        name: str, text: str, example: str, run: Callable[[Any], Any], show: Callable[[Any], None]
+        name: str, text: str, example: str, run: Callable[[Any], Any], show: Callable[[Any], Iterable[str]]
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(
             name,
@@ -105,12 +118,18 @@ def _parser() -> argparse.ArgumentParser:
         "compile a diffusers pipeline into a bundle",
         "trimtab compile ./stable-diffusion-v1-5 --steps 20 --scheduler dpm++ -o sd15.bundle",
         _compile,
-        _show_compile,
+        render.compile,
     )
     command.add_argument("model", help="a diffusers folder, a hub id, or a .toml file that names .onnx files")
-    command.add_argument("--target", action="append", metavar="NAME", help="a device of `trimtab devices` (default cpu)")
-    command.add_argument("--steps", action="append", type=int, metavar="N", help="sampler steps (default 20); repeatable")
-    command.add_argument("--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ...")
+    command.add_argument(
+        "--target", action="append", metavar="NAME", help="a device of `trimtab devices` (default cpu)"
+    )
+    command.add_argument(
+        "--steps", action="append", type=int, metavar="N", help="sampler steps (default 20); repeatable"
+    )
+    command.add_argument(
+        "--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ..."
+    )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
     command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
     command.add_argument("--precision", help="fp32")
@@ -122,17 +141,19 @@ def _parser() -> argparse.ArgumentParser:
         "make pictures with a bundle",
         'trimtab run sd15.bundle --prompt "a red circle" --seed 0 -o circle.png',
         _run,
-        _show_run,
+        render.run,
     )
     _request_arguments(command)
-    command.add_argument("-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
+    )
 
     command = add(
         "bench",
         "measure the time of every segment and step, and the memory",
         "trimtab bench small.bundle --against whole.bundle",
         _bench,
-        _show_bench,
+        render.bench,
     )
     _bundle_argument(command)
     command.add_argument("--against", type=Path, metavar="BUNDLE", help="a second bundle, measured in turn")
@@ -144,7 +165,7 @@ def _parser() -> argparse.ArgumentParser:
         "measure how far two bundles drift apart on the same latents",
         "trimtab compare whole.bundle small.bundle",
         _compare,
-        _show_compare,
+        render.compare,
     )
     command.add_argument("reference", type=Path, metavar="BUNDLE")
     command.add_argument("other", type=Path, metavar="BUNDLE")
@@ -153,10 +174,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--class", type=int, dest="label", metavar="N")
     command.add_argument("--schedule", metavar="NAME")
 
-    command = add("inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, _show_inspect)
+    command = add(
+        "inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, render.inspect
+    )
     _bundle_argument(command)
 
-    add("devices", "list the known devices", "trimtab devices", _devices, _show_devices)
+    add("devices", "list the known devices", "trimtab devices", _devices, render.devices)
     return parser
 
 
@@ -166,7 +189,9 @@ def _bundle_argument(command: argparse.ArgumentParser) -> None:
 
 def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", metavar="NAME", help="whose engines to run")
-    command.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)")
+    command.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
+    )
 
 
 def _request_arguments(command: argparse.ArgumentParser) -> None:
@@ -176,11 +201,15 @@ def _request_arguments(command: argparse.ArgumentParser) -> None:
     what.add_argument("--class", type=int, dest="label", metavar="N", help="the class to draw")
     command.add_argument("--negative", metavar="TEXT", help="what not to draw")
     command.add_argument("--guidance", type=float, metavar="G", help="guidance scale")
-    command.add_argument("--schedule", metavar="NAME", help="a schedule of the bundle, or its number of steps")
+    command.add_argument(
+        "--schedule", metavar="NAME", help="a schedule of the bundle, or its number of steps"
+    )
     command.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
     command.add_argument("--mask", type=Path, metavar="FILE", help="where to draw anew (white)")
     command.add_argument("--strength", type=float, metavar="S", help="how much of --image is lost, 0 to 1")
-    command.add_argument("--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it")
+    command.add_argument(
+        "--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it"
+    )
     command.add_argument("-n", "--count", type=int, default=1, metavar="COUNT", help="pictures")
     command.add_argument("--size", type=_size, metavar="WxH", help="size in pixels")
     _run_options(command)
@@ -202,7 +231,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
     from trimtab.compiler import compile
 
     start = time.perf_counter()
-    with _status() as progress:
+    with render.status() as progress:
         bundle = compile(
             arguments.model,
             arguments.output,
@@ -231,7 +260,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.output.is_dir():
         raise InputError(f"{arguments.output} is a folder: give the name of a file")
     start = time.perf_counter()
-    with load(arguments.bundle, target=arguments.target, threads=arguments.threads) as pipe, _bar() as on_step:
+    with (
+        load(arguments.bundle, target=arguments.target, threads=arguments.threads) as pipe,
+        render.bar() as on_step,
+    ):
         result = pipe(
             arguments.prompt,
             negative_prompt=arguments.negative,
@@ -267,8 +299,14 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
     from trimtab.runtime.bench import bench
 
     bundles = [arguments.bundle] + ([arguments.against] if arguments.against else [])
-    with _status() as progress:
-        return bench(bundles, rounds=arguments.rounds, target=arguments.target, threads=arguments.threads, progress=progress)
+    with render.status() as progress:
+        return bench(
+            bundles,
+            rounds=arguments.rounds,
+            target=arguments.target,
+            threads=arguments.threads,
+            progress=progress,
+        )
 
 
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -291,120 +329,6 @@ def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
     from trimtab.targets.device import known_devices
 
     return {"devices": [vars(device) for device in known_devices().values()]}
-
-
-# ---- tables ----
-
-
-def _show_compile(result: dict[str, Any]) -> None:
-    total = sum(f["bytes"] for f in result["files"])
-    print(f"{result['bundle']}: {total / 1e6:.1f} MB in {result['seconds']:.1f} s")
-    _show_inspect(result)
-
-
-def _show_run(result: dict[str, Any]) -> None:
-    for path in result["images"]:
-        print(path)
-    print(f"seed {result['settings']['seed']}, {result['seconds']:.2f} s", file=sys.stderr)
-
-
-def _show_bench(result: dict[str, Any]) -> None:
-    rows = []
-    for entry in result["bundles"]:
-        rows.append([entry["bundle"], "a step", _ms(entry["step_ms"]), _mb(entry["peak_bytes"]), _mb(entry["weight_bytes"])])
-        rows.append(["", "a picture", _ms(entry["picture_ms"]), "", ""])
-        rows.append(["", "python, a step", _ms(entry["python_ms"]), "", ""])
-        rows += [["", f"{s['name']} x{s['calls']}", _ms(s["ms"]), "", _mb(s["weight_bytes"])] for s in entry["segments"]]
-    _table(["bundle", "what", "ms", "peak MB", "weights MB"], rows)
-    if "step_ratio" in result:
-        print(f"step time, first to second: {result['step_ratio']:.3f}")
-
-
-def _show_compare(result: dict[str, Any]) -> None:
-    _table(["step", "relative error"], [[str(i), f"{e:.3e}"] for i, e in enumerate(result["steps"])])
-    if result["modules"]:
-        rows = [[m["name"], f"{m['error']:.3e}"] for m in result["modules"]]
-        _table(["module, at the first step", "relative error"], rows)
-    print(f"largest difference of the picture: {result['picture']:.3e} (0..1)")
-
-
-def _show_inspect(result: dict[str, Any]) -> None:
-    rows = []
-    for segment in result["segments"]:
-        engines = ", ".join(f"{e['target']} ({e['backend']}, {_mb(e['bytes'])} MB)" for e in segment["engines"])
-        rows.append([segment["name"], f"{segment['parameters']:,}", _mb(segment["weight_bytes"]), engines])
-    _table(["segment", "parameters", "weights MB", "engines"], rows)
-    schedules = [s for s in result["schedules"] if "/" not in s["name"]]
-    _table(
-        ["task", "schedule", "steps", "calls of a step"],
-        [[s["task"], s["name"], str(s["steps"]), " + ".join(s["calls"][0])] for s in schedules],
-    )
-    if result["passes"]:
-        _table(
-            ["pass", "segment", "applied", "refused"],
-            [[p["name"], p["segment"], str(p["applied"]), str(p["refused"])] for p in result["passes"]],
-        )
-
-
-def _show_devices(result: dict[str, Any]) -> None:
-    _table(["name", "device", "backend"], [[d["name"], d["title"], d["backend"]] for d in result["devices"]])
-
-
-def _table(header: list[str], rows: list[list[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for index, title in enumerate(header):
-        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
-        table.add_column(title, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*row)
-    # A pipe has no width of its own, and cut names help nobody.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
-    console.print(table)
-
-
-def _is_number(cell: str) -> bool:
-    return not cell or cell.replace(",", "").replace(".", "").replace("e-", "").replace("e+", "").isdecimal()
-
-
-def _mb(count: int) -> str:
-    return f"{count / 1e6:.1f}"
-
-
-def _ms(value: float) -> str:
-    return f"{value:.2f}"
-
-
-@contextlib.contextmanager
-def _status() -> Iterator[Callable[[str], None]]:
-    """A line that says what is being worked on and for how long, on a terminal; debug logs elsewhere."""
-    if not sys.stderr.isatty():
-        yield logging.getLogger(__name__).debug
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=None)
-        yield lambda text: progress.update(task, description=text)
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[int, int], None] | None]:
-    """A bar over the steps, on a terminal only."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

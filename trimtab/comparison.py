@@ -50,7 +50,8 @@ def compare(reference: Path, other: Path, *, seed: int = 0, **options: Any) -> d
         whole = [pipe(**wanted).pixels for pipe in (ours, theirs)]
         if whole[0].shape != whole[1].shape:
             raise InputError(
-                f"{reference} draws {whole[0].shape[1:]} and {other} {whole[1].shape[1:]}: compare bundles of one pipeline"
+                f"{reference} draws {whole[0].shape[1:]} and {other} {whole[1].shape[1:]}: "
+                "compare bundles of one pipeline"
             )
         steps = _steps(ours, theirs, wanted)
         modules = _modules(ours, theirs, wanted)
@@ -90,6 +91,7 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
     """Errors by module at the first step: both denoisers' graphs, run with the modules' outputs laid open."""
     try:
         import onnx_ir as ir
+
         from trimtab.passes.scopes import expose_blocks
     except ImportError:
         return []
@@ -102,13 +104,17 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
         plan.begin(request)
         call = plan.steps[0].calls[0]
         # What both graphs read is the reference's; the sampler's weights may differ and are each one's own.
-        feeds = dict(call.inputs) | {n: a for n, a in shared.items() if n not in _SAMPLER and n in call.inputs}
+        feeds = dict(call.inputs) | {
+            n: a for n, a in shared.items() if n not in _SAMPLER and n in call.inputs
+        }
         shared = shared or dict(call.inputs)
         path = pipe.bundle.path(pipe.bundle.contents.segments[call.segment].graph)
         model = ir.load(path)
         names = expose_blocks(model)
         settings = onnxruntime.SessionOptions()
-        settings.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        settings.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.parent)
+        )
         session = onnxruntime.InferenceSession(
             ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"]
         )

@@ -10,10 +10,11 @@ from typing import Any
 import onnx_ir as ir
 
 from trimtab import __version__
-from trimtab.bundle import MANIFEST, Bundle, Contents, SegmentEntry, open_bundle, write_manifest
+from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
 from trimtab.errors import InputError
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
+from trimtab.manifest import Contents, SegmentEntry
 from trimtab.program import Program, TensorSpec
 from trimtab.recipe import Recipe, make_recipe, read_recipe
 from trimtab.staging import check_replaceable, staged_folder

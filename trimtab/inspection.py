@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from trimtab.bundle import SCHEMA, Bundle
+from trimtab.bundle import Bundle
+from trimtab.manifest import SCHEMA
 
 
 def inspect(bundle: Bundle) -> dict[str, Any]:
@@ -31,8 +32,12 @@ def inspect(bundle: Bundle) -> dict[str, Any]:
                 "name": segment.name,
                 "parameters": segment.parameters,
                 "weight_bytes": segment.weight_bytes,
-                "inputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.inputs],
-                "outputs": [{"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.outputs],
+                "inputs": [
+                    {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.inputs
+                ],
+                "outputs": [
+                    {"name": s.name, "dtype": s.dtype, "shape": list(s.shape)} for s in segment.outputs
+                ],
                 "engines": [vars(engine) for engine in segment.engines],
             }
             for segment in contents.segments.values()

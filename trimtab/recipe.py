@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 PRECISIONS = ("fp32",)
 DEFAULT_STEPS = 20
@@ -41,7 +47,9 @@ class Recipe:
             raise InputError("a number of steps or a target is given twice: give each once")
         if not self.targets:
             raise InputError("no target is given: give at least one, such as cpu")
-        if self.size is not None and any(type(side) is not int or side < 1 for side in self.size):
+        if self.size is not None and (
+            len(self.size) != 2 or any(type(side) is not int or side < 1 for side in self.size)
+        ):
             raise InputError(f"the size {_shown(self.size)} is not a width and a height in pixels")
         if self.precision not in PRECISIONS:
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -66,7 +74,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if isinstance(clean.get("size"), str):
         clean["size"] = parse_size(clean["size"])
     elif "size" in clean:
-        clean["size"] = tuple(clean["size"])
+        clean["size"] = tuple(clean["size"]) if isinstance(clean["size"], list | tuple) else (clean["size"],)
     return Recipe(**clean)
 
 
@@ -85,10 +93,6 @@ def read_toml(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file cannot be read, or is not TOML.
     """
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

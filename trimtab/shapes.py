@@ -33,7 +33,9 @@ def _parse(expression: str) -> ast.expr:
     try:
         return ast.parse(expression, mode="eval").body
     except (SyntaxError, ValueError, RecursionError):
-        raise BundleError(f"{expression!r} is not a size: integers, names, + - * // and % are understood") from None
+        raise BundleError(
+            f"{expression!r} is not a size: integers, names, + - * // and % are understood"
+        ) from None
 
 
 def evaluate(dim: int | str, symbols: Mapping[str, int]) -> int:
@@ -54,7 +56,9 @@ def _value(node: ast.expr, symbols: Mapping[str, int], whole: str) -> int:
         return node.value
     if isinstance(node, ast.Name):
         if node.id not in symbols:
-            raise BundleError(f"the size {whole!r} needs {node.id}, and known are {', '.join(sorted(symbols))}")
+            raise BundleError(
+                f"the size {whole!r} needs {node.id}, and known are {', '.join(sorted(symbols))}"
+            )
         return symbols[node.id]
     if isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         left, right = _value(node.left, symbols, whole), _value(node.right, symbols, whole)

@@ -31,15 +31,17 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
-        raise InputError(f"{target.parent} cannot be written ({error.strerror}): choose another place") from error
+        raise InputError(
+            f"{target.parent} cannot be written ({error.strerror}): choose another place"
+        ) from error
     try:
         yield stage
         stage.chmod(0o777 & ~_umask())
         old = None
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            os.replace(target, old)
-        os.replace(stage, target)
+            target.replace(old)
+        stage.replace(target)
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
@@ -54,7 +56,9 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
 
 def check_replaceable(target: Path, marker: str) -> None:
     """Raises InputError where ``target`` is something that must not be overwritten."""
-    if target.exists() and not (target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))):
+    if target.exists() and not (
+        target.is_dir() and ((target / marker).is_file() or not any(target.iterdir()))
+    ):
         raise InputError(f"{target} exists and is not what would be written there: choose another name")
 
 
@@ -73,11 +77,13 @@ def write_file(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
         temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        temporary.replace(path)
         temporary = None
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise TrimtabError(f"the disk of {path.parent} is full: make room, or choose another place") from error
+            raise TrimtabError(
+                f"the disk of {path.parent} is full: make room, or choose another place"
+            ) from error
         raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
     finally:
         if temporary is not None:

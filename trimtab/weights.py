@@ -60,7 +60,13 @@ class WeightStore:
                         stream.write(data[start : start + _CHUNK])
                 location, offset, length = self._where[key]
                 value.const_value = ir.ExternalTensor(
-                    location, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=self.folder
+                    location,
+                    offset,
+                    length,
+                    tensor.dtype,
+                    shape=ir.Shape(shape),
+                    name=value.name or "",
+                    base_dir=self.folder,
                 )
         if path.stat().st_size == 0:
             path.unlink()
@@ -105,7 +111,7 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview:
     if tensor.dtype.bitwidth < 8:
         return memoryview(tensor.tobytes())
     array = np.ascontiguousarray(tensor.numpy())
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return memoryview(array.reshape(-1).view(np.uint8).data)
 
 
 def parameter_count(model: ir.Model) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export import modules
+from trimtab.export import encoders, modules
 from trimtab.export.parts import (
     ROWS,
     TOKENS,
@@ -49,7 +49,10 @@ def _clip(parts: Parts, suffix: str, hidden: str | None, pooled: str | None) -> 
     parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
     outputs = [n for n, wanted in (("hidden", hidden), ("pooled", pooled)) if wanted]
     parts.add(
-        "text_encoder" + suffix, modules.ClipText(model, hidden, pooled), {"tokens": tokens_example()}, outputs
+        "text_encoder" + suffix,
+        encoders.ClipText(model, hidden, pooled),
+        {"tokens": tokens_example()},
+        outputs,
     )
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {n: n + suffix for n in outputs})
 
@@ -58,7 +61,7 @@ def _t5(parts: Parts, suffix: str, length: int) -> None:
     """A T5 encoder with its tokenizer: tokens -> hidden{suffix}."""
     parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
     model = parts.source.load("text_encoder" + suffix)
-    parts.add("text_encoder" + suffix, modules.T5Text(model), {"tokens": tokens_example()}, ["hidden"])
+    parts.add("text_encoder" + suffix, encoders.T5Text(model), {"tokens": tokens_example()}, ["hidden"])
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
 
 
@@ -133,18 +136,18 @@ def stable_diffusion_xl(parts: Parts) -> None:
     _clip(parts, "", "penultimate", None)
     _clip(parts, "_2", "penultimate", "projected")
     zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
-    parts.inputs.append(
-        TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros})
-    )
+    parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
     config = _vae_config(parts)
     parts.channels = int(config["latent_channels"])
     unet = source.load("unet")
     _geometry(parts, unet.config.sample_size, config)
     width = int(unet.config.cross_attention_dim)
-    pooled = int(unet.config.projection_class_embeddings_input_dim) - 6 * int(unet.config.addition_time_embed_dim)
+    pooled = int(unet.config.projection_class_embeddings_input_dim) - 6 * int(
+        unet.config.addition_time_embed_dim
+    )
     parts.add(
         "text_join",
-        modules.JoinXLText(),
+        encoders.JoinXLText(),
         _join_xl_examples(parts, pooled),
         ["encoder_hidden_states", "text_embeds"],
     )
@@ -192,7 +195,7 @@ def stable_diffusion_3(parts: Parts) -> None:
     _geometry(parts, transformer.config.sample_size, config, transformer.config.patch_size)
     width = int(transformer.config.joint_attention_dim)
     names = ["hidden", "hidden_2", *(["hidden_3"] if with_t5 else []), "pooled", "pooled_2"]
-    join = modules.JoinSD3Text() if with_t5 else modules.JoinSD3TextWithoutT5(T5_LENGTH_SD3, width)
+    join = encoders.JoinSD3Text() if with_t5 else encoders.JoinSD3TextWithoutT5(T5_LENGTH_SD3, width)
     examples = {}
     for name in names:
         suffix = name.removeprefix("hidden").removeprefix("pooled")
@@ -262,7 +265,7 @@ def pixart(parts: Parts) -> None:
     parts.tokens("tokens", "tokenizer", length, mask=True, lowercase=True)
     parts.add(
         "text_encoder",
-        modules.MaskedT5Text(source.load("text_encoder")),
+        encoders.MaskedT5Text(source.load("text_encoder")),
         {"tokens": tokens_example(), "attention_mask": Example(_example_mask(), ("prompts", "tokens"))},
         ["hidden", "mask"],
     )
@@ -341,7 +344,7 @@ def unconditional(parts: Parts) -> None:
         {"sample": sample, "timestep": timestep_example()},
     )
     latents = Example(sample.tensor, ("batch", None, *open_sizes))
-    parts.add("pixels", modules.PixelDecoder(), {"latents": latents}, ["image"])
+    parts.add("pixels", encoders.PixelDecoder(), {"latents": latents}, ["image"])
 
 
 def _join_xl_examples(parts: Parts, pooled: int) -> dict[str, Example]:

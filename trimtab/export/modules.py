@@ -1,10 +1,13 @@
-"""The torch modules that are traced: thin wrappers that give every graph one plain interface.
+"""The denoisers that are traced: thin wrappers that give every graph one plain interface.
 
 The wrapped model is always the attribute ``model``, so that its module paths and parameter names can be
 restored by dropping one prefix (`trimtab.export.trace`). Every denoiser takes ``sample`` (rows, C, h, w)
 float32 and a scalar ``timestep`` first, and returns a prediction of the sample's shape: what the sampler is
 fused to.
 """
+
+# The wrapped models are untyped, and forwards differ by design.
+# mypy: disable-error-code="no-any-return, override"
 
 from __future__ import annotations
 
@@ -16,6 +19,8 @@ from torch import Tensor, nn
 
 class Denoiser(nn.Module):
     """Base of the wrappers around a U-Net or a transformer."""
+
+    model: Any
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -49,7 +54,7 @@ class ConditionalUNet(Denoiser):
     """UNet2DConditionModel of Stable Diffusion 1.x and 2.x."""
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
-        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]  # type: ignore[no-any-return]
+        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
 class InpaintingUNet(Denoiser):
@@ -64,7 +69,7 @@ class InpaintingUNet(Denoiser):
         masked_latents: Tensor,
     ) -> Tensor:
         sample = _with_known(sample, mask, masked_latents)
-        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]  # type: ignore[no-any-return]
+        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
 class GuidedUNet(Denoiser):
@@ -83,7 +88,7 @@ class GuidedUNet(Denoiser):
         embedding = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
         embedding = nn.functional.pad(embedding, (0, self.embedding_dim - 2 * half))
         embedding = embedding.expand(sample.shape[0], -1)
-        return self.model(  # type: ignore[no-any-return]
+        return self.model(
             sample, timestep, encoder_hidden_states, timestep_cond=embedding, return_dict=False
         )[0]
 
@@ -101,7 +106,7 @@ class XLUNet(Denoiser):
         height, width = _pixels(sample, self.factor)
         crop = torch.zeros_like(height)
         time_ids = torch.cat([height, width, crop, crop, height, width], dim=1)
-        return self.model(  # type: ignore[no-any-return]
+        return self.model(
             sample,
             timestep,
             encoder_hidden_states,
@@ -113,7 +118,7 @@ class XLUNet(Denoiser):
 class XLInpaintingUNet(XLUNet):
     """SDXL's U-Net with 9 input channels."""
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         sample: Tensor,
         timestep: Tensor,
@@ -130,7 +135,7 @@ class PixelUNet(Denoiser):
     """An unconditional UNet2DModel."""
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        return self.model(sample, timestep, return_dict=False)[0]  # type: ignore[no-any-return]
+        return self.model(sample, timestep, return_dict=False)[0]
 
 
 class ClassTransformer(Denoiser):
@@ -140,7 +145,7 @@ class ClassTransformer(Denoiser):
         prediction = self.model(
             sample, timestep=_rows(timestep, sample), class_labels=class_labels, return_dict=False
         )[0]
-        return prediction[:, : sample.shape[1]]  # type: ignore[no-any-return]
+        return prediction[:, : sample.shape[1]]
 
 
 class _Attention:
@@ -164,7 +169,7 @@ class _Attention:
             for projected in (attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source))
         )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        return attention.to_out[0](mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
 class PixArtTransformer(Denoiser):
@@ -173,7 +178,7 @@ class PixArtTransformer(Denoiser):
     def __init__(self, model: nn.Module, factor: int) -> None:
         super().__init__(model)
         self.factor = factor
-        model.set_attn_processor(_Attention())  # type: ignore[operator]
+        self.model.set_attn_processor(_Attention())
 
     def forward(
         self,
@@ -183,10 +188,10 @@ class PixArtTransformer(Denoiser):
         encoder_attention_mask: Tensor,
     ) -> Tensor:
         conditions: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-        if self.model.config.sample_size == 128 and self.model.use_additional_conditions:  # type: ignore[union-attr]
+        if self.model.config.sample_size == 128 and self.model.use_additional_conditions:
             height, width = _pixels(sample, self.factor)
             conditions = {"resolution": torch.cat([height, width], dim=1), "aspect_ratio": height / width}
-        patch = self.model.config.patch_size  # type: ignore[union-attr]
+        patch = self.model.config.patch_size
         queries = (sample.shape[2] // patch) * (sample.shape[3] // patch)
         # As the model makes it of a mask of two axes: -10000 where there is no word.
         bias = ((1 - encoder_attention_mask) * -10000.0)[:, None, None].expand(-1, -1, queries, -1)
@@ -198,7 +203,7 @@ class PixArtTransformer(Denoiser):
             added_cond_kwargs=conditions,
             return_dict=False,
         )[0]
-        return prediction[:, : sample.shape[1]]  # type: ignore[no-any-return]
+        return prediction[:, : sample.shape[1]]
 
 
 class SD3Transformer(Denoiser):
@@ -207,7 +212,7 @@ class SD3Transformer(Denoiser):
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, pooled_projections: Tensor
     ) -> Tensor:
-        return self.model(  # type: ignore[no-any-return]
+        return self.model(
             hidden_states=sample,
             timestep=_rows(timestep, sample),
             encoder_hidden_states=encoder_hidden_states,
@@ -246,157 +251,4 @@ class FluxTransformer(Denoiser):
             return_dict=False,
         )[0]
         prediction = prediction.reshape(rows, height // 2, width // 2, channels, 2, 2)
-        return prediction.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels, height, width)  # type: ignore[no-any-return]
-
-
-class ClipText(nn.Module):
-    """A CLIP text encoder: tokens (rows, length) int64 -> hidden states, and the pooled output where wanted.
-
-    Args:
-        model: CLIPTextModel or CLIPTextModelWithProjection.
-        hidden: "last" for the final layer norm's output (SD 1.x, 2.x), "penultimate" for the layer before the
-            last (SDXL, SD3), None for none (Flux).
-        pooled: None, "pooler" (end-of-text state) or "projected" (through the text projection).
-    """
-
-    def __init__(self, model: nn.Module, hidden: str | None, pooled: str | None) -> None:
-        super().__init__()
-        self.model = model
-        self.hidden = hidden
-        self.pooled = pooled
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        output = self.model(tokens, output_hidden_states=self.hidden == "penultimate")
-        results = []
-        if self.hidden == "last":
-            results.append(output.last_hidden_state)
-        elif self.hidden == "penultimate":
-            results.append(output.hidden_states[-2])
-        if self.pooled == "pooler":
-            results.append(output.pooler_output)
-        elif self.pooled == "projected":
-            results.append(output.text_embeds)
-        return tuple(results)
-
-
-class T5Text(nn.Module):
-    """A T5 encoder: tokens (rows, length) int64 -> hidden states (rows, length, width)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.model(tokens)[0]  # type: ignore[no-any-return]
-
-
-class MaskedT5Text(T5Text):
-    """A T5 encoder that is told which tokens are padding; the mask goes on to the denoiser as float32."""
-
-    def forward(self, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        return self.model(tokens, attention_mask=attention_mask)[0], attention_mask.to(torch.float32)
-
-
-class JoinXLText(nn.Module):
-    """SDXL's two encoders side by side; an absent negative prompt is zeros where the pipeline says so."""
-
-    def forward(
-        self, hidden: Tensor, hidden_2: Tensor, pooled_2: Tensor, given: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        # given (rows, 1): 0 for rows of an absent negative prompt, else 1.
-        return torch.cat([hidden, hidden_2], dim=-1) * given[..., None], pooled_2 * given
-
-
-class JoinSD3Text(nn.Module):
-    """SD3: both CLIPs side by side, padded to T5's width, T5 behind along the sequence."""
-
-    def forward(
-        self, hidden: Tensor, hidden_2: Tensor, hidden_3: Tensor, pooled: Tensor, pooled_2: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        clip = torch.cat([hidden, hidden_2], dim=-1)
-        clip = nn.functional.pad(clip, (0, hidden_3.shape[-1] - clip.shape[-1]))
-        return torch.cat([clip, hidden_3], dim=-2), torch.cat([pooled, pooled_2], dim=-1)
-
-
-class JoinSD3TextWithoutT5(nn.Module):
-    """SD3 with its T5 encoder left out: zeros in its place, as the pipeline does."""
-
-    def __init__(self, length: int, width: int) -> None:
-        super().__init__()
-        self.length = length
-        self.width = width
-
-    def forward(
-        self, hidden: Tensor, hidden_2: Tensor, pooled: Tensor, pooled_2: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        clip = torch.cat([hidden, hidden_2], dim=-1)
-        clip = nn.functional.pad(clip, (0, self.width - clip.shape[-1], 0, self.length))
-        return clip, torch.cat([pooled, pooled_2], dim=-1)
-
-
-class VaeDecoder(nn.Module):
-    """Latents (batch, C, h, w) -> picture (batch, H, W, 3) float32 in 0..1."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, latents: Tensor) -> Tensor:
-        config = self.model.config
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)  # type: ignore[union-attr]
-        picture = self.model.decode(latents, return_dict=False)[0]  # type: ignore[operator]
-        return (picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
-
-
-class VaeEncoder(nn.Module):
-    """Picture (1, H, W, 3) in 0..1 and noise (1, C, h, w) -> a draw from the posterior, scaled.
-
-    One picture is encoded and drawn from once, whatever the batch, as diffusers does; ``like`` (batch, C, h, w)
-    only says how many copies are wanted.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor, posterior_noise: Tensor, like: Tensor) -> Tensor:
-        config = self.model.config
-        posterior = self.model.encode((image * 2 - 1).permute(0, 3, 1, 2), return_dict=False)[0]  # type: ignore[operator]
-        latents = posterior.mean + posterior.std * posterior_noise
-        latents = (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor  # type: ignore[union-attr]
-        return latents.expand(like.shape[0], -1, -1, -1)  # type: ignore[no-any-return]
-
-
-class PixelDecoder(nn.Module):
-    """What stands in the VAE's place for a model that draws pixels: -1..1 (batch, 3, H, W) -> 0..1."""
-
-    def forward(self, latents: Tensor) -> Tensor:
-        return (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
-
-
-class MaskEncoder(nn.Module):
-    """Picture (1, H, W, 3) and mask (1, H, W, 1; 1 = draw anew) -> masked picture, latents' mask (1, 1, h, w).
-
-    The mask is made smaller by nearest neighbour, as diffusers does; a masked pixel becomes mid grey (0 on
-    the VAE's -1..1 scale).
-    """
-
-    def __init__(self, factor: int) -> None:
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        mask = (mask >= 0.5).to(image.dtype)
-        masked = image * (1 - mask) + 0.5 * mask
-        return masked, mask[:, :: self.factor, :: self.factor].permute(0, 3, 1, 2)
-
-
-class Blend(nn.Module):
-    """Inpainting with a plain U-Net: outside of the mask the picture's own latents, noised to this step.
-
-    state: (slots, batch, C, h, w); slot 0 holds the start noise and slot 1 the picture's latents.
-    """
-
-    def forward(self, proposal: Tensor, state: Tensor, known_weights: Tensor, mask: Tensor) -> Tensor:
-        known = known_weights[0] * state[0] + known_weights[1] * state[1]
-        return (1 - mask) * known + mask * proposal
+        return prediction.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels, height, width)

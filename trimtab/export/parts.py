@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import torch
 
-from trimtab.export.modules import Blend, MaskEncoder, VaeDecoder, VaeEncoder
+from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.export.trace import Example, trace
 from trimtab.program import Call, TensorSpec
@@ -84,7 +84,9 @@ class Parts:
         sample = next(value for value in graph.inputs if value.name == "sample")
         graph.outputs[0].shape = sample.shape
 
-    def tokens(self, name: str, tokenizer: str, length: int, *, mask: bool = False, lowercase: bool = False) -> None:
+    def tokens(
+        self, name: str, tokenizer: str, length: int, *, mask: bool = False, lowercase: bool = False
+    ) -> None:
         """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted."""
         self.tokenizers[tokenizer] = tokenizer_json(self.source.load(tokenizer), length, lowercase)
         shape = ("rows*batch", length)
@@ -108,9 +110,7 @@ class Parts:
         if encoder:
             # The encoder's sizes are counted in latents, so that no size is asked for that it would cut off.
             unit = self.factor
-            image = Example(
-                torch.rand(1, height * unit, width * unit, 3), (None, "height", "width", None)
-            )
+            image = Example(torch.rand(1, height * unit, width * unit, 3), (None, "height", "width", None))
             posterior = Example(
                 torch.randn(1, self.channels, height, width), (None, None, "latent_height", "latent_width")
             )
@@ -147,7 +147,9 @@ class Parts:
                 "proposal": Example(latents, open_latent),
                 "state": Example(torch.stack([latents] * 3), ("slots", *open_latent)),
                 "known_weights": Example(torch.rand(2)),
-                "mask": Example(torch.rand(1, 1, height, width), (None, None, "latent_height", "latent_width")),
+                "mask": Example(
+                    torch.rand(1, 1, height, width), (None, None, "latent_height", "latent_width")
+                ),
             },
             ["sample"],
         )

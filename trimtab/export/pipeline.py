@@ -49,7 +49,9 @@ def export_pipeline(
             "or export it yourself and name the .onnx files in a .toml file"
         )
     own = _own_scheduler(source)
-    chosen = make_scheduler(scheduler, {**own.config, "_class_name": type(own).__name__}) if scheduler else own
+    chosen = (
+        make_scheduler(scheduler, {**own.config, "_class_name": type(own).__name__}) if scheduler else own
+    )
 
     parts = Parts(source, keep)
     family(parts)

@@ -61,7 +61,9 @@ class Sampler:
     noise: bool
 
 
-def plan_tasks(parts: Parts, sampling: Sampling, tables: Mapping[str, Mapping[str, SamplerTable]]) -> tuple[dict[str, Task], Sampler]:
+def plan_tasks(
+    parts: Parts, sampling: Sampling, tables: Mapping[str, Mapping[str, SamplerTable]]
+) -> tuple[dict[str, Task], Sampler]:
     """Tasks with their schedules, and the sampler that serves them all.
 
     Args:
@@ -107,7 +109,9 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
         name = f"{short}-{steps}"
         options = timesteps_options(sampling.scheduler, steps, parts)
 
-        def table(start: int | None, keep: bool = False, steps: int = steps, options: Any = options) -> SamplerTable:
+        def table(
+            start: int | None, keep: bool = False, steps: int = steps, options: Any = options
+        ) -> SamplerTable:
             return probe(
                 sampling.scheduler,
                 steps,
@@ -195,12 +199,18 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
         )
         # diffusers encodes the masked picture for plain U-Nets too and does not use it: its draw comes all
         # the same.
-        inputs.append(replace(posterior, name="masked_posterior_noise", source={"kind": "noise", "always": True}))
+        inputs.append(
+            replace(posterior, name="masked_posterior_noise", source={"kind": "noise", "always": True})
+        )
         if parts.inpainting_channels:
             prologue.append(
                 Call(
                     "vae_encoder",
-                    {"image": "masked_image", "posterior_noise": "masked_posterior_noise", "like": f"{STATE}[0]"},
+                    {
+                        "image": "masked_image",
+                        "posterior_noise": "masked_posterior_noise",
+                        "like": f"{STATE}[0]",
+                    },
                     {"latents": "masked_latents"},
                 )
             )

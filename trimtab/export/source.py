@@ -39,7 +39,9 @@ class Source:
             self.index: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
             self.pipeline_class = str(self.index["_class_name"])
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{index} cannot be read as a pipeline's index ({error}): save it again") from None
+            raise InputError(
+                f"{index} cannot be read as a pipeline's index ({error}): save it again"
+            ) from None
         self.folder = folder
 
     def has(self, name: str) -> bool:
@@ -70,7 +72,9 @@ class Source:
         folder = self.folder / name
         if library not in ("diffusers", "transformers"):
             # The pipeline's own python package ("stable_diffusion", ...), or remote code, which is never run.
-            raise InputError(f"{name} is a {library}.{class_name}: only diffusers and transformers are loaded")
+            raise InputError(
+                f"{name} is a {library}.{class_name}: only diffusers and transformers are loaded"
+            )
         cls = getattr(importlib.import_module(library), class_name, None)
         if cls is None:
             raise InputError(f"{library} has no {class_name}, which {folder} needs: upgrade {library}")
@@ -87,7 +91,9 @@ class Source:
             component = cls.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # from_pretrained raises whatever the layer below did
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise InputError(f"{folder} cannot be loaded as {class_name} ({reason[0]}): copy it again") from error
+            raise InputError(
+                f"{folder} cannot be loaded as {class_name} ({reason[0]}): copy it again"
+            ) from error
         return component.eval() if hasattr(component, "eval") else component
 
     def _weights(self, folder: Path) -> str | None:
@@ -120,7 +126,11 @@ def _check_safetensors(file: Path) -> None:
         header_bytes = stream.read(min(length, size))
     try:
         header = json.loads(header_bytes)
-        needed = 8 + length + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+        needed = (
+            8
+            + length
+            + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
+        )
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{file} is not a safetensors file or is cut short: copy it again") from None
     if size < needed:
@@ -138,7 +148,9 @@ def find(model: str) -> Path:
         return path
     parts = model.split("/")
     if path.is_absolute() or model.startswith(".") or len(parts) != 2 or not all(parts):
-        raise InputError(f"{model} does not exist: give a diffusers folder, a .toml file or a hub id (owner/name)")
+        raise InputError(
+            f"{model} does not exist: give a diffusers folder, a .toml file or a hub id (owner/name)"
+        )
     return _download(model)
 
 

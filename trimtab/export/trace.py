@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -42,8 +43,9 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     """Exports a module as one ONNX graph of opset 23.
 
     Every node keeps the module path it came from (the wrapper's own prefix dropped), every initializer its
-    parameter name, and every open size the name given in ``inputs``; sizes that follow from them are
-    expressions over those names. Weights are shared with the module's tensors, not copied.
+    parameter name (with ``.T`` behind where the exporter transposed it for a MatMul), and every open size the
+    name given in ``inputs``; sizes that follow from them are expressions over those names. Weights are shared
+    with the module's tensors, not copied.
 
     Args:
         module: In eval mode; takes the inputs by keyword.
@@ -81,8 +83,10 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
         ) from error
     assert program is not None
     model = program.model
+    _drop_idle_squeezes(model.graph)
     _name_sizes(model.graph, inputs)
     _restore_names(model.graph)
+    _name_transposed(model.graph, module)
     return model
 
 
@@ -100,6 +104,19 @@ def _quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _drop_idle_squeezes(graph: ir.Graph) -> None:
+    """Removes every Squeeze of an axis that is not 1: to torch it does nothing, in ONNX it is an error."""
+    for node in list(graph):
+        if node.op_type != "Squeeze" or len(node.inputs) < 2 or node.inputs[1] is None:
+            continue
+        source, axes = node.inputs[0], ir.convenience.get_const_tensor(node.inputs[1])
+        if source is None or source.shape is None or axes is None:
+            continue
+        if all(source.shape[int(axis)] != 1 for axis in axes.numpy().reshape(-1)):
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
+            graph.remove(node, safe=True)
 
 
 def _name_sizes(graph: ir.Graph, inputs: Mapping[str, Example]) -> None:
@@ -148,6 +165,26 @@ def _restore_names(graph: ir.Graph) -> None:
         name = value.name or ""
         if name.startswith(_WRAPPED + "."):
             value.name = _without_prefix(name)
+
+
+def _name_transposed(graph: ir.Graph, module: torch.nn.Module) -> None:
+    """Names the weights of linear layers, which the exporter transposes and gives names of its own.
+
+    A weight trained in torch goes back by name, so a name must say which parameter it is, and how it lies.
+    """
+    parameters = {_without_prefix(name): value for name, value in module.named_parameters()}
+    for node in graph:
+        weight = node.inputs[1] if node.op_type == "MatMul" else None
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        if weight is None or weight.const_value is None or len(scopes) < 2:
+            continue
+        name = f"{scopes[-2]}.weight"
+        parameter = parameters.get(name)
+        if parameter is None or weight.name in (name, f"{name}.T") or not weight.is_initializer():
+            continue
+        array = weight.const_value.numpy()
+        if array.shape == parameter.T.shape and np.array_equal(array, parameter.detach().T.numpy()):
+            weight.name = f"{name}.T"
 
 
 def _without_prefix(path: str) -> str:

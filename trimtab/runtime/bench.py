@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import resource
 import statistics
@@ -58,7 +59,9 @@ def bench(
         measured: list[list[dict[str, Any]]] = [[] for _ in bundles]
         for number in range(rounds + 1):
             for index, (_, connection) in enumerate(workers):
-                progress(f"{bundles[index]}: {'warming up' if number == 0 else f'picture {number} of {rounds}'}")
+                progress(
+                    f"{bundles[index]}: {'warming up' if number == 0 else f'picture {number} of {rounds}'}"
+                )
                 connection.send("picture")
                 measured[index].append(_receive(connection, bundles[index]))
     finally:
@@ -137,7 +140,7 @@ def _picture(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
     plan.run(request, on_step, on_call)
     whole = time.perf_counter() - start
     # The first step's engine time has the prologue's in it: it is left out of what python takes.
-    steps = [b - a for a, b in zip(marks, marks[1:], strict=False)] or [whole]
+    steps = [b - a for a, b in itertools.pairwise(marks)] or [whole]
     python = [step - inside for step, inside in zip(steps, in_steps[1:], strict=False)] or [0.0]
     segments = pipe.bundle.contents.segments
     return {
@@ -151,7 +154,7 @@ def _picture(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _step_ms(picture: dict[str, Any]) -> float:
-    return 1000 * statistics.median(picture["steps"])
+    return 1000 * float(statistics.median(picture["steps"]))
 
 
 def _summary(bundle: str, pictures: list[dict[str, Any]]) -> dict[str, Any]:
@@ -161,7 +164,12 @@ def _summary(bundle: str, pictures: list[dict[str, Any]]) -> dict[str, Any]:
         times = [seconds for picture in pictures for seconds in picture["calls"][name]]
         calls = len(pictures[0]["calls"][name])
         segments.append(
-            {"name": name, "calls": calls, "ms": 1000 * statistics.median(times), "weight_bytes": weights[name]}
+            {
+                "name": name,
+                "calls": calls,
+                "ms": 1000 * statistics.median(times),
+                "weight_bytes": weights[name],
+            }
         )
     return {
         "bundle": bundle,

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trimtab.bundle import Contents, SegmentEntry
 from trimtab.errors import BundleError
+from trimtab.manifest import Contents, SegmentEntry
 from trimtab.program import Call, Schedule, Task, TensorSpec
 from trimtab.runtime.inputs import Request, make_input
 from trimtab.runtime.sessions import Buffer, Run, Session, new_buffer
@@ -135,9 +135,7 @@ def make_plan(
     calls = [call for step in steps for call in step.calls]
     prologue = _needed([*task.prologue, *schedule.prologue], [*calls, *contents.epilogue])
     read = {name for call in (*prologue, *calls) for name in call.inputs.values()}
-    inputs = tuple(
-        spec for spec in task.inputs if spec.source.get("always") or _reads(read, spec.name)
-    )
+    inputs = tuple(spec for spec in task.inputs if spec.source.get("always") or _reads(read, spec.name))
     table = _Buffers(contents.slots)
     for spec in inputs:
         table.make(spec.name, shape(spec.shape, symbols), spec.dtype)
@@ -153,10 +151,14 @@ def make_plan(
         results = _outputs(segment, call, arrays, table)
         return BoundCall(call.segment, session(call.segment).bind(arrays, results), arrays)
 
-    draw = next((spec for spec in task.inputs if spec.source.get("kind") == "noise" and "batch" in spec.shape), None)
+    draw = next(
+        (spec for spec in task.inputs if spec.source.get("kind") == "noise" and "batch" in spec.shape), None
+    )
     for name in {name for step in steps for name in step.draws}:
         if draw is None:
-            raise BundleError(f"a step draws the noise {name!r}, and the task starts from none: compile again")
+            raise BundleError(
+                f"a step draws the noise {name!r}, and the task starts from none: compile again"
+            )
         table.make(name, shape(draw.shape, symbols), draw.dtype)
     if draw is not None and _reads(read, "noise"):
         # Schedules without noise share their graph with those that have it: theirs has the weight 0.
@@ -197,7 +199,8 @@ class _Buffers:
         buffer = self.buffers[name]
         if buffer.shape != sizes or buffer.dtype != np.dtype(dtype):
             raise BundleError(
-                f"the tensor {name} is {buffer.dtype} {buffer.shape} and {dtype} {sizes} is written to it: compile again"
+                f"the tensor {name} is {buffer.dtype} {buffer.shape} and {dtype} {sizes} is written to it: "
+                "compile again"
             )
         return buffer
 

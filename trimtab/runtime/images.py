@@ -38,8 +38,7 @@ def read_image(image: str | Path | Image | Pixels, size: tuple[int, int], *, gra
     Raises:
         InputError: The file is missing or no picture, or the array has another shape.
     """
-    from PIL import Image as PIL
-    from PIL import UnidentifiedImageError
+    import PIL.Image
 
     channels = 1 if gray else 3
     if isinstance(image, np.ndarray):
@@ -49,15 +48,15 @@ def read_image(image: str | Path | Image | Pixels, size: tuple[int, int], *, gra
         return np.ascontiguousarray(image[None], np.float32)
     if isinstance(image, str | Path):
         try:
-            with PIL.open(image) as file:
+            with PIL.Image.open(image) as file:
                 image = file.convert("L" if gray else "RGB")
         except FileNotFoundError:
             raise InputError(f"{image} does not exist: give a picture") from None
-        except (UnidentifiedImageError, OSError, ValueError, PIL.DecompressionBombError) as error:
+        except (PIL.UnidentifiedImageError, OSError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise InputError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG") from None
     image = image.convert("L" if gray else "RGB")
     if image.size != size:
-        image = image.resize(size, PIL.Resampling.LANCZOS)
+        image = image.resize(size, PIL.Image.Resampling.LANCZOS)
     return (np.asarray(image, np.float32) / 255.0).reshape(1, size[1], size[0], channels)
 
 

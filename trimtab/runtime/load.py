@@ -215,7 +215,9 @@ class Pipeline:
     def session(self, segment: str) -> Session:
         """The loaded engine of a segment."""
         if segment not in self._sessions:
-            engine = next(e for e in self.bundle.contents.segments[segment].engines if e.target == self._target)
+            engine = next(
+                e for e in self.bundle.contents.segments[segment].engines if e.target == self._target
+            )
             # Every file beside the engine is verified with it: a graph reads weights that others wrote.
             folder = engine.path.rpartition("/")[0] + "/"
             weights = [f.path for f in self.bundle.contents.files if f.path.endswith(".weights")]
@@ -243,19 +245,25 @@ class Pipeline:
     def _task_name(self, image: object, mask: object) -> str:
         if mask is not None and image is None:
             raise InputError("a mask was given without a picture: give image= (--image FILE) too")
-        wanted = "inpainting" if mask is not None else "image-to-image" if image is not None else self.tasks[0]
+        wanted = (
+            "inpainting" if mask is not None else "image-to-image" if image is not None else self.tasks[0]
+        )
         if wanted not in self.tasks:
             raise InputError(f"this bundle cannot do {wanted}: it does {', '.join(self.tasks)}")
         return wanted
 
-    def _schedule(self, task: Task, schedule: str | int | None, strength: float | None) -> tuple[str, Schedule]:
+    def _schedule(
+        self, task: Task, schedule: str | int | None, strength: float | None
+    ) -> tuple[str, Schedule]:
         names = self.schedules
         if schedule is None:
             name = names[0]
         else:
             matches = [n for n in names if n == str(schedule) or n.rpartition("-")[2] == str(schedule)]
             if not matches:
-                raise InputError(f"there is no schedule {schedule!r} in this bundle: it has {', '.join(names)}")
+                raise InputError(
+                    f"there is no schedule {schedule!r} in this bundle: it has {', '.join(names)}"
+                )
             name = matches[0]
         if task.strength is None:
             if strength is not None:
@@ -272,7 +280,9 @@ class Pipeline:
         if started not in task.schedules:
             starts = [int(n.rpartition("-")[2]) for n in task.schedules if n.startswith(f"{name}/from-")]
             if start >= total:
-                raise InputError(f"the strength {share} leaves none of {total} steps: use at least {1 / total:.2g}")
+                raise InputError(
+                    f"the strength {share} leaves none of {total} steps: use at least {1 / total:.2g}"
+                )
             near = min(starts, key=lambda k: abs(k - start))
             raise InputError(f"{name} cannot start at step {start}: use strength {1 - near / total:.3g}")
         return started, task.schedules[started]
@@ -312,7 +322,8 @@ def _guidance(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | Non
     if not np.isfinite(scale):
         raise InputError(f"the guidance scale {scale} is not a finite number")
     # As in diffusers, a scale of 1 or less turns classifier-free guidance off.
-    rows = 2 if kinds["mix"].source.get("classifier_free") and scale > 1 else 1
+    mix = kinds.get("mix")
+    rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > 1 else 1
     return scale, rows
 
 
@@ -326,12 +337,14 @@ def _seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
     return tuple(seed)
 
 
-def _texts(kinds: Mapping[str, TensorSpec], prompt: str | Sequence[str] | None, count: int) -> tuple[str, ...]:
+def _texts(
+    kinds: Mapping[str, TensorSpec], prompt: str | Sequence[str] | None, count: int
+) -> tuple[str, ...]:
     if "tokens" not in kinds:
         if prompt is not None:
             raise InputError("a prompt was given and this model does not read any: leave it out")
         return ()
-    if prompt is None or len(prompt) == 0 and not isinstance(prompt, str):
+    if prompt is None or (len(prompt) == 0 and not isinstance(prompt, str)):
         raise InputError("no prompt was given and this model needs one: give prompt= (--prompt TEXT)")
     texts = [prompt] if isinstance(prompt, str) else list(prompt)
     return tuple(text for text in texts for _ in range(count))
@@ -349,12 +362,14 @@ def _negatives(kinds: Mapping[str, TensorSpec], value: str | Sequence[str], batc
     return tuple(text for text in value for _ in range(batch // len(value)))
 
 
-def _labels(kinds: Mapping[str, TensorSpec], label: int | Sequence[int] | None, count: int) -> tuple[int, ...]:
+def _labels(
+    kinds: Mapping[str, TensorSpec], label: int | Sequence[int] | None, count: int
+) -> tuple[int, ...]:
     if "label" not in kinds:
         if label is not None:
             raise InputError("a class was given and this model has none: leave it out")
         return ()
-    if label is None or not isinstance(label, int) and len(label) == 0:
+    if label is None or (not isinstance(label, int) and len(label) == 0):
         raise InputError("no class was given and this model needs one: give label= (--class N)")
     labels = [label] if isinstance(label, int) else list(label)
     return tuple(value for value in labels for _ in range(count))

@@ -55,12 +55,14 @@ class OnnxRuntimeSession:
             raise MissingDependency("onnxruntime", "gpu") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # its errors are raised below, and are not printed as well
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's errors share no base
             reason = str(error).strip().splitlines()[0]
-            raise BundleError(f"{graph} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason}") from error
+            raise BundleError(
+                f"{graph} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason}"
+            ) from error
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
         session = self._session

@@ -32,7 +32,9 @@ class Tokenizer:
         try:
             self._fast = Fast.from_file(str(path))
         except Exception as error:  # tokenizers raises bare exceptions
-            raise BundleError(f"{path} cannot be read as a tokenizer ({error}): compile the bundle again") from None
+            raise BundleError(
+                f"{path} cannot be read as a tokenizer ({error}): compile the bundle again"
+            ) from None
 
     def encode(self, texts: Sequence[str], warn: bool = True) -> tuple[Ids, Ids]:
         """Token ids and attention mask, (len(texts), length) int64 each.

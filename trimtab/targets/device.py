@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from dataclasses import dataclass
 from importlib import resources
 
 from trimtab.errors import InputError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 
 @dataclass(frozen=True)
@@ -26,10 +32,6 @@ class Device:
 
 def known_devices() -> dict[str, Device]:
     """All devices by name."""
-    try:
-        import tomllib
-    except ModuleNotFoundError:  # Python 3.10
-        import tomli as tomllib
     text = resources.files(__package__).joinpath("devices.toml").read_text(encoding="utf-8")
     return {name: Device(name=name, **row) for name, row in tomllib.loads(text).items()}
 
@@ -44,5 +46,7 @@ def find_device(name: str) -> Device:
     if name not in devices:
         near = difflib.get_close_matches(name, devices, 3, 0.4)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(f"there is no device {name!r}: {hint}known are {', '.join(devices)} (see trimtab devices)")
+        raise InputError(
+            f"there is no device {name!r}: {hint}known are {', '.join(devices)} (see trimtab devices)"
+        )
     return devices[name]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from trimtab.bundle import Engine
+from trimtab.manifest import Engine
 from trimtab.targets.device import Device
 
 

@@ -1,0 +1,315 @@
+"""The command line as others script against it: exit codes, one line on errors, JSON, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from trimtab.cli import main
+
+pytestmark = pytest.mark.xdist_group("dit")
+
+COMMANDS = ("compile", "run", "bench", "compare", "inspect", "devices")
+
+
+@pytest.fixture
+def bundle(bundle_folder: Callable[[str], Path]) -> Path:
+    return bundle_folder("dit")
+
+
+def fails(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """Runs a command that must fail with one line on stderr; gives the line."""
+    assert main([str(a) for a in arguments]) == 1
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("trimtab: error:")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return lines[0]
+
+
+def succeeds(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    """Runs a command with --json; gives its object."""
+    assert main([*map(str, arguments), "--json"]) == 0, capsys.readouterr().err
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0
+    assert "example:\n  trimtab" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["fly"],
+        ["run"],
+        ["run", "x", "--size", "12"],
+        ["compile", "x"],
+        ["run", "b", "-o", "x.png", "--seed", "a"],
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+
+
+def test_inspect_tells_what_the_contract_promises(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = succeeds(capsys, "inspect", bundle)
+    assert result["schema"] == 1
+    names = {segment["name"] for segment in result["segments"]}
+    assert names == {"denoiser", "vae_decoder"}
+    for segment in result["segments"]:
+        assert segment["parameters"] > 0 and segment["weight_bytes"] >= 4 * segment["parameters"]
+        assert [(e["target"], e["backend"]) for e in segment["engines"]] == [("cpu", "onnxruntime")]
+        assert all(e["bytes"] > segment["weight_bytes"] for e in segment["engines"])
+    assert [(s["name"], s["steps"]) for s in result["schedules"]] == [("ddim-20", 20), ("ddim-3", 3)]
+    assert result["schedules"][1]["calls"] == [["denoiser"]] * 3
+    assert [p["name"] for p in result["passes"]] == ["FuseSampler"]
+    assert {tuple(sorted(file)) for file in result["files"]} == {("bytes", "path", "sha256")}
+
+
+@pytest.mark.parametrize("command", ["inspect", "devices", "compare", "bench"])
+def test_tables_are_for_people(command: str, bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = {"devices": [], "compare": [bundle, bundle], "bench": [bundle, "--rounds", "1"]}.get(
+        command, [bundle]
+    )
+    assert main([command, *map(str, arguments)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) > 1
+
+
+def test_run_writes_a_picture_that_carries_its_settings(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "x.png"
+    result = succeeds(capsys, "run", bundle, "--class", 3, "--seed", 7, "--schedule", "ddim-3", "-o", out)
+    assert result["images"] == [str(out)]
+    with Image.open(out) as image:
+        assert image.size == (64, 64)
+        assert image.text["seed"] == "7" and image.text["class"] == "3" and image.text["schedule"] == "ddim-3"  # type: ignore[attr-defined]
+
+
+def test_several_pictures_are_numbered_and_floats_go_to_npy(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    common = ["run", bundle, "--class", 3, "--seed", 7, "--schedule", 3, "-n", 2, "-o"]
+    result = succeeds(capsys, *common, tmp_path / "x.png")
+    assert [Path(p).name for p in result["images"]] == ["x-0.png", "x-1.png"]
+    succeeds(capsys, *common, tmp_path / "x.npy")
+    pixels = np.load(tmp_path / "x.npy")
+    assert pixels.shape == (2, 64, 64, 3) and pixels.dtype == np.float32
+    for index in range(2):
+        with Image.open(tmp_path / f"x-{index}.png") as image:
+            assert np.abs(np.asarray(image) / 255 - pixels[index]).max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_seed_that_was_not_given_is_told_and_makes_the_picture_again(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = succeeds(capsys, "run", bundle, "--class", 3, "--schedule", 3, "-o", tmp_path / "a.npy")
+    seed = first["settings"]["seed"]
+    succeeds(capsys, "run", bundle, "--class", 3, "--schedule", 3, "--seed", seed, "-o", tmp_path / "b.npy")
+    assert np.array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+
+
+def test_compare_of_a_bundle_with_itself_is_zero(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = succeeds(capsys, "compare", bundle, bundle, "--schedule", "ddim-3")
+    assert result["steps"] == [0, 0, 0] and result["picture"] == 0
+    errors = {module["name"]: module["error"] for module in result["modules"]}
+    assert errors["transformer_blocks.1.attn1"] == 0
+
+
+def test_bench_measures_two_bundles_in_turn(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = succeeds(capsys, "bench", bundle, "--against", bundle, "--rounds", 2)
+    assert len(result["bundles"]) == 2 and result["step_ratio"] > 0
+    for entry in result["bundles"]:
+        assert entry["peak_bytes"] > 0 and entry["step_ms"] > 0
+        assert {s["name"]: s["calls"] for s in entry["segments"]} == {"denoiser": 20, "vae_decoder": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--class", "1", "--schedule", "euler-9"], "it has ddim-20, ddim-3"),
+        (["--class", "1", "--size", "65x64"], "64x64"),
+        (["--prompt", "a cat"], "does not read any"),
+        (["--class", "1000"], "0 to 999"),
+        (["--class", "-1"], "0 to 999"),
+        (["--class", "1", "--image", "x.png"], "cannot do image-to-image"),
+        (["--class", "1", "--mask", "x.png"], "without a picture"),
+        (["--class", "1", "--guidance", "nan"], "finite"),
+        (["--class", "1", "--strength", "0.5"], "without a picture"),
+        (["--class", "1", "--target", "orin-nano-8gb"], "no engines for orin-nano-8gb"),
+        (["--class", "1", "-n", "0"], "one or more"),
+        (["--class", "1", "--seed", str(2**64)], "seed"),
+        ([], "give label="),
+    ],
+)
+def test_a_request_that_cannot_be_met_fails_with_one_line(
+    arguments: list[str], message: str, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in fails(capsys, "run", bundle, *arguments, "-o", tmp_path / "x.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_goes_nowhere_it_does_not_fit(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ".png or .npy" in fails(capsys, "run", bundle, "--class", 1, "-o", tmp_path / "x.gif")
+    (tmp_path / "d.png").mkdir()
+    assert "is a folder" in fails(capsys, "run", bundle, "--class", 1, "-o", tmp_path / "d.png")
+
+
+def test_pictures_that_are_no_pictures_fail_with_one_line(
+    bundle_folder: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    common = ["run", bundle_folder("sd15"), "--prompt", "x", "-o", tmp_path / "o.png", "--image"]
+    assert "cannot be read as a picture" in fails(capsys, *common, tmp_path / "text.png")
+    assert "does not exist" in fails(capsys, *common, tmp_path / "nothing.png")
+
+
+# ---- compile: bad input leaves nothing behind ----
+
+
+def compile_fails(capsys: pytest.CaptureFixture[str], model: object, tmp_path: Path, *more: object) -> str:
+    place = tmp_path / "place"
+    place.mkdir(exist_ok=True)
+    line = fails(capsys, "compile", model, "-o", place / "b.bundle", *more)
+    assert not list(place.iterdir()), "something was left behind"
+    return line
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A pipeline that a test may damage."""
+    return tiny.save("ddpm", tmp_path / "pipelines")
+
+
+def test_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "does not exist" in compile_fails(capsys, tmp_path / "nothing", tmp_path)
+    assert "model_index.json" in compile_fails(capsys, tmp_path, tmp_path)
+
+
+def test_a_hub_id_without_a_network_fails_with_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    assert "the network" in compile_fails(capsys, "someone/some-model", tmp_path)
+
+
+def test_a_damaged_index(damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (damaged / "model_index.json").write_text("{")
+    assert "model_index.json cannot be read" in compile_fails(capsys, damaged, tmp_path)
+
+
+def test_an_unsupported_pipeline_class_is_answered_with_the_supported_ones(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = json.loads((damaged / "model_index.json").read_text())
+    (damaged / "model_index.json").write_text(json.dumps(index | {"_class_name": "WanPipeline"}))
+    line = compile_fails(capsys, damaged, tmp_path)
+    assert "WanPipeline is not supported" in line and "StableDiffusionXLPipeline" in line
+
+
+def test_absent_cut_and_pickled_weights(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = damaged / "unet" / "diffusion_pytorch_model.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[: len(data) // 2])
+    assert "cut short" in compile_fails(capsys, damaged, tmp_path)
+    weights.write_bytes(data[:5])
+    assert "cut short" in compile_fails(capsys, damaged, tmp_path)
+    weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+    assert "safe_serialization" in compile_fails(capsys, damaged, tmp_path)
+    weights.with_name("diffusion_pytorch_model.bin").unlink()
+    assert "no weight file" in compile_fails(capsys, damaged, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "rtx-409"], "there is no device"),
+        (["--scheduler", "dimm"], "did you mean ddim"),
+        (["--scheduler", "flow-euler"], "flow-matching"),
+        (["--steps", "0"], "from 1"),
+        (["--steps", "4", "--steps", "4"], "twice"),
+        (["--size", "15x16"], "multiples of 2"),
+        (["--precision", "fp4"], "fp4"),
+        (["--recipe", "nothing.toml"], "cannot be read"),
+    ],
+)
+def test_options_that_cannot_be_met(
+    arguments: list[str], message: str, damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in compile_fails(capsys, damaged, tmp_path, *arguments)
+
+
+def test_what_is_no_bundle_is_not_overwritten(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "diary.txt").write_text("dear diary")
+    assert "exists" in fails(capsys, "compile", damaged, "-o", precious)
+    assert (precious / "diary.txt").read_text() == "dear diary"
+
+
+def test_a_full_disk_leaves_nothing_and_the_old_bundle_stays(
+    damaged: Path, copied_bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.weights import WeightStore
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(WeightStore, "keep", full)
+    assert "is full" in fails(capsys, "compile", damaged, "-o", copied_bundle)
+    assert [p.name for p in copied_bundle.parent.iterdir() if "partial" in p.name] == []
+    assert main(["inspect", str(copied_bundle)]) == 0
+
+
+@pytest.mark.parametrize("delay", [1.0, 6.0])
+def test_ctrl_c_leaves_nothing(damaged: Path, tmp_path: Path, delay: float) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trimtab", "compile", str(damaged), "-o", str(place / "b.bundle")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    if process.returncode == 0:
+        pytest.skip("the machine was faster than the test")
+    assert process.returncode == 1
+    assert err.strip() == "trimtab: error: interrupted: nothing was written"
+    assert out == ""
+    assert not list(place.iterdir())

@@ -1,0 +1,67 @@
+"""What is imported when: the runtime without torch, and the command line at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import trimtab
+
+ROOT = Path(trimtab.__file__).parent
+HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "tensorrt", "scipy")
+
+
+def run(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize(
+    "module", ["trimtab", "trimtab.cli", "trimtab.runtime.load", "trimtab.bundle", "trimtab.runtime.bench"]
+)
+def test_the_runtime_imports_nothing_heavy(module: str) -> None:
+    code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & sys.modules.keys()))"
+    assert run(code) == "[]\n"
+
+
+def test_a_bundle_runs_where_nothing_of_the_compiler_is_installed(bundle_folder: object) -> None:
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {HEAVY!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+import trimtab
+print(trimtab.load({str(bundle_folder("dit"))!r})(label=1, seed=0, schedule=3).images[0].size)  # type: ignore
+"""
+    assert run(code) == "(64, 64)\n"
+
+
+def test_without_the_compile_extra_the_command_line_names_it() -> None:
+    code = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("torch", "onnx_ir", "diffusers"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+from trimtab.cli import main
+print(main(["compile", "x", "-o", "y"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "1\n" and "pip install 'trimtab[compile]'" in done.stderr
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_module_is_longer_than_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 400
+
+
+def test_the_runtime_imports_no_stage_of_the_compiler() -> None:
+    for path in sorted((ROOT / "runtime").glob("*.py")):
+        text = path.read_text()
+        for stage in ("export", "passes", "calibration", "targets"):
+            assert f"trimtab.{stage}" not in text, f"{path} imports {stage}"

@@ -1,0 +1,256 @@
+"""End to end: a bundle's pictures against the diffusers pipeline that it was compiled from, seed for seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import trimtab
+
+TOLERANCE = 1e-3
+"""On a 0..1 scale. Measured: 4e-6 and less."""
+
+STEPS = 20
+TEXT = ("sd15", "sd21_v", "sdxl", "sd3", "pixart_sigma", "pixart_alpha", "flux", "lcm")
+WITH_NEGATIVE = ("sd15", "sdxl", "sd3", "pixart_sigma")
+FROM_PICTURE = ("sd15", "sdxl", "sd3", "flux")
+INPAINTING = ("sd15", "sdxl", "inpaint9")
+PROMPT = "a red cat"
+
+Load = Callable[[str], trimtab.Pipeline]
+
+
+def families(*names: str) -> Any:
+    """One worker does all tests of a family, so that each is compiled once."""
+    return pytest.mark.parametrize(
+        "family", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names]
+    )
+
+
+@pytest.fixture(scope="module")
+def load(bundle_folder: Callable[[str], Path]) -> Load:
+    pipes: dict[str, trimtab.Pipeline] = {}
+
+    def loaded(family: str) -> trimtab.Pipeline:
+        if family not in pipes:
+            pipes[family] = trimtab.load(bundle_folder(family))
+        return pipes[family]
+
+    return loaded
+
+
+def reference(pipeline: Any, seed: int, **options: Any) -> np.ndarray:
+    """What diffusers draws."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    if type(pipeline).__name__.startswith("PixArt"):
+        options["use_resolution_binning"] = False
+    return pipeline(num_inference_steps=STEPS, generator=generator, output_type="np", **options).images
+
+
+def assert_equal(ours: trimtab.Result, theirs: np.ndarray) -> None:
+    assert ours.pixels.shape == theirs.shape
+    assert theirs.std() > 0.05, "a flat picture proves nothing"
+    assert np.abs(ours.pixels - theirs).max() <= TOLERANCE
+
+
+@families(*TEXT)
+def test_text_to_image_equals_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
+    ours = load(family)(PROMPT, seed=0, size=(64, 64))
+    assert_equal(ours, reference(diffusers_pipeline(family), 0, prompt=PROMPT, width=64, height=64))
+
+
+@families(*TEXT)
+def test_a_batch_at_a_size_never_seen_at_export_equals_diffusers(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    ours = load(family)(PROMPT, seed=5, count=3, size=(80, 96))
+    theirs = reference(
+        diffusers_pipeline(family), 5, prompt=PROMPT, width=80, height=96, num_images_per_prompt=3
+    )
+    assert_equal(ours, theirs)
+
+
+@families("sd15", "sdxl")
+def test_a_latent_size_that_does_not_halve_equals_diffusers(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    ours = load(family)(PROMPT, seed=5, size=(72, 40))
+    assert_equal(ours, reference(diffusers_pipeline(family), 5, prompt=PROMPT, width=72, height=40))
+
+
+@families(*WITH_NEGATIVE)
+def test_a_negative_prompt_equals_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
+    ours = load(family)(PROMPT, negative_prompt="dog", seed=1, size=(64, 64), guidance=3.0)
+    theirs = reference(
+        diffusers_pipeline(family),
+        1,
+        prompt=PROMPT,
+        negative_prompt="dog",
+        guidance_scale=3.0,
+        width=64,
+        height=64,
+    )
+    assert_equal(ours, theirs)
+
+
+@families("sdxl")
+def test_an_empty_negative_prompt_is_not_an_absent_one(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    absent = load(family)(PROMPT, seed=1)
+    empty = load(family)(PROMPT, negative_prompt="", seed=1)
+    assert_equal(
+        empty,
+        reference(diffusers_pipeline(family), 1, prompt=PROMPT, negative_prompt="", width=64, height=64),
+    )
+    assert not np.array_equal(absent.pixels, empty.pixels)
+
+
+@families(*TEXT)
+def test_guidance_of_one_runs_one_row_and_equals_diffusers(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    pipe = load(family)
+    ours = pipe(PROMPT, seed=2, guidance=1.0, size=(64, 64))
+    _, plan, _ = pipe.prepare(PROMPT, seed=2, guidance=1.0, size=(64, 64))
+    assert plan.buffers["mix"].shape == (1,)
+    theirs = reference(diffusers_pipeline(family), 2, prompt=PROMPT, guidance_scale=1.0, width=64, height=64)
+    assert_equal(ours, theirs)
+
+
+@families("sd15", "flux")
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning_and_equals_diffusers(
+    family: str, load: Load, diffusers_pipeline: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompt = "abc " * 160
+    ours = load(family)(prompt, seed=3, size=(64, 64))
+    assert "was cut" in caplog.text
+    assert_equal(ours, reference(diffusers_pipeline(family), 3, prompt=prompt, width=64, height=64))
+
+
+@families("sd15")
+def test_several_prompts_each_with_a_seed_of_its_own_equal_diffusers(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    prompts = ["a red cat", "two dogs"]
+    ours = load(family)(prompts, seed=[7, 8])
+    theirs = diffusers_pipeline(family)(
+        prompts,
+        num_inference_steps=STEPS,
+        generator=[torch.Generator("cpu").manual_seed(s) for s in (7, 8)],
+        output_type="np",
+    ).images
+    assert_equal(ours, theirs)
+
+
+@families("sd15")
+def test_another_number_of_steps_in_the_same_bundle_equals_diffusers(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    generator = torch.Generator("cpu").manual_seed(0)
+    theirs = diffusers_pipeline(family)(
+        PROMPT, num_inference_steps=3, generator=generator, output_type="np"
+    ).images
+    assert_equal(load(family)(PROMPT, seed=0, schedule=3), theirs)
+
+
+def picture() -> Image.Image:
+    pixels = np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def mask() -> Image.Image:
+    pixels = np.zeros((64, 64), np.uint8)
+    pixels[16:48, 8:40] = 255
+    return Image.fromarray(pixels)
+
+
+@families(*FROM_PICTURE)
+@pytest.mark.parametrize("strength", [None, 0.55, 1.0])
+def test_image_to_image_equals_diffusers(
+    family: str, strength: float | None, load: Load, diffusers_pipeline: Any
+) -> None:
+    from diffusers import AutoPipelineForImage2Image
+
+    pipeline = AutoPipelineForImage2Image.from_pipe(diffusers_pipeline(family))
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {} if strength is None else {"strength": strength}
+    sizes = {"width": 64, "height": 64} if family in ("sd3", "flux") else {}
+    ours = load(family)(PROMPT, seed=4, image=picture(), size=(64, 64), **options)
+    assert_equal(ours, reference(pipeline, 4, prompt=PROMPT, image=picture(), **options, **sizes))
+
+
+@families(*INPAINTING)
+@pytest.mark.parametrize("strength", [None, 0.55, 1.0])
+def test_inpainting_equals_diffusers(
+    family: str, strength: float | None, load: Load, diffusers_pipeline: Any
+) -> None:
+    from diffusers import AutoPipelineForInpainting
+
+    pipeline = AutoPipelineForInpainting.from_pipe(diffusers_pipeline(family))
+    pipeline.set_progress_bar_config(disable=True)
+    options: dict[str, Any] = {} if strength is None else {"strength": strength}
+    ours = load(family)(PROMPT, seed=4, count=2, image=picture(), mask=mask(), **options)
+    theirs = reference(
+        pipeline,
+        4,
+        prompt=PROMPT,
+        image=picture(),
+        mask_image=mask(),
+        num_images_per_prompt=2,
+        width=64,
+        height=64,
+        **options,
+    )
+    assert_equal(ours, theirs)
+
+
+@families("dit")
+def test_class_to_image_equals_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
+    assert_equal(
+        load(family)(label=[3, 5], seed=1), reference(diffusers_pipeline(family), 1, class_labels=[3, 5])
+    )
+
+
+@families("ddpm", "ddim")
+def test_unconditional_pictures_equal_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
+    assert_equal(load(family)(seed=1, count=2), reference(diffusers_pipeline(family), 1, batch_size=2))
+
+
+@families("ddpm")
+def test_a_pixel_model_at_another_size_runs(family: str, load: Load) -> None:
+    assert load(family)(seed=1, size=(24, 32)).pixels.shape == (1, 32, 24, 3)
+
+
+@families("sd15", "sdxl", "sd3", "flux", "dit", "ddpm", "pixart_sigma")
+def test_the_compiled_denoiser_takes_the_torch_one_s_place(
+    family: str, bundle_folder: Callable[[str], Path], pipeline_folder: Callable[[str], Path]
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(pipeline_folder(family))
+    pipeline.set_progress_bar_config(disable=True)
+    name = "unet" if hasattr(pipeline, "unet") else "transformer"
+    options: dict[str, Any] = {"prompt": PROMPT, "width": 64, "height": 64}
+    if family == "dit":
+        options = {"class_labels": [3]}
+    elif family == "ddpm":
+        options = {}
+    theirs = reference(pipeline, 1, **options)
+    setattr(pipeline, name, trimtab.Denoiser(bundle_folder(family), getattr(pipeline, name)))
+    ours = reference(pipeline, 1, **options)
+    assert np.abs(ours - theirs).max() <= TOLERANCE
+
+
+@families("lcm")
+def test_a_denoiser_that_reads_the_guidance_scale_is_no_drop_in(
+    family: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
+) -> None:
+    with pytest.raises(trimtab.TrimtabError, match="guidance scale"):
+        trimtab.Denoiser(bundle_folder(family), diffusers_pipeline(family).unet)

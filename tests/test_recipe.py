@@ -1,0 +1,55 @@
+"""Recipes: from keywords and from TOML, and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trimtab.errors import InputError
+from trimtab.recipe import Recipe, make_recipe, parse_size, read_toml
+
+
+def test_loose_values_become_a_recipe() -> None:
+    recipe = make_recipe({"steps": 4, "targets": ["cpu"], "size": "64x32", "scheduler": None})
+    assert recipe == Recipe(targets=("cpu",), steps=(4,), size=(64, 32))
+
+
+def test_a_toml_file_says_the_same(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.toml"
+    path.write_text('steps = [20, 4]\nscheduler = "dpm++"\nsize = [64, 32]\n')
+    assert make_recipe(read_toml(path)) == Recipe(steps=(20, 4), scheduler="dpm++", size=(64, 32))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"step": 4}, "no 'step'"),
+        ({"steps": []}, "from 1"),
+        ({"steps": [0]}, "from 1"),
+        ({"steps": "many"}, "from 1"),
+        ({"steps": [4, 4]}, "twice"),
+        ({"targets": []}, "at least one"),
+        ({"size": "64"}, "WIDTHxHEIGHT"),
+        ({"size": [64, -1]}, "not a width"),
+        ({"size": [64]}, "not a width"),
+        ({"precision": "fp4"}, "fp4"),
+        ({"eta": 2}, "0 to 1"),
+    ],
+)
+def test_what_is_wrong_is_said(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_recipe(values)
+
+
+@pytest.mark.parametrize("text", ["x", "12", "0x5", "5x-1", "5x5x5", "ax5"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match="WIDTHxHEIGHT"):
+        parse_size(text)
+
+
+def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_text("= 4")
+    with pytest.raises(InputError, match="cannot be read as TOML"):
+        read_toml(tmp_path / "x.toml")

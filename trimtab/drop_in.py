@@ -1,0 +1,149 @@
+"""A compiled denoiser in the place of a torch one, inside a diffusers pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.errors import InputError
+from trimtab.manifest import SegmentEntry
+from trimtab.program import STATE
+from trimtab.runtime.load import load
+from trimtab.runtime.sessions import Buffer, new_buffer
+from trimtab.shapes import bind, shape
+
+_SAMPLER = {"sample_weights", "next_weights", "clip_weights", "mix", "noise"}
+
+
+class Denoiser(torch.nn.Module):
+    """Stands where ``pipe.unet`` or ``pipe.transformer`` stood; diffusers keeps its own sampler and guidance.
+
+        pipe = StableDiffusionPipeline.from_pretrained(folder)
+        pipe.unet = trimtab.Denoiser("sd15.bundle", pipe.unet)
+
+    The engine's fused sampler is told to give the plain prediction: one guidance row, whose weight is one.
+
+    Args:
+        bundle: Folder of a bundle that was compiled from the same pipeline.
+        original: The model that it replaces, for its configuration; its weights are not kept.
+        target: Whose engines to run.
+
+    Raises:
+        InputError: The bundle has no single denoiser, or one that diffusers drives in another way (LCM's).
+        BundleError: The bundle is damaged.
+    """
+
+    def __init__(self, bundle: str | Path, original: torch.nn.Module, target: str | None = None) -> None:
+        super().__init__()
+        self.config: Any = original.config
+        # What pipelines ask of a model beside its output.
+        self.dtype = torch.float32
+        self.device = torch.device("cpu")
+        if (embedding := getattr(original, "add_embedding", None)) is not None:
+            self.add_embedding = SimpleNamespace(
+                linear_1=SimpleNamespace(in_features=embedding.linear_1.in_features)
+            )
+        self._pipeline = load(bundle, target=target)
+        segment = self._pipeline.bundle.contents.segments.get("denoiser")
+        if segment is None:
+            raise InputError(f"{bundle} has no single denoiser: its parts only run under trimtab's own loop")
+        if getattr(self.config, "time_cond_proj_dim", None) is not None:
+            raise InputError(
+                f"{bundle} reads the guidance scale, which diffusers hands to a U-Net as an embedding: "
+                "run the bundle itself"
+            )
+        self._segment: SegmentEntry = segment
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Any:
+        """Nothing is cached between calls; transformers' pipelines ask for it."""
+        yield
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """The prediction, for the arguments of the original's ``forward``.
+
+        Args:
+            args: (sample[, timestep[, encoder_hidden_states]]).
+            return_dict: Give an object with ``sample`` or a tuple.
+            kwargs: As diffusers' pipelines pass them. What the graph does not read must be None.
+        """
+        given = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
+        given |= given.pop("added_cond_kwargs", None) or {}
+        sample: Tensor = given.pop("sample", None) if "sample" in given else given.pop("hidden_states")
+        timestep = torch.as_tensor(given.pop("timestep"), dtype=torch.float32).reshape(-1)[0]
+        packed = given.get("img_ids") is not None
+        if packed:
+            # Flux hands over 2x2 patches as channels and a time step from 0 to 1.
+            height, width = (int(side) + 1 for side in given["img_ids"][:, 1:].amax(0))
+            sample = _unpack(sample, height, width)
+            timestep = timestep * 1000
+        channels = self._channels
+        if sample.shape[1] > channels:  # an inpainting U-Net's sample, with mask and masked picture behind
+            given["mask"] = sample[:1, channels : channels + 1]
+            given["masked_latents"] = sample[:, channels + 1 :]
+            sample = sample[:, :channels]
+        prediction = torch.from_numpy(self._predict(sample, float(timestep), given))
+        if packed:
+            prediction = _pack(prediction)
+        else:
+            missing = int(getattr(self.config, "out_channels", channels)) - prediction.shape[1]
+            if missing > 0:  # a learned variance, which no pipeline reads
+                prediction = torch.nn.functional.pad(prediction, (0, 0, 0, 0, 0, missing))
+        return SimpleNamespace(sample=prediction) if return_dict else (prediction,)
+
+    @property
+    def _channels(self) -> int:
+        state = next(spec for spec in self._segment.inputs if spec.name == "state")
+        channels = state.shape[2]
+        assert isinstance(channels, int)
+        return channels
+
+    def _predict(self, sample: Tensor, timestep: float, given: dict[str, Any]) -> Buffer:
+        slots = self._pipeline.bundle.contents.slots
+        inputs: dict[str, Buffer] = {STATE: new_buffer((slots, *sample.shape), "float32")}
+        inputs[STATE][0] = sample.numpy()
+        symbols: dict[str, int] = {"rows": 1}
+        for spec in self._segment.inputs:
+            if spec.name == "timestep":
+                inputs["timestep"] = np.array(timestep, spec.dtype)
+            elif spec.name == "noise":
+                inputs["noise"] = new_buffer(tuple(sample.shape), spec.dtype)
+            elif spec.name in _SAMPLER:
+                inputs[spec.name] = new_buffer(shape(spec.shape, symbols), spec.dtype)
+            elif spec.name != STATE:
+                value = given.get(spec.name)
+                if value is None:
+                    raise InputError(f"the denoiser reads {spec.name}, and the pipeline did not give it")
+                array = torch.as_tensor(value).detach().numpy()
+                array = array.reshape(-1)[:1].reshape(()) if not spec.shape else array
+                inputs[spec.name] = (
+                    np.ascontiguousarray(array, spec.dtype) if array.ndim else array.astype(spec.dtype)
+                )
+            bind(spec.shape, inputs[spec.name].shape, symbols)
+        inputs["sample_weights"][0] = 1
+        inputs["mix"][0] = 1
+        outputs = {
+            spec.name: new_buffer(shape(spec.shape, symbols), spec.dtype) for spec in self._segment.outputs
+        }
+        self._pipeline.session("denoiser").bind(inputs, outputs)()
+        return outputs["model_output"]
+
+
+def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """(rows, height * width, 4 * channels) -> (rows, channels, 2 * height, 2 * width)."""
+    channels = tokens.shape[2] // 4
+    grid = tokens.reshape(-1, height, width, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(-1, channels, 2 * height, 2 * width)
+
+
+def _pack(latents: Tensor) -> Tensor:
+    """The way back from `_unpack`."""
+    rows, channels, height, width = latents.shape
+    grid = latents.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return grid.reshape(rows, (height // 2) * (width // 2), channels * 4)

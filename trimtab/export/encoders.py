@@ -1,0 +1,175 @@
+"""The torch modules around a denoiser that are traced: text encoders, the VAE, masks.
+
+As in `trimtab.export.modules`, the wrapped model is the attribute ``model``.
+"""
+
+# The wrapped models are untyped, and forwards differ by design.
+# mypy: disable-error-code="no-any-return, override"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class ClipText(nn.Module):
+    """A CLIP text encoder: tokens (rows, length) int64 -> hidden states, and the pooled output where wanted.
+
+    Args:
+        model: CLIPTextModel or CLIPTextModelWithProjection.
+        hidden: "last" for the final layer norm's output (SD 1.x, 2.x), "penultimate" for the layer before the
+            last (SDXL, SD3), None for none (Flux).
+        pooled: None, "pooler" (end-of-text state) or "projected" (through the text projection).
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module, hidden: str | None, pooled: str | None) -> None:
+        super().__init__()
+        self.model = model
+        self.hidden = hidden
+        self.pooled = pooled
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
+        output = self.model(tokens, output_hidden_states=self.hidden == "penultimate")
+        results = []
+        if self.hidden == "last":
+            results.append(output.last_hidden_state)
+        elif self.hidden == "penultimate":
+            results.append(output.hidden_states[-2])
+        if self.pooled == "pooler":
+            results.append(output.pooler_output)
+        elif self.pooled == "projected":
+            results.append(output.text_embeds)
+        return tuple(results)
+
+
+class T5Text(nn.Module):
+    """A T5 encoder: tokens (rows, length) int64 -> hidden states (rows, length, width)."""
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens)[0]
+
+
+class MaskedT5Text(T5Text):
+    """A T5 encoder that is told which tokens are padding; the mask goes on to the denoiser as float32."""
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model(tokens, attention_mask=attention_mask)[0], attention_mask.to(torch.float32)
+
+
+class JoinXLText(nn.Module):
+    """SDXL's two encoders side by side; an absent negative prompt is zeros where the pipeline says so."""
+
+    def forward(
+        self, hidden: Tensor, hidden_2: Tensor, pooled_2: Tensor, given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        # given (rows, 1): 0 for rows of an absent negative prompt, else 1.
+        return torch.cat([hidden, hidden_2], dim=-1) * given[..., None], pooled_2 * given
+
+
+class JoinSD3Text(nn.Module):
+    """SD3: both CLIPs side by side, padded to T5's width, T5 behind along the sequence."""
+
+    def forward(
+        self, hidden: Tensor, hidden_2: Tensor, hidden_3: Tensor, pooled: Tensor, pooled_2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        clip = torch.cat([hidden, hidden_2], dim=-1)
+        clip = nn.functional.pad(clip, (0, hidden_3.shape[-1] - clip.shape[-1]))
+        return torch.cat([clip, hidden_3], dim=-2), torch.cat([pooled, pooled_2], dim=-1)
+
+
+class JoinSD3TextWithoutT5(nn.Module):
+    """SD3 with its T5 encoder left out: zeros in its place, as the pipeline does."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.length = length
+        self.width = width
+
+    def forward(
+        self, hidden: Tensor, hidden_2: Tensor, pooled: Tensor, pooled_2: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        clip = torch.cat([hidden, hidden_2], dim=-1)
+        clip = nn.functional.pad(clip, (0, self.width - clip.shape[-1], 0, self.length))
+        return clip, torch.cat([pooled, pooled_2], dim=-1)
+
+
+class VaeDecoder(nn.Module):
+    """Latents (batch, C, h, w) -> picture (batch, H, W, 3) float32 in 0..1."""
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor) -> Tensor:
+        config = self.model.config
+        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
+        picture = self.model.decode(latents, return_dict=False)[0]
+        return (picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+class VaeEncoder(nn.Module):
+    """Picture (1, H, W, 3) in 0..1 and noise (1, C, h, w) -> a draw from the posterior, scaled.
+
+    One picture is encoded and drawn from once, whatever the batch, as diffusers does; ``like`` (batch, C, h, w)
+    only says how many copies are wanted.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor, posterior_noise: Tensor, like: Tensor) -> Tensor:
+        config = self.model.config
+        posterior = self.model.encode((image * 2 - 1).permute(0, 3, 1, 2), return_dict=False)[0]
+        latents = posterior.mean + posterior.std * posterior_noise
+        latents = (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        return latents.expand(like.shape[0], -1, -1, -1)
+
+
+class PixelDecoder(nn.Module):
+    """What stands in the VAE's place for a model that draws pixels: -1..1 (batch, 3, H, W) -> 0..1."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+class MaskEncoder(nn.Module):
+    """Picture (1, H, W, 3) and mask (1, H, W, 1; 1 = draw anew) -> masked picture, latents' mask (1, 1, h, w).
+
+    The mask is made smaller by nearest neighbour, as diffusers does; a masked pixel becomes mid grey (0 on
+    the VAE's -1..1 scale).
+    """
+
+    def __init__(self, factor: int) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        mask = (mask >= 0.5).to(image.dtype)
+        masked = image * (1 - mask) + 0.5 * mask
+        return masked, mask[:, :: self.factor, :: self.factor].permute(0, 3, 1, 2)
+
+
+class Blend(nn.Module):
+    """Inpainting with a plain U-Net: outside of the mask the picture's own latents, noised to this step.
+
+    state: (slots, batch, C, h, w); slot 0 holds the start noise and slot 1 the picture's latents.
+    """
+
+    def forward(self, proposal: Tensor, state: Tensor, known_weights: Tensor, mask: Tensor) -> Tensor:
+        known = known_weights[0] * state[0] + known_weights[1] * state[1]
+        return (1 - mask) * known + mask * proposal

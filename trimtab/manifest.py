@@ -1,0 +1,275 @@
+"""What bundle.json says, as dataclasses, and the way there and back.
+
+Reading believes nothing: every field is checked as it is read, and no path may leave the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+from trimtab.program import Call, PassEntry, Schedule, Step, Task, TensorSpec
+
+SCHEMA = 1
+"""Goes up when an older trimtab could misread a bundle."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What one target runs for a segment.
+
+    Attributes:
+        target: A device of `trimtab.targets`, such as "cpu".
+        backend: Which runtime loads it: "onnxruntime", ...
+        path: File, relative to the bundle.
+        bytes: Size of what the backend loads, weights with it.
+    """
+
+    target: str
+    backend: str
+    path: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SegmentEntry:
+    """One graph of a bundle.
+
+    Attributes:
+        name: The segment's name.
+        graph: The ONNX file, relative to the bundle.
+        parameters: Elements of its floating-point weights.
+        weight_bytes: Bytes of all its weights.
+        inputs: The graph's inputs; open sizes are expressions over the segment's own symbols.
+        outputs: The graph's outputs.
+        engines: One for each target.
+    """
+
+    name: str
+    graph: str
+    parameters: int
+    weight_bytes: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    engines: tuple[Engine, ...]
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle.
+
+    Attributes:
+        path: Relative to the bundle, with forward slashes.
+        bytes: Size.
+        sha256: Hash of its contents, in hexadecimal.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Everything that bundle.json says. See `trimtab.program.Program` for the fields that they share."""
+
+    tasks: Mapping[str, Task]
+    epilogue: tuple[Call, ...]
+    outputs: tuple[TensorSpec, ...]
+    segments: Mapping[str, SegmentEntry]
+    size: tuple[int, int]
+    size_multiple: int
+    fixed_size: str | None
+    slots: int
+    tokenizers: Mapping[str, str]
+    metadata: Mapping[str, str]
+    passes: tuple[PassEntry, ...] = ()
+    files: tuple[FileEntry, ...] = ()
+    version: str = ""
+
+
+def to_json(contents: Contents) -> dict[str, Any]:
+    """The contents as plain data. Equal calls are written once and referred to by number."""
+    calls: list[Call] = []
+    numbers: dict[str, int] = {}
+
+    def number(call: Call) -> int:
+        key = repr((call.segment, sorted(call.inputs.items()), sorted(call.outputs.items())))
+        if key not in numbers:
+            numbers[key] = len(calls)
+            calls.append(call)
+        return numbers[key]
+
+    tasks = [
+        {
+            "name": name,
+            "inputs": [_spec_json(spec) for spec in task.inputs],
+            "prologue": [number(call) for call in task.prologue],
+            "schedules": [
+                {
+                    "name": schedule_name,
+                    "prologue": [number(call) for call in schedule.prologue],
+                    "steps": [_step_json(step, number) for step in schedule.steps],
+                }
+                for schedule_name, schedule in task.schedules.items()
+            ],
+            "guidance": task.guidance,
+            "strength": task.strength,
+            "strength_rounds_up": task.strength_rounds_up,
+        }
+        for name, task in contents.tasks.items()
+    ]
+    epilogue = [number(call) for call in contents.epilogue]
+    return {
+        "schema": SCHEMA,
+        "trimtab": contents.version,
+        "metadata": dict(contents.metadata),
+        "size": list(contents.size),
+        "size_multiple": contents.size_multiple,
+        "fixed_size": contents.fixed_size,
+        "slots": contents.slots,
+        "segments": [_segment_json(segment) for segment in contents.segments.values()],
+        "tasks": tasks,
+        "epilogue": epilogue,
+        "outputs": [_spec_json(spec) for spec in contents.outputs],
+        "calls": [
+            {"segment": c.segment, "inputs": dict(c.inputs), "outputs": dict(c.outputs)} for c in calls
+        ],
+        "tokenizers": dict(contents.tokenizers),
+        "passes": [vars(entry) for entry in contents.passes],
+    }
+
+
+def _spec_json(spec: TensorSpec) -> dict[str, Any]:
+    data: dict[str, Any] = {"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)}
+    return data | {"source": dict(spec.source)} if spec.source else data
+
+
+def _step_json(step: Step, number: Any) -> dict[str, Any]:
+    # Nine digits give every float32 back.
+    constants = {name: [float(f"{v:.9g}") for v in values] for name, values in step.constants.items()}
+    data = {"calls": [number(call) for call in step.calls], "constants": constants}
+    return data | {"draws": list(step.draws)} if step.draws else data
+
+
+def _segment_json(segment: SegmentEntry) -> dict[str, Any]:
+    return {
+        "name": segment.name,
+        "graph": segment.graph,
+        "parameters": segment.parameters,
+        "weight_bytes": segment.weight_bytes,
+        "inputs": [_spec_json(spec) for spec in segment.inputs],
+        "outputs": [_spec_json(spec) for spec in segment.outputs],
+        "engines": [vars(engine) for engine in segment.engines],
+    }
+
+
+def from_json(data: Mapping[str, Any]) -> Contents:
+    """The contents from plain data.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: The data are not as `to_json` writes them.
+    """
+    calls = [
+        Call(_of(str, c["segment"]), _strings(c["inputs"]), _strings(c["outputs"])) for c in data["calls"]
+    ]
+
+    def chosen(numbers: Sequence[int]) -> tuple[Call, ...]:
+        if any(type(n) is not int or not 0 <= n < len(calls) for n in numbers):
+            raise ValueError("a call that is not in the list")
+        return tuple(calls[n] for n in numbers)
+
+    tasks = {}
+    for task in data["tasks"]:
+        schedules = {
+            _of(str, schedule["name"]): Schedule(
+                steps=tuple(_step(step, chosen) for step in schedule["steps"]),
+                prologue=chosen(schedule["prologue"]),
+            )
+            for schedule in task["schedules"]
+        }
+        tasks[_of(str, task["name"])] = Task(
+            inputs=tuple(_spec(spec) for spec in task["inputs"]),
+            prologue=chosen(task["prologue"]),
+            schedules=schedules,
+            guidance=None if task["guidance"] is None else float(task["guidance"]),
+            strength=None if task["strength"] is None else float(task["strength"]),
+            strength_rounds_up=_of(bool, task["strength_rounds_up"]),
+        )
+    segments = {}
+    for entry in data["segments"]:
+        segments[_of(str, entry["name"])] = SegmentEntry(
+            name=entry["name"],
+            graph=_safe(entry["graph"]),
+            parameters=_of(int, entry["parameters"]),
+            weight_bytes=_of(int, entry["weight_bytes"]),
+            inputs=tuple(_spec(spec) for spec in entry["inputs"]),
+            outputs=tuple(_spec(spec) for spec in entry["outputs"]),
+            engines=tuple(
+                Engine(_of(str, e["target"]), _of(str, e["backend"]), _safe(e["path"]), _of(int, e["bytes"]))
+                for e in entry["engines"]
+            ),
+        )
+    width, height = data["size"]
+    return Contents(
+        tasks=tasks,
+        epilogue=chosen(data["epilogue"]),
+        outputs=tuple(_spec(spec) for spec in data["outputs"]),
+        segments=segments,
+        size=(_of(int, width), _of(int, height)),
+        size_multiple=_of(int, data["size_multiple"]),
+        fixed_size=None if data["fixed_size"] is None else _of(str, data["fixed_size"]),
+        slots=_of(int, data["slots"]),
+        tokenizers={_of(str, k): _safe(v) for k, v in data["tokenizers"].items()},
+        metadata=_strings(data["metadata"]),
+        passes=tuple(
+            PassEntry(
+                _of(str, p["name"]), _of(str, p["segment"]), _of(int, p["applied"]), _of(int, p["refused"])
+            )
+            for p in data["passes"]
+        ),
+        files=tuple(
+            FileEntry(_safe(f["path"]), _of(int, f["bytes"]), _of(str, f["sha256"])) for f in data["files"]
+        ),
+        version=_of(str, data["trimtab"]),
+    )
+
+
+def _step(data: Mapping[str, Any], chosen: Callable[[Sequence[int]], tuple[Call, ...]]) -> Step:
+    return Step(
+        chosen(data["calls"]),
+        {_of(str, k): tuple(float(v) for v in values) for k, values in data["constants"].items()},
+        tuple(_of(str, name) for name in data.get("draws", ())),
+    )
+
+
+def _spec(data: Mapping[str, Any]) -> TensorSpec:
+    shape = tuple(data["shape"])
+    if any(type(dim) not in (int, str) for dim in shape):
+        raise TypeError("a size is neither a number nor an expression")
+    source = dict(data.get("source", {}))
+    if any(not isinstance(value, str | int | float | bool) for value in source.values()):
+        raise TypeError("an input's source is not plain")
+    return TensorSpec(_of(str, data["name"]), _of(str, data["dtype"]), shape, source)
+
+
+def _of(kind: type[T], value: Any) -> T:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.60} is not {kind.__name__}")
+    return value
+
+
+def _strings(data: Mapping[str, Any]) -> dict[str, str]:
+    return {_of(str, key): _of(str, value) for key, value in data.items()}
+
+
+def _safe(path: Any) -> str:
+    """A path that stays in the folder, whatever system reads it."""
+    parts = PurePosixPath(_of(str, path))
+    if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
+        raise ValueError(f"the path {path!r:.100} leaves the bundle")
+    return str(path)

@@ -1,0 +1,145 @@
+"""What people see: results as tables, work in progress as a bar. Nothing here prints."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Result = dict[str, Any]
+"""What a command prints with --json."""
+
+
+def compile(result: Result) -> Iterator[str]:
+    """A new bundle."""
+    total = sum(f["bytes"] for f in result["files"])
+    yield f"{result['bundle']}: {total / 1e6:.1f} MB in {result['seconds']:.1f} s"
+    yield from inspect(result)
+
+
+def run(result: Result) -> Iterator[str]:
+    """Pictures' files and the seed."""
+    yield from result["images"]
+    yield f"seed {result['settings']['seed']}, {result['seconds']:.2f} s"
+
+
+def bench(result: Result) -> Iterator[str]:
+    """Times, a bundle after the other."""
+    rows = []
+    for entry in result["bundles"]:
+        rows.append(
+            [
+                entry["bundle"],
+                "a step",
+                _ms(entry["step_ms"]),
+                _mb(entry["peak_bytes"]),
+                _mb(entry["weight_bytes"]),
+            ]
+        )
+        rows.append(["", "a picture", _ms(entry["picture_ms"]), "", ""])
+        rows.append(["", "python, a step", _ms(entry["python_ms"]), "", ""])
+        rows += [
+            ["", f"{s['name']} x{s['calls']}", _ms(s["ms"]), "", _mb(s["weight_bytes"])]
+            for s in entry["segments"]
+        ]
+    yield _table(["bundle", "what", "ms", "peak MB", "weights MB"], rows)
+    if "step_ratio" in result:
+        yield f"step time, first to second: {result['step_ratio']:.3f}"
+
+
+def compare(result: Result) -> Iterator[str]:
+    """Errors by step and by module."""
+    yield _table(["step", "relative error"], [[str(i), f"{e:.3e}"] for i, e in enumerate(result["steps"])])
+    if result["modules"]:
+        rows = [[m["name"], f"{m['error']:.3e}"] for m in result["modules"]]
+        yield _table(["module, at the first step", "relative error"], rows)
+    yield f"largest difference of the picture: {result['picture']:.3e} (0..1)"
+
+
+def inspect(result: Result) -> Iterator[str]:
+    """Segments, schedules and passes."""
+    rows = []
+    for segment in result["segments"]:
+        engines = ", ".join(
+            f"{e['target']} ({e['backend']}, {_mb(e['bytes'])} MB)" for e in segment["engines"]
+        )
+        rows.append([segment["name"], f"{segment['parameters']:,}", _mb(segment["weight_bytes"]), engines])
+    yield _table(["segment", "parameters", "weights MB", "engines"], rows)
+    schedules = [s for s in result["schedules"] if "/" not in s["name"]]
+    yield _table(
+        ["task", "schedule", "steps", "calls of a step"],
+        [[s["task"], s["name"], str(s["steps"]), " + ".join(s["calls"][0])] for s in schedules],
+    )
+    if result["passes"]:
+        yield _table(
+            ["pass", "segment", "applied", "refused"],
+            [[p["name"], p["segment"], str(p["applied"]), str(p["refused"])] for p in result["passes"]],
+        )
+
+
+def devices(result: Result) -> Iterator[str]:
+    """The known devices."""
+    yield _table(
+        ["name", "device", "backend"], [[d["name"], d["title"], d["backend"]] for d in result["devices"]]
+    )
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for index, title in enumerate(header):
+        numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
+        table.add_column(title, justify="right" if numeric else "left")
+    for row in rows:
+        table.add_row(*row)
+    # A pipe has no width of its own, and cut names help nobody.
+    console = Console() if sys.stdout.isatty() else Console(width=200)
+    with console.capture() as capture:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _is_number(cell: str) -> bool:
+    return not cell or cell.replace(",", "").replace(".", "").replace("e-", "").replace("e+", "").isdecimal()
+
+
+def _mb(count: int) -> str:
+    return f"{count / 1e6:.1f}"
+
+
+def _ms(value: float) -> str:
+    return f"{value:.2f}"
+
+
+@contextlib.contextmanager
+def status() -> Iterator[Callable[[str], None]]:
+    """A line that says what is being worked on and for how long, on a terminal; debug logs elsewhere."""
+    if not sys.stderr.isatty():
+        yield logging.getLogger(__name__).debug
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+        yield lambda text: progress.update(task, description=text)
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Callable[[int, int], None] | None]:
+    """A bar over the steps, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
