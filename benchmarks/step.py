@@ -1,13 +1,13 @@
 """Claim: a step of Stable Diffusion 1.5 on the CPU takes less time than in torch: at most 0.95 times.
 
-    python benchmarks/step.py [--rounds N] [--json] [--scratch FOLDER]
+    python benchmarks/step.py [--rounds N] [--threads N] [--json] [--scratch FOLDER]
 
 One step is the U-Net (859,520,964 parameters, random weights, fp32) on two guidance rows of 4x64x64 latents
 with 77 tokens, the guidance and DDIM's update. trimtab compiles it as any pipeline, with a tiny text encoder
 and VAE around it, and its runtime runs it; torch runs it eagerly as diffusers' pipeline does. Each has a
-process of its own, so that memory is its own, and all cores; they take turns step by step, so that a machine
-that changes its speed changes it for both. What they compute is compared too. Takes 7 GB of disk and 12 GB of
-memory.
+process of its own, so that memory is its own, and all cores (or N threads); they take turns step by step, so
+that a machine that changes its speed changes it for both. What they compute is compared too. Takes 7 GB of
+disk and 12 GB of memory.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ SCHEDULE = 20
 GUIDANCE = 7.5
 
 
-def ours(connection: Connection, bundle: str, shared: str) -> None:
+def ours(connection: Connection, bundle: str, shared: str, threads: int) -> None:
     """Steps of trimtab's runtime; writes what the first one was given and gave for the other to compare."""
     import numpy as np
 
     from trimtab.program import STATE
     from trimtab.runtime.load import load
 
-    with load(bundle) as pipe:
+    with load(bundle, threads=threads) as pipe:
         request, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
         plan.begin(request)
         call = plan.steps[0].calls[0]
@@ -61,12 +61,14 @@ def ours(connection: Connection, bundle: str, shared: str) -> None:
         _serve(connection, step, {"error": 0.0})
 
 
-def torch_eager(connection: Connection, folder: str, shared: str) -> None:
+def torch_eager(connection: Connection, folder: str, shared: str, threads: int) -> None:
     """Steps as diffusers' pipeline makes them."""
     import numpy as np
     import torch
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
+    if threads:
+        torch.set_num_threads(threads)
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
     scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
     given = {name: torch.from_numpy(array) for name, array in np.load(shared).items()}
@@ -110,7 +112,7 @@ def _peak_bytes() -> int:
 
 
 @contextmanager
-def _process(target: Callable[..., None], *arguments: str) -> Iterator[Connection]:
+def _process(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
     context = multiprocessing.get_context("spawn")  # a fork would share memory
     here, there = context.Pipe()
     process = context.Process(target=target, args=(there, *arguments), daemon=True)
@@ -125,7 +127,7 @@ def _process(target: Callable[..., None], *arguments: str) -> Iterator[Connectio
         process.join()
 
 
-def measure(scratch: Path, part: str, rounds: int) -> dict[str, Any]:
+def measure(scratch: Path, part: str, rounds: int, threads: int) -> dict[str, Any]:
     """Compiles below ``scratch``, runs both in turn, and says what was found."""
     source, bundle, shared = scratch / "pipeline", scratch / "pipeline.bundle", scratch / "shared.npz"
     models.make(source, part)
@@ -133,9 +135,9 @@ def measure(scratch: Path, part: str, rounds: int) -> dict[str, Any]:
     subprocess.run([*command, "-o", str(bundle)], check=True, stdout=subprocess.DEVNULL)
     times: dict[str, list[float]] = {"trimtab": [], "torch": []}
     peaks = {}
-    with _process(ours, str(bundle), str(shared)) as first:
+    with _process(ours, str(bundle), str(shared), threads) as first:
         first.recv()  # torch reads what this one wrote
-        with _process(torch_eager, str(source), str(shared)) as second:
+        with _process(torch_eager, str(source), str(shared), threads) as second:
             torch = second.recv()
             for _ in range(rounds):
                 for name, connection in (("trimtab", first), ("torch", second)):
@@ -153,7 +155,7 @@ def measure(scratch: Path, part: str, rounds: int) -> dict[str, Any]:
         "rounds": rounds,
         "peak_bytes": peaks,
         "relative_error": torch["error"],
-        "threads": {"torch": torch["threads"], "trimtab": "one a core"},
+        "threads": {"torch": torch["threads"], "trimtab": threads or "one a core"},
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
         "command": " ".join(["python", *sys.argv]),
@@ -190,7 +192,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        result = measure(Path(folder), arguments.part, arguments.rounds)
+        result = measure(Path(folder), arguments.part, arguments.rounds, arguments.threads)
     if arguments.json:
         print(json.dumps(result))
     else:

@@ -57,7 +57,7 @@ Floats = npt.NDArray[np.floating[Any]]
 Tasks = Mapping[str, Task]
 
 
-class _MisfitError(Exception):
+class _Misfit(Exception):
     """A table that does not follow the size; says why."""
 
 
@@ -154,7 +154,7 @@ def follow_size(parts: Parts, sampling: Sampling, tasks: Tasks) -> dict[str, Tas
         return dict(tasks)
     try:
         module, followed = shifted(parts, sampling, tasks)
-    except _MisfitError as reason:
+    except _Misfit as reason:
         logger.debug("the schedules are constants: %s", reason)
         parts.fixed_size = f"its schedule depends on the size ({reason}): compile with --size WxH"
         return dict(tasks)
@@ -171,16 +171,16 @@ def shifted(parts: Parts, sampling: Sampling, tasks: Tasks) -> tuple[ShiftedTabl
     """The tables of all schedules, and the tasks that read them; None where nothing depends on the size.
 
     Raises:
-        _MisfitError: The schedules are not sums over shifted sigmas.
+        _Misfit: The schedules are not sums over shifted sigmas.
     """
     owner = type(sampling.scheduler).__name__
     if owner != "FlowMatchEulerDiscreteScheduler":
-        raise _MisfitError(f"{owner} shifts in a way of its own")
+        raise _Misfit(f"{owner} shifts in a way of its own")
     sizes = _sizes(parts)
     try:
         others = [_plan(parts, sampling, size) for size in sizes[1:]]
     except TrimtabError as error:
-        raise _MisfitError(f"{owner} cannot be read at another size: {error}") from error
+        raise _Misfit(f"{owner} cannot be read at another size: {error}") from error
     plans = [tasks, *others]
     config = sampling.scheduler.config
     sigmas = _unshifted(parts, sampling)
@@ -236,10 +236,10 @@ def _unshifted(parts: Parts, sampling: Sampling) -> Sigmas:
         offsets[steps] = total
         total += steps
         if len(found[-1]) != steps:
-            raise _MisfitError(f"{len(found[-1])} sigmas for {steps} steps")
+            raise _Misfit(f"{len(found[-1])} sigmas for {steps} steps")
     together = np.concatenate(found)
     if not ((together > 0) & (together <= 1)).all():
-        raise _MisfitError("sigmas outside of 0 to 1")
+        raise _Misfit("sigmas outside of 0 to 1")
     return Sigmas(together, offsets)
 
 
@@ -256,20 +256,20 @@ def _shift(config: Mapping[str, Any], sigmas: Sigmas, mu: float) -> Floats:
 def _same(plan: Tasks, task: str, schedule: str) -> Schedule:
     loop = plan[task].schedules.get(schedule) if task in plan else None
     if loop is None:
-        raise _MisfitError(f"{schedule} is not there at every size")
+        raise _Misfit(f"{schedule} is not there at every size")
     return loop
 
 
 def _loop(loop: Schedule, versions: Sequence[Schedule], fit: _Fit, offset: int, steps: int) -> Schedule:
     """A schedule whose steps read their varying constants from tables."""
     if len(loop.steps) > steps or any(len(other.steps) != len(loop.steps) for other in versions):
-        raise _MisfitError("its evaluations are not its steps")
+        raise _Misfit("its evaluations are not its steps")
     found = []
     skipped = steps - len(loop.steps)
     for index, step in enumerate(loop.steps):
         same = [other.steps[index] for other in versions]
         if any((other.calls, other.draws) != (step.calls, step.draws) for other in same):
-            raise _MisfitError("its calls change with the size")
+            raise _Misfit("its calls change with the size")
         found.append(fit.step(step, same, offset + skipped + index, skipped + index + 1 == steps))
     return replace(loop, steps=tuple(found))
 
@@ -322,7 +322,7 @@ class _Fit:
             bias, first, i, second, j = entry
             if _close(bias + first * self.sigmas[:, i] + second * self.sigmas[:, j], values):
                 return entry
-        raise _MisfitError(f"{name} is not a sum of a constant and two sigmas")
+        raise _Misfit(f"{name} is not a sum of a constant and two sigmas")
 
 
 def _table_name(constant: str) -> str:
@@ -360,9 +360,7 @@ def _verify(module: ShiftedTables, parts: Parts, size: tuple[int, int], tasks: T
                 if table in tables and not _close(
                     np.atleast_1d(tables[table][int(number)]), np.array(wanted.constants[plain.inputs[key]])
                 ):
-                    raise _MisfitError(
-                        f"{plain.inputs[key]} of {schedule} does not follow {size[0]}x{size[1]}"
-                    )
+                    raise _Misfit(f"{plain.inputs[key]} of {schedule} does not follow {size[0]}x{size[1]}")
 
 
 def _close(found: Floats, expected: Floats) -> bool:
