@@ -188,6 +188,7 @@ def main() -> None:
     parser.add_argument(
         "--part", choices=("unet", "none"), default="unet", help="none: a tiny one, as a check"
     )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of each (default: one a core)")
     parser.add_argument("--scratch", type=Path, help="where the temporary folder goes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
