@@ -1,14 +1,18 @@
-"""The device table: complete, plausible and sourced; and a user's own devices."""
+"""The device table: complete, plausible and sourced; a user's own devices; and which device is at hand."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from trimtab.errors import InputError
+from trimtab.targets import recognise as recognise_module
 from trimtab.targets.device import BACKENDS, PRECISIONS, Device, JetPack, find_device, known_devices
+from trimtab.targets.recognise import match_gpu, match_jetson, recognise, total_memory_bytes
 
 GIB = 2**30
 
@@ -262,3 +266,157 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(InputError, match="did you mean rtx-4090"):
         find_device("rtx-4900")
+
+
+# ---- which one is at hand ----
+
+# Model and compatible of the device tree, MemTotal in kB, and the device that it is. The first three are as devices
+# printed them; the rest are made from NVIDIA's part numbers and from what a memory of that size shows.
+JETSONS = [
+    (
+        "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super\0",
+        "nvidia,p3768-0000+p3767-0005-super\0nvidia,p3767-0005\0nvidia,tegra234\0",
+        7_802_736,
+        "orin-nano-8gb",
+    ),
+    (
+        "NVIDIA Jetson AGX Orin Developer Kit\0",
+        "nvidia,p3737-0000+p3701-0005\0nvidia,p3701-0005\0nvidia,tegra234\0nvidia,tegra23x\0",
+        64_349_396,
+        "agx-orin-64gb",
+    ),
+    (
+        "NVIDIA Jetson AGX Thor Developer Kit\0",
+        "nvidia,p4071-0000+p3834-0008\0nvidia,p3834-0008\0nvidia,tegra264\0",
+        128_825_804,
+        "agx-thor",
+    ),
+    (
+        "NVIDIA Jetson AGX Thor Developer Kit\0",
+        "nvidia,p4071-0000+p3834-0000\0nvidia,p3834-0000\0nvidia,tegra264\0",
+        64_000_000,
+        "t4000",
+    ),
+    # Without a part number that is known, the words and the memory decide.
+    ("NVIDIA Orin NX Developer Kit\0", "nvidia,tegra234\0", 15_900_000, "orin-nx-16gb"),
+    ("NVIDIA Orin NX Developer Kit\0", "nvidia,tegra234\0", 7_600_000, "orin-nx-8gb"),
+    ("NVIDIA Orin Nano Developer Kit\0", "", 6_600_000, "orin-nano-8gb"),
+    ("NVIDIA Jetson Orin Nano 4GB\0", "", 3_400_000, "orin-nano-4gb"),
+    ("Jetson AGX Orin\0", "nvidia,p3737-0000+p3701-0000\0nvidia,p3701-0000\0", 31_700_000, "agx-orin-32gb"),
+    ("NVIDIA Jetson AGX Thor\0", "nvidia,tegra264\0", 64_000_000, "t4000"),
+    (
+        "NVIDIA Jetson Xavier NX Developer Kit\0",
+        "nvidia,p3509-0000+p3668-0000\0nvidia,tegra194\0",
+        7_800_000,
+        None,
+    ),
+    ("NVIDIA Jetson Orin Nano\0", "", 16_000_000, None),
+    ("NVIDIA Jetson Orin Nano\0", "", None, None),
+    ("Raspberry Pi 5 Model B Rev 1.0\0", "raspberrypi,5-model-b\0brcm,bcm2712\0", 8_000_000, None),
+]
+
+
+@pytest.mark.parametrize(("model", "compatible", "kilobytes", "name"), JETSONS)
+def test_jetsons_are_known_by_their_device_tree_and_memory(
+    model: str, compatible: str, kilobytes: int | None, name: str | None, table: dict[str, Device]
+) -> None:
+    found = match_jetson(model, compatible, kilobytes * 1024 if kilobytes else None, table)
+    assert (found and found.name) == name
+
+
+GPUS = [
+    ("NVIDIA GeForce RTX 4090, 8.9, 24564 MiB", "rtx-4090"),
+    ("NVIDIA GeForce RTX 3060, 8.6, 12288 MiB", "rtx-3060"),
+    ("NVIDIA GeForce RTX 5060, 12.0, 8151 MiB", "rtx-5060"),
+    ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition, 12.0, 97887 MiB", "rtx-pro-6000"),
+    ("NVIDIA GB10, 12.1, [N/A]", "dgx-spark"),
+    ("NVIDIA GeForce GTX 1650, 7.5, 4096 MiB\nNVIDIA GeForce RTX 3090, 8.6, 24576 MiB\n", "rtx-3090"),
+    ("NVIDIA GeForce RTX 3060, 8.6, 8192 MiB", None),
+    ("NVIDIA GeForce RTX 4090 Laptop GPU, 8.9, 16376 MiB", None),
+    ("NVIDIA GeForce RTX 4060 Ti, 8.9, 16380 MiB", None),
+    ("NVIDIA GeForce RTX 4070 SUPER, 8.9, 12282 MiB", None),
+    ("NVIDIA GeForce RTX 4090, 12.0, 24564 MiB", None),
+    ("NVIDIA H100 80GB HBM3, 9.0, 81559 MiB", None),
+    ("No devices were found", None),
+    ("Failed to initialize NVML: Driver/library version mismatch", None),
+    ("", None),
+]
+
+
+@pytest.mark.parametrize(("answer", "name"), GPUS)
+def test_gpus_are_known_by_what_nvidia_smi_prints(
+    answer: str, name: str | None, table: dict[str, Device]
+) -> None:
+    found = match_gpu(answer, table)
+    assert (found and found.name) == name
+
+
+def test_total_memory_is_read_from_meminfo() -> None:
+    assert total_memory_bytes("MemTotal:        7802736 kB\nMemFree:  1 kB\n") == 7_802_736 * 1024
+    assert total_memory_bytes("") is None
+
+
+class Machine:
+    """A machine that is made up: its files, and its nvidia-smi."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        self.patch = monkeypatch
+        monkeypatch.setattr(recognise_module, "DEVICE_TREE", folder)
+        monkeypatch.setattr(recognise_module, "MEMINFO", folder / "meminfo")
+        monkeypatch.setattr(recognise_module.shutil, "which", lambda _: None)
+
+    def files(self, **texts: str) -> None:
+        for name, text in texts.items():
+            (self.folder / name).write_text(text)
+
+    def nvidia_smi(self, answer: str | Exception) -> None:
+        def run(command: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+            assert options["timeout"] > 0
+            if isinstance(answer, Exception):
+                raise answer
+            return subprocess.CompletedProcess(command, 0, answer, "")
+
+        self.patch.setattr(recognise_module.shutil, "which", lambda name: f"/usr/bin/{name}")
+        self.patch.setattr(recognise_module.subprocess, "run", run)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    folder = tmp_path / "machine"
+    folder.mkdir()
+    return Machine(folder, monkeypatch)
+
+
+def test_a_jetson_is_at_hand_before_its_nvidia_smi_is_asked(machine: Machine) -> None:
+    model, compatible, kilobytes, name = JETSONS[2]
+    machine.files(model=model, compatible=compatible, meminfo=f"MemTotal:  {kilobytes} kB\n")
+    machine.nvidia_smi("NVIDIA Thor, 11.0, [N/A]")
+    found = recognise()
+    assert found is not None and found.name == name
+
+
+def test_a_desktop_gpu_is_at_hand(machine: Machine) -> None:
+    machine.nvidia_smi("NVIDIA GeForce RTX 5090, 12.0, 32607 MiB\n")
+    found = recognise()
+    assert found is not None and found.name == "rtx-5090"
+
+
+def test_a_device_of_ones_own_can_be_at_hand(machine: Machine, own: Callable[[str], Path]) -> None:
+    devices = known_devices(own(BOARD + 'identities = ["p9999-0001"]'))
+    machine.files(model="Our Board", compatible="us,p9999-0001\0nvidia,tegra234\0")
+    assert recognise(devices) == devices["my-board"]
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        subprocess.TimeoutExpired("nvidia-smi", 10),
+        subprocess.CalledProcessError(9, "nvidia-smi"),
+        PermissionError("nvidia-smi"),
+    ],
+)
+def test_recognising_never_fails(machine: Machine, trouble: Exception) -> None:
+    assert recognise() is None
+    machine.nvidia_smi(trouble)
+    assert recognise() is None
