@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from trimtab.cli import main
 from trimtab.errors import InputError
 from trimtab.targets import recognise as recognise_module
 from trimtab.targets.device import BACKENDS, PRECISIONS, Device, JetPack, find_device, known_devices
@@ -268,6 +272,16 @@ def test_an_unknown_name_is_answered_with_the_nearest() -> None:
         find_device("rtx-4900")
 
 
+def test_the_example_of_the_documentation_can_be_used(own: Callable[[str], Path]) -> None:
+    page = Path(__file__).parents[2] / "docs" / "devices.md"
+    found = re.search(r"```toml\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    devices = known_devices(own(found[1]))
+    assert devices["orin-nano-8gb"].power_mode == "15W" and "rtx-4090-laptop" in devices
+    answer = "NVIDIA GeForce RTX 4090 Laptop GPU, 8.9, 16376 MiB"
+    assert match_gpu(answer, devices) == devices["rtx-4090-laptop"]
+
+
 # ---- which one is at hand ----
 
 # Model and compatible of the device tree, MemTotal in kB, and the device that it is. The first three are as devices
@@ -420,3 +434,68 @@ def test_recognising_never_fails(machine: Machine, trouble: Exception) -> None:
     assert recognise() is None
     machine.nvidia_smi(trouble)
     assert recognise() is None
+
+
+# ---- the command line ----
+
+
+def test_the_table_marks_the_device_at_hand(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    machine.nvidia_smi("NVIDIA GeForce RTX 4090, 8.9, 24564 MiB\n")
+    assert main(["devices"]) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    for title in ("name", "device", "SM", "memory GiB", "bandwidth GB/s", "fp16 TFLOPS", "backend"):
+        assert title in header
+    assert [row.split()[0] for row in rows] == NAMES
+    assert [row.split()[0] for row in rows if "at hand" in row] == ["rtx-4090"]
+
+
+def test_json_has_every_field(
+    machine: Machine, own: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "--devices", str(own(BOARD)), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["at_hand"] is None
+    assert [d["name"] for d in result["devices"]] == [*NAMES, "my-board"]
+    fields = {field.name for field in dataclasses.fields(Device)}
+    assert all(set(d) == fields for d in result["devices"])
+    nano = next(d for d in result["devices"] if d["name"] == "orin-nano-8gb")
+    assert nano["jetpacks"][0] == {"version": "6.2", "tensorrt": "10.3", "cuda": "12.6"}
+
+
+def test_a_file_of_devices_that_cannot_be_used_is_one_line(
+    own: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["devices", "--devices", str(own("[rtx-4090]\nbandwith_gb_s = 3"))]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == "" and len(captured.err.splitlines()) == 1
+    assert "did you mean bandwidth_gb_s?" in captured.err
+
+
+@pytest.mark.parametrize(("target", "backend"), [("orin-nano-8gb", "tensorrt"), ("rtx-4090", "tensorrt_rtx")])
+def test_a_target_that_no_builder_serves_is_refused_before_any_work(
+    target: str, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "x.bundle"
+    assert main(["compile", str(tmp_path), "--target", "cpu", "--target", target, "-o", str(output)]) == 1
+    line = capsys.readouterr().err.strip()
+    assert f"{target} needs engines of {backend}" in line and "choose cpu" in line and "\n" not in line
+    assert not output.exists()
+
+
+def test_compile_knows_the_devices_of_the_given_file(
+    own: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = own(BOARD + "\n[our-cpu]\ntitle = 'Ours'\nbackend = 'onnxruntime'\n")
+    arguments = [
+        "compile",
+        str(tmp_path),
+        "--devices",
+        str(path),
+        "-o",
+        str(tmp_path / "x.bundle"),
+        "--target",
+    ]
+    assert main([*arguments, "my-board"]) == 1
+    assert "choose cpu or our-cpu" in capsys.readouterr().err
+    assert main([*arguments, "our-cpu"]) == 1
+    assert "model_index.json" in capsys.readouterr().err
