@@ -6,7 +6,7 @@ Calls and steps are plain data and import no onnx: the runtime reads them from a
 A tensor is a name. Whatever writes the name and whatever reads it share one buffer, so a tensor that lives
 from one step to the next is just a name that a later call reads. ``name[k]`` is the k-th slice of the tensor
 ``name`` along its first axis: the sampler's state is one tensor whose slots are written one at a time and read
-together.
+together; a table of what depends on the picture's size is written whole, and every step reads its row.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class Step:
 
     Attributes:
         calls: What runs, in order.
-        constants: Tensor name -> its values in this step, float32 in the shape that the graphs ask for.
+        constants: Tensor name -> its values in this step, float32 in the shape that the graphs ask for. What
+            depends on the picture's size is no constant but a row of a table, ``name_table[k]``, that a call of
+            the schedule's prologue writes.
         draws: Noise tensors that are drawn before the calls, in order. A name that no call reads is drawn
             all the same: the generator must advance as diffusers' does.
     """

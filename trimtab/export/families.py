@@ -199,7 +199,7 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     examples = {}
     for name in names:
         suffix = name.removeprefix("hidden").removeprefix("pooled")
-        size = _output_width(parts, "text_encoder" + suffix, name.removesuffix(suffix))
+        size = parts.output_width("text_encoder" + suffix, name.removesuffix(suffix))
         examples[name] = hidden_example(size) if name.startswith("hidden") else pooled_example(size)
     if with_t5:
         t5 = examples["hidden_3"].tensor
@@ -349,21 +349,11 @@ def unconditional(parts: PipelineParts) -> None:
 
 def _join_xl_examples(parts: PipelineParts, pooled: int) -> dict[str, Example]:
     return {
-        "hidden": hidden_example(_output_width(parts, "text_encoder", "hidden")),
-        "hidden_2": hidden_example(_output_width(parts, "text_encoder_2", "hidden")),
+        "hidden": hidden_example(parts.output_width("text_encoder", "hidden")),
+        "hidden_2": hidden_example(parts.output_width("text_encoder_2", "hidden")),
         "pooled_2": pooled_example(pooled),
         "given": Example(torch.ones(ROWS, 1), ("prompts", None)),
     }
-
-
-def _output_width(parts: PipelineParts, segment: str, output: str) -> int:
-    """The last, fixed axis of a segment's output."""
-    for value in parts.segments[segment].graph.outputs:
-        if value.name == output and value.shape is not None:
-            width = value.shape[-1]
-            assert isinstance(width, int)
-            return width
-    raise AssertionError(f"{segment} has no output {output}")
 
 
 def _example_mask() -> torch.Tensor:

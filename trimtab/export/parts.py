@@ -103,6 +103,15 @@ class PipelineParts(Parts):
         sample = next(value for value in graph.inputs if value.name == "sample")
         graph.outputs[0].shape = sample.shape
 
+    def output_width(self, segment: str, output: str) -> int:
+        """The last, fixed axis of a segment's output."""
+        for value in self.segments[segment].graph.outputs:
+            if value.name == output and value.shape is not None:
+                width = value.shape[-1]
+                assert isinstance(width, int)
+                return width
+        raise AssertionError(f"{segment} has no output {output}")
+
     def tokens(
         self, name: str, tokenizer: str, length: int, *, mask: bool = False, lowercase: bool = False
     ) -> None:

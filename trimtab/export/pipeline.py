@@ -11,6 +11,7 @@ from trimtab.export.families import FAMILIES, stable_diffusion
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.schedules import Sampling, plan_tasks, probe_tasks
+from trimtab.export.shift import follow_size
 from trimtab.export.source import Source
 from trimtab.passes.sampler import FuseSampler
 from trimtab.program import Call, PassEntry, Program, Segment, TensorSpec, check_size
@@ -73,7 +74,8 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None) -> Pr
     """
     _choose_size(parts, size)
     tables = probe_tasks(parts, sampling)
-    tasks, sampler = plan_tasks(parts, sampling, tables)
+    planned, sampler = plan_tasks(parts, sampling, tables)
+    tasks = follow_size(parts, sampling, planned)
     result = FuseSampler(slots=sampler.slots, clip_range=sampler.clip_range, noise=sampler.noise)(
         parts.segments["denoiser"]
     )

@@ -107,7 +107,7 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
     short = scheduler_name(sampling.scheduler)
     for steps in sampling.steps:
         name = f"{short}-{steps}"
-        options = _timesteps_options(sampling.scheduler, steps, parts)
+        options = timesteps_options(sampling.scheduler, steps, parts)
 
         def table(
             start: int | None, keep: bool = False, steps: int = steps, options: Any = options
@@ -150,20 +150,24 @@ def _first_task(parts: Parts) -> str:
     return "class-to-image" if "label" in kinds else "unconditional"
 
 
-def _timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
+def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
     """What the family's pipeline hands to ``set_timesteps`` beside the number of steps."""
     options: dict[str, Any] = {}
     if parts.pipeline.startswith("Flux") and not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if scheduler.config.get("use_dynamic_shifting"):
-        options["mu"] = _shift(scheduler.config, parts)
+        options["mu"] = time_shift(scheduler.config, image_tokens(parts, parts.size))
     return options
 
 
-def _shift(config: Mapping[str, Any], parts: Parts) -> float:
-    """mu of flow matching's time shift: linear in the number of image tokens (SD3 paper, sec. 5.3.2; Flux)."""
-    width, height = parts.size
-    tokens = (width // parts.multiple) * (height // parts.multiple)
+def image_tokens(parts: Parts, size: tuple[int, int]) -> int:
+    """How many tokens a transformer makes of a picture of (width, height) pixels."""
+    width, height = size
+    return (width // parts.multiple) * (height // parts.multiple)
+
+
+def time_shift(config: Mapping[str, Any], tokens: int) -> float:
+    """mu of flow matching's time shift: linear in the image tokens (SD3 paper, sec. 5.3.2; Flux)."""
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
     slope = (high - low) / (many - few)

@@ -192,10 +192,9 @@ class _Buffers:
         """
         if name not in self.buffers:
             if match := _SLICE.match(name):
-                whole = self.make(match[1], (self._slots, *sizes), dtype)
-                if int(match[2]) >= self._slots:
-                    raise BundleError(f"{name} is used and {match[1]} has {self._slots} slots: compile again")
-                self.buffers[name] = whole[int(match[2])]
+                # What is written slice by slice is the state: it has as many as the bundle says.
+                self.make(match[1], (self._slots, *sizes), dtype)
+                self.buffers[name] = self._slice(match)
             else:
                 self.buffers[name] = new_buffer(sizes, dtype)
         buffer = self.buffers[name]
@@ -207,15 +206,26 @@ class _Buffers:
         return buffer
 
     def get(self, name: str, reader: Call | None = None) -> Buffer:
-        """A buffer that something fills.
+        """A buffer that something fills; a slice of one is a view.
 
         Raises:
             BundleError: Nothing does.
         """
+        match = _SLICE.match(name)
+        if match and name not in self.buffers and match[1] in self.buffers:
+            self.buffers[name] = self._slice(match)
         if name not in self.buffers:
             where = f" by {reader.segment}" if reader else ""
             raise BundleError(f"the tensor {name} is read{where} before anything wrote it: compile again")
         return self.buffers[name]
+
+    def _slice(self, match: re.Match[str]) -> Buffer:
+        whole = self.buffers[match[1]]
+        if whole.ndim == 0 or int(match[2]) >= len(whole):
+            raise BundleError(f"{match[0]} is used and {match[1]} is {whole.shape}: compile again")
+        # With the dots a slice of a vector is a view of no axes; without them it would be a copy of a number.
+        view: Buffer = whole[int(match[2]), ...]
+        return view
 
 
 def _needed(prologue: Sequence[Call], later: Sequence[Call]) -> tuple[Call, ...]:
@@ -230,9 +240,11 @@ def _needed(prologue: Sequence[Call], later: Sequence[Call]) -> tuple[Call, ...]
 
 
 def _reads(read: set[str], name: str) -> bool:
-    """Whether a tensor, or for a slice the whole that it is part of, is among those read."""
+    """Whether a tensor is among those read: itself, the whole that it is a slice of, or a slice of it."""
     match = _SLICE.match(name)
-    return name in read or (match is not None and match[1] in read)
+    if name in read or (match is not None and match[1] in read):
+        return True
+    return any(name == part[1] for part in map(_SLICE.match, read) if part is not None)
 
 
 def _constant(spec: TensorSpec, values: tuple[float, ...]) -> Buffer:

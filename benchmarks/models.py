@@ -1,0 +1,127 @@
+"""Pipelines of the size of Stable Diffusion 1.5 with random weights, for benchmarks that need no download.
+
+    python benchmarks/models.py FOLDER [--part unet|whole|none]
+
+A part that is not wanted at its real size is made tiny, so that the folder is a whole pipeline all the same.
+Random weights cost the same time and memory as trained ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import string
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+UNET_PARAMETERS = 859_520_964
+"""Of Stable Diffusion 1.5's U-Net; what is made here is held against it."""
+
+
+def make(folder: Path, part: str) -> None:
+    """Writes a pipeline in a process of its own, whose memory is gone before anything is measured.
+
+    Args:
+        folder: Where to.
+        part: What is made at its real size: "unet", "whole" or "none".
+
+    Raises:
+        subprocess.CalledProcessError: It could not be made.
+    """
+    subprocess.run(
+        [sys.executable, __file__, str(folder), "--part", part], check=True, stdout=subprocess.DEVNULL
+    )
+
+
+def _write(folder: Path, part: str) -> None:
+    import torch
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from diffusers.utils import logging
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    logging.set_verbosity_error()
+    torch.manual_seed(0)
+    whole, real = part == "whole", part in ("whole", "unet")
+    width = 768 if real else 16
+    # The numbers of the checkpoint's own config.json files; the tiny ones keep the structure.
+    unet = UNet2DConditionModel(
+        sample_size=64 if real else 8,
+        block_out_channels=(320, 640, 1280, 1280) if real else (8, 16, 16, 16),
+        cross_attention_dim=width,
+        attention_head_dim=8 if real else 2,
+        norm_num_groups=32 if real else 4,
+    )
+    count = sum(parameter.numel() for parameter in unet.parameters())
+    assert count == UNET_PARAMETERS or not real, count
+    text = CLIPTextConfig(
+        vocab_size=49408 if whole else 80,
+        hidden_size=width,
+        intermediate_size=4 * width if whole else 16,
+        num_hidden_layers=12 if whole else 1,
+        num_attention_heads=12 if real else 2,
+        max_position_embeddings=77,
+        projection_dim=width,
+        hidden_act="quick_gelu",
+        bos_token_id=74,
+        eos_token_id=75,
+        pad_token_id=75,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512) if whole else (8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2 if whole else 1,
+        norm_num_groups=32 if whole else 4,
+        latent_channels=4,
+        sample_size=512 if real else 64,
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text),
+        tokenizer=_tokenizer(folder),
+        unet=unet,
+        scheduler=DDIMScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+
+
+def _tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer that spells letter by letter: the length of what it gives is what costs time."""
+    from transformers import CLIPTokenizer
+
+    files = folder.with_name(folder.name + ".tokenizer")
+    files.mkdir(parents=True)
+    letters = string.ascii_lowercase + string.digits + "!"
+    tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (files / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (files / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(
+        str(files / "vocab.json"), str(files / "merges.txt"), pad_token="<|endoftext|>", model_max_length=77
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--part", choices=("unet", "whole", "none"), default="none")
+    arguments = parser.parse_args()
+    _write(arguments.folder, arguments.part)

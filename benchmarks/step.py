@@ -1,0 +1,204 @@
+"""Claim: a step of Stable Diffusion 1.5 on the CPU takes less time than in torch: at most 0.95 times.
+
+    python benchmarks/step.py [--rounds N] [--threads N] [--json] [--scratch FOLDER]
+
+One step is the U-Net (859,520,964 parameters, random weights, fp32) on two guidance rows of 4x64x64 latents
+with 77 tokens, the guidance and DDIM's update. trimtab compiles it as any pipeline, with a tiny text encoder
+and VAE around it, and its runtime runs it; torch runs it eagerly as diffusers' pipeline does. Each has a
+process of its own, so that memory is its own, and all cores (or N threads); they take turns step by step, so
+that a machine that changes its speed changes it for both. What they compute is compared too. Takes 7 GB of
+disk and 12 GB of memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import models
+
+GOAL = 0.95
+SCHEDULE = 20
+GUIDANCE = 7.5
+
+
+def ours(connection: Connection, bundle: str, shared: str, threads: int) -> None:
+    """Steps of trimtab's runtime; writes what the first one was given and gave for the other to compare."""
+    import numpy as np
+
+    from trimtab.program import STATE
+    from trimtab.runtime.load import load
+
+    with load(bundle, threads=threads) as pipe:
+        request, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
+        plan.begin(request)
+        call = plan.steps[0].calls[0]
+        given = {
+            "sample": plan.buffers[STATE][0].copy(),
+            "hidden": call.inputs["encoder_hidden_states"].copy(),
+        }
+
+        def step(index: int) -> None:
+            plan.steps[index % SCHEDULE].run(request)
+
+        step(0)
+        output = plan.steps[0].results["model_output"]
+        timestep = call.inputs["timestep"]
+        np.savez(shared, output=output, timestep=timestep, **given)
+        _serve(connection, step, {"error": 0.0})
+
+
+def torch_eager(connection: Connection, folder: str, shared: str, threads: int) -> None:
+    """Steps as diffusers' pipeline makes them."""
+    import numpy as np
+    import torch
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    if threads:
+        torch.set_num_threads(threads)
+    unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    given = {name: torch.from_numpy(array) for name, array in np.load(shared).items()}
+    scheduler.set_timesteps(SCHEDULE)
+    sample, outputs = given["sample"], []
+
+    @torch.inference_mode()
+    def step(index: int) -> None:
+        nonlocal sample
+        timestep = scheduler.timesteps[index % SCHEDULE]
+        rows = scheduler.scale_model_input(torch.cat([sample] * 2), timestep)
+        prediction = unet(rows, timestep, encoder_hidden_states=given["hidden"], return_dict=False)[0]
+        negative, positive = prediction.chunk(2)
+        output = negative + GUIDANCE * (positive - negative)
+        outputs[:] = [output]
+        sample = scheduler.step(output, timestep, sample, return_dict=False)[0]
+
+    assert float(given["timestep"]) == float(scheduler.timesteps[0])
+    step(0)
+    error = float((outputs[0] - given["output"]).norm() / outputs[0].norm())
+    _serve(connection, step, {"error": error, "threads": torch.get_num_threads()})
+
+
+def _serve(connection: Connection, step: Callable[[int], None], first: dict[str, Any]) -> None:
+    """Answers every message with the seconds of one step and the peak memory so far."""
+    connection.send(first)
+    index = 0
+    while connection.recv():
+        index += 1
+        start = time.perf_counter()
+        step(index)
+        connection.send({"seconds": time.perf_counter() - start, "peak_bytes": _peak_bytes()})
+
+
+def _peak_bytes() -> int:
+    """Resident pages of this process at their most. getrusage would count those of the parent before exec."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("this benchmark reads /proc/self/status: run it on Linux")
+
+
+@contextmanager
+def _process(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    context = multiprocessing.get_context("spawn")  # a fork would share memory
+    here, there = context.Pipe()
+    process = context.Process(target=target, args=(there, *arguments), daemon=True)
+    process.start()
+    there.close()
+    try:
+        yield here
+        here.send(False)
+        process.join(30)
+    finally:
+        process.terminate()
+        process.join()
+
+
+def measure(scratch: Path, part: str, rounds: int, threads: int) -> dict[str, Any]:
+    """Compiles below ``scratch``, runs both in turn, and says what was found."""
+    source, bundle, shared = scratch / "pipeline", scratch / "pipeline.bundle", scratch / "shared.npz"
+    models.make(source, part)
+    command = [sys.executable, "-m", "trimtab", "compile", str(source), "--steps", str(SCHEDULE)]
+    subprocess.run([*command, "-o", str(bundle)], check=True, stdout=subprocess.DEVNULL)
+    times: dict[str, list[float]] = {"trimtab": [], "torch": []}
+    peaks = {}
+    with _process(ours, str(bundle), str(shared), threads) as first:
+        first.recv()  # torch reads what this one wrote
+        with _process(torch_eager, str(source), str(shared), threads) as second:
+            torch = second.recv()
+            for _ in range(rounds):
+                for name, connection in (("trimtab", first), ("torch", second)):
+                    connection.send(True)
+                    answer = connection.recv()
+                    times[name].append(1000 * answer["seconds"])
+                    peaks[name] = answer["peak_bytes"]
+    ratios = [a / b for a, b in zip(times["trimtab"], times["torch"], strict=True)]
+    return {
+        "trimtab_ms": spread(times["trimtab"]),
+        "torch_ms": spread(times["torch"]),
+        "ratio": statistics.median(times["trimtab"]) / statistics.median(times["torch"]),
+        "ratios": spread(ratios),
+        "goal": GOAL,
+        "rounds": rounds,
+        "peak_bytes": peaks,
+        "relative_error": torch["error"],
+        "threads": {"torch": torch["threads"], "trimtab": threads or "one a core"},
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "command": " ".join(["python", *sys.argv]),
+        "versions": {name: version(name) for name in ("torch", "diffusers", "onnxruntime")},
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Smallest, middle and largest of some measurements."""
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def _show(result: dict[str, Any]) -> None:
+    for name in ("trimtab", "torch"):
+        ms, peak = result[f"{name}_ms"], result["peak_bytes"][name]
+        numbers = f"{ms['median']:10.1f} ms a step  [{ms['min']:.1f} .. {ms['max']:.1f}]"
+        print(f"{name:8}{numbers}  {peak / 1e6:8.1f} MB at most")
+    ratios = result["ratios"]
+    print(f"ratio of the medians  {result['ratio']:.3f} (goal: {GOAL})")
+    print(f"ratio of the rounds   {ratios['median']:.3f}  [{ratios['min']:.3f} .. {ratios['max']:.3f}]")
+    print(f"relative difference of the guided prediction  {result['relative_error']:.1e}")
+    print(f"{result['rounds']} rounds, {result['cores']} cores, load average {result['load_average']:.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="steps of each (default 5)")
+    parser.add_argument(
+        "--part", choices=("unet", "none"), default="unet", help="none: a tiny one, as a check"
+    )
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="of each (default: one a core)")
+    parser.add_argument("--scratch", type=Path, help="where the temporary folder goes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
+        result = measure(Path(folder), arguments.part, arguments.rounds, arguments.threads)
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+
+
+if __name__ == "__main__":
+    main()
