@@ -158,7 +158,7 @@ def write_manifest(folder: Path, contents: Contents) -> Contents:
             files.append(FileEntry(relative, path.stat().st_size, file_hash(path)))
     data = to_json(contents)
     data["files"] = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in files]
-    text = json.dumps(data, indent=1).encode()
+    text = json.dumps(data, separators=(",", ":")).encode()
     (folder / MANIFEST).write_bytes(text)
     (folder / DIGEST).write_bytes(hashlib.sha256(text).hexdigest().encode())
     return from_json(data)

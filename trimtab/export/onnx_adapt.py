@@ -18,7 +18,7 @@ import onnx_ir as ir
 from trimtab.errors import ExportError
 from trimtab.export.onnx_graphs import CONVERTED_OPSET, IR_VERSION, Foreign
 from trimtab.export.onnx_toml import DecoderTable
-from trimtab.export.trace import SCOPES
+from trimtab.passes.scopes import SCOPES
 
 SCOPE = "adapter"
 """The module path that the new nodes carry."""

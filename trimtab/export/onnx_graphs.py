@@ -19,7 +19,7 @@ import onnx_ir.passes.common as common
 
 from trimtab.errors import BundleError, ExportError, InputError
 from trimtab.export.toml_table import nearest
-from trimtab.export.trace import CLASSES, SCOPES
+from trimtab.passes.scopes import SCOPES
 from trimtab.shapes import evaluate
 from trimtab.weights import INLINE_BYTES
 
@@ -157,9 +157,10 @@ def _forget_notes(model: ir.Model) -> None:
     model.doc_string = model.graph.doc_string = None
     model.graph.metadata_props.clear()
     for node in ir.traversal.RecursiveGraphIterator(model.graph):
-        kept = {key: node.metadata_props[key] for key in (SCOPES, CLASSES) if key in node.metadata_props}
+        scopes = node.metadata_props.get(SCOPES)
         node.metadata_props.clear()
-        node.metadata_props.update(kept)
+        if scopes:
+            node.metadata_props[SCOPES] = scopes
         node.doc_string = None
 
 

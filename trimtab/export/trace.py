@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import json
 import logging
 import re
 import warnings
@@ -15,12 +16,12 @@ import onnx_ir as ir
 import torch
 
 from trimtab.errors import ExportError
+from trimtab.passes.scopes import CLASSES, SCOPES
 
 OPSET = 23
 """Keeps Attention and GroupNormalization whole: 1.7 times as fast as opset 20 on ONNX Runtime's CPU (SD 1.5)."""
 
-SCOPES = "pkg.torch.onnx.name_scopes"
-CLASSES = "pkg.torch.onnx.class_hierarchy"
+_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
 
 _WRAPPED = "model"
 """The attribute under which every wrapper of `trimtab.export.modules` holds the user's model."""
@@ -85,7 +86,7 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     model = program.model
     _drop_idle_squeezes(model.graph)
     _name_sizes(model.graph, inputs)
-    _restore_names(model.graph)
+    _restore_names(model)
     _name_transposed(model.graph, module)
     return model
 
@@ -145,22 +146,27 @@ def _name_sizes(graph: ir.Graph, inputs: Mapping[str, Example]) -> None:
             value.shape = renamed(value.shape)
 
 
-def _restore_names(graph: ir.Graph) -> None:
+def _restore_names(model: ir.Model) -> None:
     """Drops the wrapper's prefix from module paths and parameters, and whatever else the exporter noted.
 
-    Its stack traces hold the paths of the machine that ran it.
+    Its stack traces hold the paths of the machine that ran it. Classes are noted once a module, and not again
+    on every node.
     """
+    graph = model.graph
     graph.metadata_props.clear()
+    modules: dict[str, str] = {}
     for node in ir.traversal.RecursiveGraphIterator(graph):
         kept = {}
         if scopes := node.metadata_props.get(SCOPES):
             paths = [_without_prefix(path) for path in ast.literal_eval(scopes)]
-            classes = ast.literal_eval(node.metadata_props.get(CLASSES, "[]"))
+            classes = ast.literal_eval(node.metadata_props.get(_HIERARCHY, "[]"))
             # The wrapper and the model inside it now share the empty path; the model's entry is the one kept.
             start = 1 if len(paths) > 1 and paths[1] == "" else 0
-            kept = {SCOPES: repr(paths[start:]), CLASSES: repr(classes[start:])}
+            kept[SCOPES] = repr(paths[start:])
+            modules.update(zip(paths[start:-1], classes[start:-1], strict=False))
         node.metadata_props.clear()
         node.metadata_props.update(kept)
+    model.metadata_props[CLASSES] = json.dumps(modules)
     for value in list(graph.initializers.values()):
         name = value.name or ""
         if name.startswith(_WRAPPED + "."):

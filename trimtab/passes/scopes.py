@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,9 @@ import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """On every node: the module paths from the outermost to the innermost, then the operation's own name."""
+
+CLASSES = "trimtab.module_classes"
+"""On a model: JSON, module path -> the module's class."""
 
 
 def scopes(node: ir.Node) -> tuple[str, ...]:
@@ -22,6 +26,11 @@ def scopes(node: ir.Node) -> tuple[str, ...]:
     except (ValueError, SyntaxError):
         return ()
     return tuple(path for path in paths[:-1] if path)
+
+
+def module_classes(model: ir.Model) -> dict[str, str]:
+    """Module path -> class, such as "diffusers.models.resnet.ResnetBlock2D"; empty for foreign graphs."""
+    return dict(json.loads(model.metadata_props.get(CLASSES, "{}")))
 
 
 @dataclass(frozen=True)
