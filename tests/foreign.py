@@ -1,4 +1,4 @@
-"""Small foreign .onnx files and the TOML files that wire them, for the tests of trimtab.export.onnx_files."""
+"""Small foreign .onnx files and the TOML files that wire them, for the tests of trimtab.export.onnx.files."""
 
 from __future__ import annotations
 

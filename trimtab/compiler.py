@@ -12,7 +12,7 @@ import onnx_ir as ir
 from trimtab import __version__
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
 from trimtab.errors import InputError, TargetError
-from trimtab.export.onnx_files import export_onnx
+from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Contents, SegmentEntry

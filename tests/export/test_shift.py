@@ -20,7 +20,7 @@ from diffusers import (
 import trimtab
 from trimtab.export.parts import Parts
 from trimtab.export.sampler import probe
-from trimtab.export.schedules import (
+from trimtab.export.sampler.schedules import (
     Sampling,
     image_tokens,
     plan_tasks,
@@ -28,7 +28,7 @@ from trimtab.export.schedules import (
     time_shift,
     timesteps_options,
 )
-from trimtab.export.shift import SEGMENT, follow_size, shifted
+from trimtab.export.sampler.shift import SEGMENT, follow_size, shifted
 from trimtab.program import Task, TensorSpec
 
 STEPS = (1, 4, 20)

@@ -10,8 +10,8 @@ from trimtab.errors import ExportError
 from trimtab.export.families import FAMILIES, stable_diffusion
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler
-from trimtab.export.schedules import Sampling, plan_tasks, probe_tasks
-from trimtab.export.shift import follow_size
+from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks
+from trimtab.export.sampler.shift import follow_size
 from trimtab.export.source import Source
 from trimtab.passes.sampler import FuseSampler
 from trimtab.program import Call, PassEntry, Program, Segment, TensorSpec, check_size
@@ -34,7 +34,7 @@ def export_pipeline(
         source: The pipeline.
         keep: Called with each segment's graph as soon as it is traced, to move the weights out of memory.
         steps: Numbers of steps, one schedule each.
-        scheduler: A name of `trimtab.export.schedulers.SCHEDULERS`; None for the pipeline's own.
+        scheduler: A name of `trimtab.export.sampler.schedulers.SCHEDULERS`; None for the pipeline's own.
         size: (width, height) in pixels that becomes the program's native one; None for the model's.
         step_options: For the scheduler's ``step``: ``eta``.
 

@@ -1,6 +1,6 @@
 """Putting the sampler's update and the guidance combination at the end of the denoiser's graph.
 
-After this pass one call of the engine is one whole evaluation of a table (`trimtab.export.table`): the
+After this pass one call of the engine is one whole evaluation of a table (`trimtab.export.sampler.table`): the
 weights come in as small vectors, so one graph serves every scheduler, every number of steps, and runs with or
 without classifier-free guidance.
 """

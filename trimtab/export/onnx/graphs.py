@@ -18,7 +18,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from trimtab.errors import BundleError, ExportError, InputError
-from trimtab.export.toml_table import nearest
+from trimtab.export.onnx.toml_table import nearest
 from trimtab.passes.scopes import SCOPES
 from trimtab.shapes import evaluate
 from trimtab.weights import INLINE_BYTES

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
 from trimtab.export.parts import EVEN_LATENT, ROWS, Parts
-from trimtab.export.schedules import (
+from trimtab.export.sampler.schedules import (
     Sampling,
     image_tokens,
     plan_tasks,

@@ -2,7 +2,7 @@
 
 The common schedulers are linear in their sample, the model's outputs and their noise, and work element by
 element. So the scheduler object itself is run once, in float64, on latents that stand for basis elements
-(`trimtab.export.onehot`), and the coefficients are read off. No formula of any scheduler is written down
+(`trimtab.export.sampler.onehot`), and the coefficients are read off. No formula of any scheduler is written down
 here, so a new one needs no new code; and every table is checked against the scheduler before it is handed
 out.
 """
@@ -17,25 +17,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.schedulers import SCHEDULERS, check_supported, make_scheduler, scheduler_name
-from trimtab.export.slots import BEFORE, Lifetime, assign_slots
-from trimtab.export.table import Array, Evaluation, SamplerTable, replay
-from trimtab.export.walk import Walk, blaming, model_input
+from trimtab.export.sampler.schedulers import check_supported
+from trimtab.export.sampler.slots import BEFORE, Lifetime, assign_slots
+from trimtab.export.sampler.table import Array, Evaluation, SamplerTable, replay
+from trimtab.export.sampler.walk import Walk, blaming, model_input
 
 if TYPE_CHECKING:
     import torch
 
-    from trimtab.export.onehot import Basis, Row
-
-__all__ = [
-    "SCHEDULERS",
-    "Evaluation",
-    "SamplerTable",
-    "make_scheduler",
-    "probe",
-    "replay",
-    "scheduler_name",
-]
+    from trimtab.export.sampler.onehot import Basis, Row
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +120,7 @@ class _Rows:
 
 def _trace(walk: Walk) -> tuple[list[_Rows], Basis]:
     """Run the scheduler on basis elements."""
-    from trimtab.export.onehot import Basis, Interception, reduce_row
+    from trimtab.export.sampler.onehot import Basis, Interception, reduce_row
 
     scheduler, timesteps = walk.prepare()
     basis = Basis(2 + _ELEMENTS_PER_EVALUATION * len(timesteps), walk.owner)
@@ -267,7 +257,7 @@ def _deviation(table: SamplerTable, walk: Walk) -> float:
     """
     import torch
 
-    from trimtab.export.onehot import Interception
+    from trimtab.export.sampler.onehot import Interception
 
     shape = (2, 3, 5, 4)
     random = np.random.default_rng(0)

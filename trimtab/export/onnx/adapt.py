@@ -16,8 +16,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from trimtab.errors import ExportError
-from trimtab.export.onnx_graphs import CONVERTED_OPSET, IR_VERSION, Foreign
-from trimtab.export.onnx_toml import DecoderTable
+from trimtab.export.onnx.description import DecoderTable
+from trimtab.export.onnx.graphs import CONVERTED_OPSET, IR_VERSION, Foreign
 from trimtab.passes.scopes import SCOPES
 
 SCOPE = "adapter"

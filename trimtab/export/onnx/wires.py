@@ -13,12 +13,12 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.errors import ExportError, InputError, TrimtabError
-from trimtab.export.onnx_adapt import Adapter
-from trimtab.export.onnx_graphs import Foreign
-from trimtab.export.onnx_toml import GraphTable, Host, Label, Numbers, Outputs, Tokens, Wire
+from trimtab.export.onnx.adapt import Adapter
+from trimtab.export.onnx.description import GraphTable, Host, Label, Numbers, Outputs, Tokens, Wire
+from trimtab.export.onnx.graphs import Foreign
+from trimtab.export.onnx.toml_table import nearest
 from trimtab.export.parts import Parts
 from trimtab.export.source import tokenizer_json
-from trimtab.export.toml_table import nearest
 from trimtab.program import TensorSpec
 
 ROWS_BATCH = "rows*batch"

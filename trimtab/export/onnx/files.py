@@ -10,12 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.onnx_graphs import (
-    Foreign,
-    open_graph,
-)
-from trimtab.export.onnx_parts import add_decoder, add_denoiser, add_prologue
-from trimtab.export.onnx_toml import (
+from trimtab.export.onnx.description import (
     DECODER,
     DENOISER,
     GraphTable,
@@ -25,13 +20,18 @@ from trimtab.export.onnx_toml import (
     Tokens,
     read_onnx_toml,
 )
-from trimtab.export.onnx_wires import ROWS_BATCH, Wires
+from trimtab.export.onnx.graphs import (
+    Foreign,
+    open_graph,
+)
+from trimtab.export.onnx.parts import add_decoder, add_denoiser, add_prologue
+from trimtab.export.onnx.toml_table import nearest
+from trimtab.export.onnx.wires import ROWS_BATCH, Wires
 from trimtab.export.parts import Keep, Parts
 from trimtab.export.pipeline import finish
 from trimtab.export.sampler import make_scheduler
-from trimtab.export.schedulers import SCHEDULERS
-from trimtab.export.schedules import Sampling
-from trimtab.export.toml_table import nearest
+from trimtab.export.sampler.schedulers import SCHEDULERS
+from trimtab.export.sampler.schedules import Sampling
 from trimtab.program import Program
 
 LATENT = ("latent_height", "latent_width")
@@ -52,7 +52,7 @@ def export_onnx(
         path: The .toml file.
         keep: Called with each segment's graph as soon as it is adapted, to copy the weights.
         steps: Numbers of steps, one schedule each.
-        scheduler: A name of `trimtab.export.schedulers.SCHEDULERS`; None for the file's own.
+        scheduler: A name of `trimtab.export.sampler.schedulers.SCHEDULERS`; None for the file's own.
         size: (width, height) in pixels that becomes the program's native one; None for the file's.
         step_options: For the scheduler's ``step``: ``eta``.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
-from trimtab.export.toml_table import Table, is_number, nearest
+from trimtab.export.onnx.toml_table import Table, is_number, nearest
 from trimtab.recipe import read_toml
 
 DENOISER = "denoiser"

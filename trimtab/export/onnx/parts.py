@@ -7,8 +7,16 @@ from collections.abc import Callable, Iterable
 import onnx_ir as ir
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.onnx_adapt import Adapter, adapt_decoder, adapt_denoiser, pixel_graph
-from trimtab.export.onnx_graphs import (
+from trimtab.export.onnx.adapt import Adapter, adapt_decoder, adapt_denoiser, pixel_graph
+from trimtab.export.onnx.description import (
+    DECODER,
+    DENOISER,
+    GraphTable,
+    Numbers,
+    OnnxFiles,
+    Tokens,
+)
+from trimtab.export.onnx.graphs import (
     ROWS,
     Foreign,
     check_outputs,
@@ -18,15 +26,7 @@ from trimtab.export.onnx_graphs import (
     name_sizes,
     settle_outputs,
 )
-from trimtab.export.onnx_toml import (
-    DECODER,
-    DENOISER,
-    GraphTable,
-    Numbers,
-    OnnxFiles,
-    Tokens,
-)
-from trimtab.export.onnx_wires import Wires
+from trimtab.export.onnx.wires import Wires
 from trimtab.export.parts import Parts
 
 LATENT = ("latent_height", "latent_width")
