@@ -32,14 +32,38 @@ T5_LENGTH_PIXART_ALPHA = 120
 T5_LENGTH_PIXART_SIGMA = 300
 
 
-def _geometry(parts: PipelineParts, sample_size: Any, config: Mapping[str, Any], patch: int = 1) -> None:
-    """Latent channels, pixel factor and native size from the denoiser's and the VAE's configuration."""
-    parts.channels = int(config["latent_channels"])
-    parts.factor = 2 ** (len(config["block_out_channels"]) - 1)
-    parts.multiple = parts.factor * patch
-    if sample_size is not None:
-        height, width = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
+def measure(parts: PipelineParts) -> None:
+    """Latent channels, pixel factor, native size and what sizes must be multiples of, before anything is loaded.
+
+    Raises:
+        InputError: A configuration cannot be read.
+    """
+    source = parts.source
+    name = "unet" if source.has("unet") else "transformer"
+    config = source.config(name)
+    try:
+        if source.has("vae"):
+            vae = source.config("vae")
+            parts.channels = int(vae["latent_channels"])
+            parts.factor = 2 ** (len(vae["block_out_channels"]) - 1)
+            # A transformer's patches; Flux packs 2x2 latents before its model sees them.
+            patch = 2 if source.pipeline_class.startswith("Flux") else int(config.get("patch_size", 1))
+            parts.multiple = parts.factor * patch
+        else:
+            parts.channels = int(config["in_channels"])
+            parts.factor = 1
+            # Its upsamplers double, so that a side must halve at every level.
+            parts.multiple = 2 ** (len(config["block_out_channels"]) - 1)
+        # Flux's configuration says no size; its pipeline's default is 128 latents.
+        sides = config.get("sample_size") or 128
+        height, width = (sides, sides) if isinstance(sides, int) else sides
         parts.size = (int(width) * parts.factor, int(height) * parts.factor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source.folder} has a {name} or vae configuration that lacks {error}: copy the pipeline again"
+        ) from None
+    if source.pipeline_class == "DiTPipeline":
+        parts.fixed_size = "the model's position embeddings are fixed"
 
 
 def _clip(parts: PipelineParts, suffix: str, hidden: str | None, pooled: str | None) -> None:
@@ -65,16 +89,6 @@ def _t5(parts: PipelineParts, suffix: str, length: int) -> None:
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
 
 
-def _vae_config(parts: PipelineParts) -> Mapping[str, Any]:
-    import json
-
-    path = parts.source.folder / "vae" / "config.json"
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error}): copy the pipeline again, whole") from None
-
-
 def _known_examples(parts: PipelineParts) -> dict[str, Example]:
     """What a denoiser with inpainting channels reads beside the sample."""
     sample = sample_example(parts.channels).tensor
@@ -89,10 +103,7 @@ def stable_diffusion(parts: PipelineParts) -> None:
     """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
     source = parts.source
     _clip(parts, "", "last", None)
-    config = _vae_config(parts)
-    parts.channels = int(config["latent_channels"])
     unet = source.load("unet")
-    _geometry(parts, unet.config.sample_size, config)
     inputs = {
         "sample": sample_example(parts.channels),
         "timestep": timestep_example(),
@@ -137,10 +148,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     _clip(parts, "_2", "penultimate", "projected")
     zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
     parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
-    config = _vae_config(parts)
-    parts.channels = int(config["latent_channels"])
     unet = source.load("unet")
-    _geometry(parts, unet.config.sample_size, config)
     width = int(unet.config.cross_attention_dim)
     pooled = int(unet.config.projection_class_embeddings_input_dim) - 6 * int(
         unet.config.addition_time_embed_dim
@@ -186,13 +194,10 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     source = parts.source
     _clip(parts, "", "penultimate", "projected")
     _clip(parts, "_2", "penultimate", "projected")
-    config = _vae_config(parts)
-    parts.channels = int(config["latent_channels"])
     with_t5 = source.has("text_encoder_3")
     if with_t5:
         _t5(parts, "_3", T5_LENGTH_SD3)
     transformer = source.load("transformer")
-    _geometry(parts, transformer.config.sample_size, config, transformer.config.patch_size)
     width = int(transformer.config.joint_attention_dim)
     names = ["hidden", "hidden_2", *(["hidden_3"] if with_t5 else []), "pooled", "pooled_2"]
     join = encoders.JoinSD3Text() if with_t5 else encoders.JoinSD3TextWithoutT5(T5_LENGTH_SD3, width)
@@ -231,10 +236,7 @@ def flux(parts: PipelineParts) -> None:
     source = parts.source
     _clip(parts, "", None, "pooler")
     _t5(parts, "_2", T5_LENGTH_FLUX)
-    config = _vae_config(parts)
     transformer = source.load("transformer")
-    # A latent is packed 2x2 into the transformer's channels; the pipeline's own default is 128 latents.
-    _geometry(parts, 128, config, patch=2)
     parts.conditioning = {"encoder_hidden_states": "hidden_2", "pooled_projections": "pooled"}
     inputs = {
         "sample": sample_example(parts.channels, even=True),
@@ -274,9 +276,7 @@ def pixart(parts: PipelineParts) -> None:
         {"tokens": "tokens", "attention_mask": "tokens_mask"},
         {"hidden": "hidden", "mask": "hidden_mask"},
     )
-    config = _vae_config(parts)
     transformer = source.load("transformer")
-    _geometry(parts, transformer.config.sample_size, config, transformer.config.patch_size)
     parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
     parts.guidance = 4.5
     parts.denoiser(
@@ -295,10 +295,7 @@ def pixart(parts: PipelineParts) -> None:
 def dit(parts: PipelineParts) -> None:
     """DiT: class labels, at the size it was trained for."""
     source = parts.source
-    config = _vae_config(parts)
     transformer = source.load("transformer")
-    _geometry(parts, transformer.config.sample_size, config, transformer.config.patch_size)
-    parts.fixed_size = "the model's position embeddings are fixed"
     # The null class is the one behind the last; diffusers' pipeline writes it as 1000.
     parts.inputs.append(
         TensorSpec(
@@ -327,13 +324,6 @@ def dit(parts: PipelineParts) -> None:
 def unconditional(parts: PipelineParts) -> None:
     """DDPM and DDIM pipelines: a U-Net over pixels, no condition."""
     unet = parts.source.load("unet")
-    parts.channels = int(unet.config.in_channels)
-    parts.factor = 1
-    # Its upsamplers double, so that a side must halve at every level.
-    parts.multiple = 2 ** (len(unet.config.block_out_channels) - 1)
-    size = unet.config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    parts.size = (int(width), int(height))
     parts.guidance = None
     parts.classifier_free = False
     sides = (3 * parts.multiple, 2 * parts.multiple) if parts.multiple > 1 else (6, 4)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.errors import ExportError
-from trimtab.export.families import FAMILIES, stable_diffusion
+from trimtab.export.families import FAMILIES, measure, stable_diffusion
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks
@@ -54,12 +54,14 @@ def export_pipeline(
     )
 
     parts = PipelineParts(source, keep)
+    measure(parts)
+    _choose_size(parts, size)
     family(parts)
     sampling = Sampling(chosen, steps, parts.step_options | dict(step_options or {}))
-    return finish(parts, sampling, size)
+    return finish(parts, sampling)
 
 
-def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None) -> Program:
+def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None) -> Program:
     """Compiles the sampler into the denoiser and draws up the tasks.
 
     Args:
@@ -85,8 +87,8 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None) -> Pr
     return Program(
         segments={name: Segment(name, model) for name, model in parts.segments.items()},
         tasks=tasks,
-        epilogue=(Call(decoder, {"latents": "latents"}, {"image": "image"}),),
-        outputs=(TensorSpec("image", "float32", ("batch", "height", "width", parts.colors)),),
+        epilogue=(Call(decoder, {"latents": "latents"}, {"image": "picture"}),),
+        outputs=(TensorSpec("picture", "float32", ("batch", "height", "width", parts.colors)),),
         size=parts.size,
         size_multiple=parts.multiple,
         fixed_size=parts.fixed_size,

@@ -62,6 +62,19 @@ class Source:
         assert isinstance(entry, list)
         return entry
 
+    def config(self, name: str) -> dict[str, Any]:
+        """A component's configuration, without loading it.
+
+        Raises:
+            InputError: It is missing or cannot be read.
+        """
+        self._entry(name)
+        path = self.folder / name / "config.json"
+        try:
+            return dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"{path} cannot be read ({error}): copy the pipeline again, whole") from None
+
     def load(self, name: str) -> Any:
         """Loads a model in float32 and eval mode, or a scheduler or tokenizer.
 
