@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import signal
@@ -134,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
     command.add_argument("--precision", help="fp32")
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
+    _devices_argument(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
 
     command = add(
@@ -179,12 +181,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     _bundle_argument(command)
 
-    add("devices", "list the known devices", "trimtab devices", _devices, render.devices)
+    command = add(
+        "devices",
+        "list the known devices, and mark the one at hand",
+        "trimtab devices --devices my-devices.toml",
+        _devices,
+        render.devices,
+    )
+    _devices_argument(command)
     return parser
 
 
 def _bundle_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("bundle", type=Path, metavar="BUNDLE")
+
+
+def _devices_argument(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--devices",
+        type=Path,
+        dest="device_file",
+        metavar="FILE",
+        help="a TOML file with devices of your own (docs/devices.md)",
+    )
 
 
 def _run_options(command: argparse.ArgumentParser) -> None:
@@ -236,6 +255,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.model,
             arguments.output,
             recipe=arguments.recipe,
+            device_file=arguments.device_file,
             progress=progress,
             targets=arguments.target,
             steps=arguments.steps,
@@ -327,8 +347,14 @@ def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
     from trimtab.targets.device import known_devices
+    from trimtab.targets.recognise import recognise
 
-    return {"devices": [vars(device) for device in known_devices().values()]}
+    devices = known_devices(arguments.device_file)
+    here = recognise(devices)
+    return {
+        "devices": [dataclasses.asdict(device) for device in devices.values()],
+        "at_hand": here.name if here else None,
+    }
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ def compare(reference: Path, other: Path, *, seed: int = 0, **options: Any) -> d
     Returns:
         ``steps``: the relative error (L2) of the denoiser's guided output at every step; ``modules``: ``name``
         and ``error`` at the first step for the modules that both graphs have, in the graph's order, largest
-        error of a module's output (needs the extra "compile"; else empty); ``picture``: the largest absolute
-        difference of the pictures, 0..1.
+        error of a module's output (needs the extra "compile", and graphs that have module names; else empty);
+        ``picture``: the largest absolute difference of the pictures, 0..1.
 
     Raises:
         InputError: The bundles do not draw the same kind of picture.
@@ -111,6 +111,8 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
         path = pipe.bundle.path(pipe.bundle.contents.segments[call.segment].graph)
         model = ir.load(path)
         names = expose_blocks(model)
+        if not names:
+            return []  # a foreign graph without module names
         settings = onnxruntime.SessionOptions()
         settings.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", str(path.parent)

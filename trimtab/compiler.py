@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,15 @@ import onnx_ir as ir
 
 from trimtab import __version__
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
-from trimtab.errors import InputError
+from trimtab.errors import InputError, TargetError
+from trimtab.export.onnx_files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Contents, SegmentEntry
 from trimtab.program import Program, TensorSpec
 from trimtab.recipe import Recipe, make_recipe, read_recipe
 from trimtab.staging import check_replaceable, staged_folder
-from trimtab.targets.device import find_device
+from trimtab.targets.device import Device, find_device, known_devices
 from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
 from trimtab.weights import WeightStore, parameter_count, weight_bytes
 
@@ -33,6 +34,7 @@ def compile(
     output: str | Path,
     *,
     recipe: str | Path | None = None,
+    device_file: str | Path | None = None,
     progress: Progress = logger.info,
     **options: Any,
 ) -> Bundle:
@@ -42,6 +44,7 @@ def compile(
         model: A diffusers folder, a hub id, or a TOML file that names .onnx files.
         output: The bundle's folder. An older bundle there is replaced once the new one is whole.
         recipe: A TOML file with options; keywords go before what it says.
+        device_file: A TOML file with devices of one's own, for the targets.
         progress: Told what is being worked on.
         **options: The fields of `trimtab.recipe.Recipe`: targets, steps, scheduler, size, ...
 
@@ -55,7 +58,7 @@ def compile(
     """
     given = {name: value for name, value in options.items() if value is not None}
     chosen = make_recipe((read_recipe(Path(recipe)) if recipe else {}) | given)
-    devices = [find_device(name) for name in chosen.targets]
+    devices = _buildable(chosen.targets, device_file)
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))
@@ -96,10 +99,39 @@ def compile(
     return open_bundle(output)
 
 
+def _buildable(names: Iterable[str], device_file: str | Path | None) -> list[Device]:
+    """The targets; before any work, those that no builder serves are refused."""
+    able = OnnxRuntimeBuilder.backend
+    devices = [find_device(name, device_file) for name in names]
+    for device in devices:
+        if device.backend != able:
+            others = [d.name for d in known_devices(device_file).values() if d.backend == able]
+            raise TargetError(
+                f"{device.name} needs engines of {device.backend}, and only those of {able} can be built yet: "
+                f"choose {' or '.join(others)} as the target"
+            )
+    return devices
+
+
 def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:
     options: dict[str, Any] = {} if recipe.eta is None else {"eta": recipe.eta}
+    if path.suffix == ".onnx" and path.is_file():
+        raise InputError(
+            f"{path} is one graph, and how to run it is not in it: write a model.toml beside it with "
+            f'size = [W, H], [scheduler] class = "DDIMScheduler" and [denoiser] file = "{path.name}", and give '
+            "that (docs/onnx.md)"
+        )
+    if path.is_file() and path.suffix != ".toml":
+        raise InputError(f"{path} is a file, and a diffusers folder, a hub id or a .toml is needed: give one")
     if path.is_file():
-        raise InputError(f"{path} is a file, and a diffusers folder or a hub id is needed: give one")
+        return export_onnx(
+            path,
+            keep,
+            steps=recipe.steps,
+            scheduler=recipe.scheduler,
+            size=recipe.size,
+            step_options=options,
+        )
     return export_pipeline(
         Source(path),
         keep,

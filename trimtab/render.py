@@ -80,10 +80,22 @@ def inspect(result: Result) -> Iterator[str]:
 
 
 def devices(result: Result) -> Iterator[str]:
-    """The known devices."""
-    yield _table(
-        ["name", "device", "backend"], [[d["name"], d["title"], d["backend"]] for d in result["devices"]]
-    )
+    """The known devices; FP16 is dense, with FP32 accumulation."""
+    header = ["name", "device", "SM", "memory GiB", "bandwidth GB/s", "fp16 TFLOPS", "backend", ""]
+    rows = [
+        [
+            d["name"],
+            d["title"],
+            d["sm"] or "",
+            f"{d['memory_bytes'] / 2**30:g}" if d["memory_bytes"] else "",
+            f"{d['bandwidth_gb_s']:g}" if d["bandwidth_gb_s"] else "",
+            f"{d['fp16_tflops']:g}" if d["fp16_tflops"] else "",
+            d["backend"],
+            "<- at hand" if d["name"] == result["at_hand"] else "",
+        ]
+        for d in result["devices"]
+    ]
+    yield _table(header, rows)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -1,7 +1,7 @@
 """The pipeline families: which graphs each has, and how text becomes its conditioning.
 
-Each function fills a `Parts` with everything but sampler and tasks, and adds the denoiser last. Components
-are loaded, traced and let go one after another.
+Each function fills a `PipelineParts` with everything but sampler and tasks, and adds the denoiser last.
+Components are loaded, traced and let go one after another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trimtab.export import encoders, modules
 from trimtab.export.parts import (
     ROWS,
     TOKENS,
-    Parts,
+    PipelineParts,
     hidden_example,
     pooled_example,
     sample_example,
@@ -32,7 +32,7 @@ T5_LENGTH_PIXART_ALPHA = 120
 T5_LENGTH_PIXART_SIGMA = 300
 
 
-def _geometry(parts: Parts, sample_size: Any, config: Mapping[str, Any], patch: int = 1) -> None:
+def _geometry(parts: PipelineParts, sample_size: Any, config: Mapping[str, Any], patch: int = 1) -> None:
     """Latent channels, pixel factor and native size from the denoiser's and the VAE's configuration."""
     parts.channels = int(config["latent_channels"])
     parts.factor = 2 ** (len(config["block_out_channels"]) - 1)
@@ -42,7 +42,7 @@ def _geometry(parts: Parts, sample_size: Any, config: Mapping[str, Any], patch: 
         parts.size = (int(width) * parts.factor, int(height) * parts.factor)
 
 
-def _clip(parts: Parts, suffix: str, hidden: str | None, pooled: str | None) -> None:
+def _clip(parts: PipelineParts, suffix: str, hidden: str | None, pooled: str | None) -> None:
     """A CLIP encoder with its tokenizer: tokens -> hidden{suffix}, pooled{suffix}."""
     model = parts.source.load("text_encoder" + suffix)
     length = int(model.config.max_position_embeddings)
@@ -57,7 +57,7 @@ def _clip(parts: Parts, suffix: str, hidden: str | None, pooled: str | None) -> 
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {n: n + suffix for n in outputs})
 
 
-def _t5(parts: Parts, suffix: str, length: int) -> None:
+def _t5(parts: PipelineParts, suffix: str, length: int) -> None:
     """A T5 encoder with its tokenizer: tokens -> hidden{suffix}."""
     parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
     model = parts.source.load("text_encoder" + suffix)
@@ -65,7 +65,7 @@ def _t5(parts: Parts, suffix: str, length: int) -> None:
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
 
 
-def _vae_config(parts: Parts) -> Mapping[str, Any]:
+def _vae_config(parts: PipelineParts) -> Mapping[str, Any]:
     import json
 
     path = parts.source.folder / "vae" / "config.json"
@@ -75,7 +75,7 @@ def _vae_config(parts: Parts) -> Mapping[str, Any]:
         raise InputError(f"{path} cannot be read ({error}): copy the pipeline again, whole") from None
 
 
-def _known_examples(parts: Parts) -> dict[str, Example]:
+def _known_examples(parts: PipelineParts) -> dict[str, Example]:
     """What a denoiser with inpainting channels reads beside the sample."""
     sample = sample_example(parts.channels).tensor
     sizes = ("latent_height", "latent_width")
@@ -85,7 +85,7 @@ def _known_examples(parts: Parts) -> dict[str, Example]:
     }
 
 
-def stable_diffusion(parts: Parts) -> None:
+def stable_diffusion(parts: PipelineParts) -> None:
     """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
     source = parts.source
     _clip(parts, "", "last", None)
@@ -126,7 +126,7 @@ def stable_diffusion(parts: Parts) -> None:
         parts.masks()
 
 
-def stable_diffusion_xl(parts: Parts) -> None:
+def stable_diffusion_xl(parts: PipelineParts) -> None:
     """SDXL: two CLIPs side by side, added time ids."""
     source = parts.source
     if not source.has("text_encoder"):
@@ -181,7 +181,7 @@ def stable_diffusion_xl(parts: Parts) -> None:
     parts.masks()
 
 
-def stable_diffusion_3(parts: Parts) -> None:
+def stable_diffusion_3(parts: PipelineParts) -> None:
     """Stable Diffusion 3 and 3.5: two CLIPs, T5 or zeros in its place, an MMDiT."""
     source = parts.source
     _clip(parts, "", "penultimate", "projected")
@@ -199,7 +199,7 @@ def stable_diffusion_3(parts: Parts) -> None:
     examples = {}
     for name in names:
         suffix = name.removeprefix("hidden").removeprefix("pooled")
-        size = _output_width(parts, "text_encoder" + suffix, name.removesuffix(suffix))
+        size = parts.output_width("text_encoder" + suffix, name.removesuffix(suffix))
         examples[name] = hidden_example(size) if name.startswith("hidden") else pooled_example(size)
     if with_t5:
         t5 = examples["hidden_3"].tensor
@@ -226,7 +226,7 @@ def stable_diffusion_3(parts: Parts) -> None:
     parts.vae()
 
 
-def flux(parts: Parts) -> None:
+def flux(parts: PipelineParts) -> None:
     """Flux: CLIP's pooled output, T5, guidance as an embedding."""
     source = parts.source
     _clip(parts, "", None, "pooler")
@@ -257,7 +257,7 @@ def flux(parts: Parts) -> None:
     parts.vae()
 
 
-def pixart(parts: Parts) -> None:
+def pixart(parts: PipelineParts) -> None:
     """PixArt alpha and sigma: T5 with a mask, a class-free DiT."""
     source = parts.source
     sigma = "Sigma" in source.pipeline_class
@@ -292,7 +292,7 @@ def pixart(parts: Parts) -> None:
     parts.vae(encoder=False)
 
 
-def dit(parts: Parts) -> None:
+def dit(parts: PipelineParts) -> None:
     """DiT: class labels, at the size it was trained for."""
     source = parts.source
     config = _vae_config(parts)
@@ -324,7 +324,7 @@ def dit(parts: Parts) -> None:
     parts.vae(encoder=False)
 
 
-def unconditional(parts: Parts) -> None:
+def unconditional(parts: PipelineParts) -> None:
     """DDPM and DDIM pipelines: a U-Net over pixels, no condition."""
     unet = parts.source.load("unet")
     parts.channels = int(unet.config.in_channels)
@@ -347,23 +347,13 @@ def unconditional(parts: Parts) -> None:
     parts.add("pixels", encoders.PixelDecoder(), {"latents": latents}, ["image"])
 
 
-def _join_xl_examples(parts: Parts, pooled: int) -> dict[str, Example]:
+def _join_xl_examples(parts: PipelineParts, pooled: int) -> dict[str, Example]:
     return {
-        "hidden": hidden_example(_output_width(parts, "text_encoder", "hidden")),
-        "hidden_2": hidden_example(_output_width(parts, "text_encoder_2", "hidden")),
+        "hidden": hidden_example(parts.output_width("text_encoder", "hidden")),
+        "hidden_2": hidden_example(parts.output_width("text_encoder_2", "hidden")),
         "pooled_2": pooled_example(pooled),
         "given": Example(torch.ones(ROWS, 1), ("prompts", None)),
     }
-
-
-def _output_width(parts: Parts, segment: str, output: str) -> int:
-    """The last, fixed axis of a segment's output."""
-    for value in parts.segments[segment].graph.outputs:
-        if value.name == output and value.shape is not None:
-            width = value.shape[-1]
-            assert isinstance(width, int)
-            return width
-    raise AssertionError(f"{segment} has no output {output}")
 
 
 def _example_mask() -> torch.Tensor:
@@ -372,7 +362,7 @@ def _example_mask() -> torch.Tensor:
     return mask
 
 
-def _channels(parts: Parts, unet: Any) -> ExportError:
+def _channels(parts: PipelineParts, unet: Any) -> ExportError:
     c = parts.channels
     return ExportError(
         f"the U-Net takes {unet.config.in_channels} channels, and {c} (plain) or {2 * c + 1} (inpainting) are "
@@ -380,7 +370,7 @@ def _channels(parts: Parts, unet: Any) -> ExportError:
     )
 
 
-FAMILIES: Mapping[str, Callable[[Parts], None]] = {
+FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {
     "StableDiffusionPipeline": stable_diffusion,
     "StableDiffusionImg2ImgPipeline": stable_diffusion,
     "StableDiffusionInpaintPipeline": stable_diffusion,

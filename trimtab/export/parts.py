@@ -27,10 +27,10 @@ TOKENS = 11
 
 @dataclass
 class Parts:
-    """Collected while a family is exported.
+    """What a program is made from: graphs, and how their tensors are wired.
 
     Attributes:
-        source: The pipeline.
+        pipeline: What it is exported from, for reports: a pipeline's class, or a file.
         keep: Where weights go.
         segments: Name -> graph.
         tokenizers: Name -> text of its tokenizer.json.
@@ -38,6 +38,7 @@ class Parts:
         prologue: Calls that every task makes.
         conditioning: Denoiser input -> tensor name.
         channels: Channels of a latent.
+        colors: Channels of a picture.
         factor: Pixels to a latent, along a side.
         multiple: What a picture's sides must be multiples of, in pixels.
         size: Native (width, height) in pixels.
@@ -51,7 +52,7 @@ class Parts:
         step_options: What the family's pipeline hands to the scheduler's ``step``.
     """
 
-    source: Source
+    pipeline: str
     keep: Keep
     segments: dict[str, ir.Model] = field(default_factory=dict)
     tokenizers: dict[str, str] = field(default_factory=dict)
@@ -59,6 +60,7 @@ class Parts:
     prologue: list[Call] = field(default_factory=list)
     conditioning: dict[str, str] = field(default_factory=dict)
     channels: int = 4
+    colors: int = 3
     factor: int = 8
     multiple: int = 8
     size: tuple[int, int] = (512, 512)
@@ -70,6 +72,23 @@ class Parts:
     strength_rounds_up: bool = False
     inpainting_channels: bool = False
     step_options: dict[str, float] = field(default_factory=lambda: {"eta": 0.0})
+
+    def call(self, segment: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
+        """Adds a call to the prologue."""
+        self.prologue.append(Call(segment, dict(inputs), dict(outputs)))
+
+
+class PipelineParts(Parts):
+    """Parts that are traced from a diffusers pipeline.
+
+    Args:
+        source: The pipeline.
+        keep: Where weights go.
+    """
+
+    def __init__(self, source: Source, keep: Keep) -> None:
+        super().__init__(source.pipeline_class, keep)
+        self.source = source
 
     def add(
         self, name: str, module: torch.nn.Module, inputs: Mapping[str, Example], outputs: list[str]
@@ -84,6 +103,15 @@ class Parts:
         sample = next(value for value in graph.inputs if value.name == "sample")
         graph.outputs[0].shape = sample.shape
 
+    def output_width(self, segment: str, output: str) -> int:
+        """The last, fixed axis of a segment's output."""
+        for value in self.segments[segment].graph.outputs:
+            if value.name == output and value.shape is not None:
+                width = value.shape[-1]
+                assert isinstance(width, int)
+                return width
+        raise AssertionError(f"{segment} has no output {output}")
+
     def tokens(
         self, name: str, tokenizer: str, length: int, *, mask: bool = False, lowercase: bool = False
     ) -> None:
@@ -95,10 +123,6 @@ class Parts:
             self.inputs.append(
                 TensorSpec(name + "_mask", "int64", shape, {"kind": "token_mask", "tokenizer": tokenizer})
             )
-
-    def call(self, segment: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
-        """Adds a call to the prologue."""
-        self.prologue.append(Call(segment, dict(inputs), dict(outputs)))
 
     def vae(self, *, encoder: bool = True) -> None:
         """Adds the decoder, and the encoder and mask graphs that pictures as inputs need."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.errors import ExportError
 from trimtab.export.families import FAMILIES, stable_diffusion
-from trimtab.export.parts import Keep, Parts
+from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.schedules import Sampling, plan_tasks, probe_tasks
 from trimtab.export.shift import follow_size
@@ -53,9 +53,25 @@ def export_pipeline(
         make_scheduler(scheduler, {**own.config, "_class_name": type(own).__name__}) if scheduler else own
     )
 
-    parts = Parts(source, keep)
+    parts = PipelineParts(source, keep)
     family(parts)
     sampling = Sampling(chosen, steps, parts.step_options | dict(step_options or {}))
+    return finish(parts, sampling, size)
+
+
+def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None) -> Program:
+    """Compiles the sampler into the denoiser and draws up the tasks.
+
+    Args:
+        parts: Whole; their segment "denoiser" has an input ``sample`` and an output ``prediction``, and the
+            picture is made by "vae_decoder" or, in pixel space, by "pixels".
+        sampling: The user's choice.
+        size: (width, height) in pixels that becomes the program's native one; None for the model's.
+
+    Raises:
+        InputError: A size or an option that does not fit.
+        ExportError: The scheduler has no table, or the denoiser's graph cannot take it in.
+    """
     _choose_size(parts, size)
     tables = probe_tasks(parts, sampling)
     planned, sampler = plan_tasks(parts, sampling, tables)
@@ -70,14 +86,14 @@ def export_pipeline(
         segments={name: Segment(name, model) for name, model in parts.segments.items()},
         tasks=tasks,
         epilogue=(Call(decoder, {"latents": "latents"}, {"image": "image"}),),
-        outputs=(TensorSpec("image", "float32", ("batch", "height", "width", 3)),),
+        outputs=(TensorSpec("image", "float32", ("batch", "height", "width", parts.colors)),),
         size=parts.size,
         size_multiple=parts.multiple,
         fixed_size=parts.fixed_size,
         slots=sampler.slots,
         tokenizers=parts.tokenizers,
         metadata={
-            "pipeline": source.pipeline_class,
+            "pipeline": parts.pipeline,
             "scheduler": type(sampling.scheduler).__name__,
         },
         passes=(PassEntry("FuseSampler", "denoiser", len(result.applied), len(result.refused)),),

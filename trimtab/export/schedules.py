@@ -153,7 +153,7 @@ def _first_task(parts: Parts) -> str:
 def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
     """What the family's pipeline hands to ``set_timesteps`` beside the number of steps."""
     options: dict[str, Any] = {}
-    if parts.source.pipeline_class.startswith("Flux") and not scheduler.config.get("use_flow_sigmas"):
+    if parts.pipeline.startswith("Flux") and not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if scheduler.config.get("use_dynamic_shifting"):
         options["mu"] = time_shift(scheduler.config, image_tokens(parts, parts.size))

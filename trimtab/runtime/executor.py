@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trimtab.errors import BundleError
+from trimtab.errors import BundleError, InputError
 from trimtab.manifest import Contents, SegmentEntry
-from trimtab.program import Call, Schedule, Task, TensorSpec
+from trimtab.program import STATE, Call, Schedule, Task, TensorSpec
 from trimtab.runtime.inputs import Request, make_input
 from trimtab.runtime.sessions import Buffer, Run, Session, new_buffer
 from trimtab.shapes import bind, shape
@@ -130,6 +130,7 @@ def make_plan(
 
     Raises:
         BundleError: The calls do not fit together.
+        InputError: A graph has a fixed batch that is not this one.
     """
     steps = schedule.steps
     calls = [call for step in steps for call in step.calls]
@@ -148,7 +149,7 @@ def make_plan(
             else table.get(call.inputs[spec.name], call)
             for spec in segment.inputs
         }
-        results = _outputs(segment, call, arrays, table)
+        results = _outputs(segment, call, arrays, table, symbols)
         return BoundCall(call.segment, session(call.segment).bind(arrays, results), arrays)
 
     draw = next(
@@ -252,7 +253,11 @@ def _constant(spec: TensorSpec, values: tuple[float, ...]) -> Buffer:
 
 
 def _outputs(
-    segment: SegmentEntry, call: Call, arrays: Mapping[str, Buffer], table: _Buffers
+    segment: SegmentEntry,
+    call: Call,
+    arrays: Mapping[str, Buffer],
+    table: _Buffers,
+    symbols: Mapping[str, int],
 ) -> dict[str, Buffer]:
     """Buffers for a call's results, of the shapes that follow from its inputs."""
     sizes: dict[str, int] = {}
@@ -262,8 +267,29 @@ def _outputs(
         if problem is None and array.dtype != np.dtype(spec.dtype):
             problem = f"{array.dtype}, {spec.dtype} needed"
         if problem is not None:
+            _check_batch(segment, spec, array.shape, symbols)
             raise BundleError(f"{segment.name} is given {call.inputs[spec.name]} as {spec.name}: {problem}")
     return {
         spec.name: table.make(call.outputs[spec.name], shape(spec.shape, sizes), spec.dtype)
         for spec in segment.outputs
     }
+
+
+def _check_batch(
+    segment: SegmentEntry, spec: TensorSpec, actual: tuple[int, ...], symbols: Mapping[str, int]
+) -> None:
+    """Raises InputError where the graph has a fixed batch and another number of pictures was asked for."""
+    axis = 1 if spec.name == STATE else 0
+    batch, rows = symbols["batch"], symbols["rows"]
+    fixed = spec.shape[axis] if len(spec.shape) == len(actual) > axis else None
+    if not isinstance(fixed, int) or actual[axis] not in (batch, rows * batch) or fixed == actual[axis]:
+        return
+    each = 2 if rows == 2 and actual[axis] == rows * batch else 1
+    asked = "1 picture" if batch == 1 else f"{batch} pictures"
+    guided = " with guidance, 2 rows each," if each == 2 else ""
+    fits = fixed // each if fixed % each == 0 else None
+    advice = f"ask for {fits} at a time" if fits else "turn guidance off"
+    raise InputError(
+        f"{asked}{guided} asked for, and the graph {segment.name} was exported "
+        f"for a fixed batch of {fixed}: {advice}, or export it with an open batch"
+    )
