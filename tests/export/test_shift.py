@@ -36,20 +36,15 @@ SIZES = [(1024, 1024), (512, 512), (256, 1536), (1040, 688), (16, 16), (2048, 20
 PROMPT = "a red circle"
 
 
-class _Source:
-    pipeline_class = "FluxPipeline"
+FLUX = "FluxPipeline"
+SD3 = "StableDiffusion3Pipeline"
+"""A pipeline that leaves the sigmas to the scheduler."""
 
 
-class _PlainSource:
-    """A pipeline that leaves the sigmas to the scheduler, as SD3's does."""
-
-    pipeline_class = "StableDiffusion3Pipeline"
-
-
-def _parts(source: Any = _Source, size: tuple[int, int] = (1024, 1024)) -> Parts:
+def _parts(pipeline: str = FLUX, size: tuple[int, int] = (1024, 1024)) -> Parts:
     geometry: dict[str, Any] = {"channels": 4, "factor": 8, "multiple": 16, "size": size}
     return Parts(
-        source(),
+        pipeline,
         lambda name, model: model,
         **geometry,
         strength={"image-to-image": 0.6},
@@ -79,25 +74,25 @@ def _run(model: ir.Model, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    ("source", "config"),
+    ("pipeline", "config"),
     [
-        (_Source, {}),
-        (_Source, {"time_shift_type": "linear"}),
-        (_PlainSource, {}),
-        (_PlainSource, {"max_shift": 1.16, "base_image_seq_len": 100, "num_train_timesteps": 500}),
+        (FLUX, {}),
+        (FLUX, {"time_shift_type": "linear"}),
+        (SD3, {}),
+        (SD3, {"max_shift": 1.16, "base_image_seq_len": 100, "num_train_timesteps": 500}),
     ],
     ids=["flux", "linear", "sd3", "other numbers"],
 )
-def test_tables_follow_the_scheduler_at_every_size(source: Any, config: dict[str, Any]) -> None:
+def test_tables_follow_the_scheduler_at_every_size(pipeline: str, config: dict[str, Any]) -> None:
     scheduler = _scheduler(**config)
-    parts = _parts(source)
+    parts = _parts(pipeline)
     sampling, tasks = _planned(parts, scheduler)
     followed = follow_size(parts, sampling, tasks)
     assert parts.fixed_size is None
     compared = 0
     for width, height in SIZES:
         tables = _run(parts.segments[SEGMENT], (2, 4, height // 8, width // 8))
-        other = _parts(source, (width, height))
+        other = _parts(pipeline, (width, height))
         for steps in STEPS:
             options = timesteps_options(scheduler, steps, other)
             assert options["mu"] == time_shift(scheduler.config, image_tokens(other, (width, height)))
@@ -186,7 +181,7 @@ def test_a_fixed_shift_needs_no_tables() -> None:
     ids=["karras", "stochastic", "another scheduler"],
 )
 def test_a_schedule_that_does_not_fit_keeps_its_size(scheduler: Any, reason: str) -> None:
-    parts = _parts(_PlainSource)
+    parts = _parts(SD3)
     sampling, tasks = _planned(parts, scheduler, (4,))
     assert follow_size(parts, sampling, tasks) == tasks
     assert parts.fixed_size is not None and reason in parts.fixed_size
