@@ -1,0 +1,44 @@
+"""What the two diffusion trainings share: the noise schedule and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from diffusers import DDIMScheduler
+
+SNR_LIMIT = 5.0  # Hang et al. 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"
+
+
+def new_scheduler() -> DDIMScheduler:
+    """The scheduler of the shipped pipelines: the schedule of Stable Diffusion 1.x."""
+    return DDIMScheduler(
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="epsilon",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+def loss_of(
+    predict: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], latents: torch.Tensor, alphas: torch.Tensor
+) -> torch.Tensor:
+    """Mean squared error of the predicted noise at random timesteps, weighted by min(SNR, 5) / SNR.
+
+    Args:
+        predict: (noisy (N, 4, 8, 8), timesteps (N,)) -> noise (N, 4, 8, 8).
+        latents: (N, 4, 8, 8) float32.
+        alphas: (1000,) cumulative products of the schedule.
+    """
+    # Stratified over the batch: every batch sees the whole range of noise, so its loss varies less.
+    strata = (torch.randperm(len(latents)) + torch.rand(len(latents))) / len(latents)
+    timesteps = (strata * len(alphas)).long().clamp(max=len(alphas) - 1)
+    alpha = alphas[timesteps].view(-1, 1, 1, 1)
+    noise = torch.randn_like(latents)
+    found = predict(alpha.sqrt() * latents + (1.0 - alpha).sqrt() * noise, timesteps)
+    snr = (alpha / (1.0 - alpha)).flatten()
+    return ((found - noise).square().mean((1, 2, 3)) * snr.clamp(max=SNR_LIMIT) / snr).mean()
