@@ -12,7 +12,7 @@ BOX = SIDE // 2  # an object never leaves the quadrant, or the central box, that
 _SAMPLES = 3  # per axis and pixel
 # Of the box of each position: (row, column).
 _CORNERS = np.array([(0, 0), (0, BOX), (BOX, 0), (BOX, BOX), (BOX // 2, BOX // 2)])
-_RADIUS = {"small": 7.0, "large": 13.0}
+_RADIUS = {"small": 8.0, "large": 13.0}
 _COLOUR_JITTER = 6.0  # of 255; far less than the distance between two colours
 _CENTER_JITTER = 1.2  # pixels
 _RADIUS_JITTER = 0.05

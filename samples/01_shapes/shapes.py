@@ -23,7 +23,7 @@ POSITIONS = ("top left", "top right", "bottom left", "bottom right", "center")
 # background by at least 70 of 255 in some channel.
 COLOURS = {
     "red": (214, 40, 40),
-    "green": (46, 160, 67),
+    "green": (70, 205, 60),
     "blue": (38, 96, 230),
     "yellow": (250, 205, 30),
     "purple": (140, 50, 180),

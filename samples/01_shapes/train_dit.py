@@ -1,6 +1,6 @@
 """Train the class-conditional transformer, and save it as a DiT pipeline. A class is a shape in a colour.
 
-    python train_dit.py --minutes 30 --work /tmp/shapes
+    python train_dit.py --minutes 20 --work /tmp/shapes
 
 Needs the autoencoder that train_vae.py left in the same folder.
 """
@@ -25,7 +25,7 @@ NULL_CLASS = 1000  # written into DiTPipeline, so the embedding needs that many 
 
 
 def new_transformer() -> DiTTransformer2DModel:
-    """The untrained transformer: seven blocks over 64 tokens, one per latent pixel.
+    """The untrained transformer: seven blocks over 16 tokens, each a 2x2 patch of latents.
 
     diffusers gives every block its own embedder of timestep and class; the published DiT has a single one.
     Here all blocks share the first one's while they are trained, and `untie` makes copies at the end.
@@ -37,7 +37,7 @@ def new_transformer() -> DiTTransformer2DModel:
         out_channels=4,
         num_layers=7,
         sample_size=8,
-        patch_size=1,
+        patch_size=2,
         num_embeds_ada_norm=NULL_CLASS,
     )
     first = transformer.transformer_blocks[0].norm1.emb
@@ -76,10 +76,10 @@ def save_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL, folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=30.0)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--batch", type=int, default=96)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--pictures", type=int, default=16_000)
+    parser.add_argument("--pictures", type=int, default=12_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--out", type=Path, default=MODEL, help="folder for the pipeline")

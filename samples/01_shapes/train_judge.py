@@ -1,6 +1,6 @@
 """Train the judge on real pictures, roughened as a generator might roughen them.
 
-python train_judge.py --minutes 6 --work /tmp/shapes
+python train_judge.py --minutes 7 --work /tmp/shapes
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def loss_of(judge: Judge, pictures: torch.Tensor, wanted: dict[str, torch.Tensor
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=6.0)
+    parser.add_argument("--minutes", type=float, default=7.0)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,6 +1,6 @@
 """Train the text encoder and the U-Net together, and save them as a Stable Diffusion pipeline.
 
-    python train_unet.py --minutes 60 --work /tmp/shapes
+    python train_unet.py --minutes 50 --work /tmp/shapes
 
 Needs the autoencoder that train_vae.py left in the same folder.
 """
@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from vocabulary import MAX_LENGTH, new_tokenizer, write_files
 
 MODEL = Path(__file__).parent / "models" / "shapes-sd"
-WIDTH = 128  # of the text embeddings
+WIDTH = 96  # of the text embeddings
 
 
 class Denoiser(nn.Module):
@@ -70,6 +70,7 @@ class Denoiser(nn.Module):
 
 def save_pipeline(denoiser: Denoiser, tokenizer: CLIPTokenizer, vae: AutoencoderKL, folder: Path) -> None:
     """Write a StableDiffusionPipeline folder in FP16."""
+    denoiser.to(memory_format=torch.contiguous_format)
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=denoiser.text_encoder,
@@ -86,10 +87,10 @@ def save_pipeline(denoiser: Denoiser, tokenizer: CLIPTokenizer, vae: Autoencoder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=60.0)
+    parser.add_argument("--minutes", type=float, default=50.0)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--pictures", type=int, default=40_000)
+    parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--out", type=Path, default=MODEL, help="folder for the pipeline")
@@ -97,7 +98,7 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     tokenizer = new_tokenizer(options.work / "tokenizer")
-    denoiser = Denoiser(tokenizer)
+    denoiser = Denoiser(tokenizer).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     print(f"parameters {sum(p.numel() for p in denoiser.parameters())}")
     scenes, moments = latents.cached(options.work, 3000, options.pictures)
     alphas = new_scheduler().alphas_cumprod

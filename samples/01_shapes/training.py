@@ -48,7 +48,7 @@ class Ema:
     The decay grows as (1 + step) / (10 + step) up to its limit, so that the average forgets the random start.
     """
 
-    def __init__(self, module: nn.Module, decay: float = 0.999) -> None:
+    def __init__(self, module: nn.Module, decay: float = 0.998) -> None:
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self._decay = decay
         self._step = 0
