@@ -17,8 +17,8 @@ import torch
 from draw import draw
 from judge import Estimate, Judge, Score
 from PIL import Image
-from shapes import BACKGROUNDS, Scene, Thing, forget, sample_scenes
-from train_dit import CLASSES
+from shapes import Scene, forget, sample_scenes
+from train_dit import CLASSES, class_scenes
 from train_dit import MODEL as DIT
 from train_unet import MODEL as SD
 
@@ -119,8 +119,8 @@ def main() -> None:
         classes = [n for _ in range(options.per_class) for n in range(len(CLASSES))]
         made = generate.from_classes(dit, classes, options.steps, options.dit_guidance, 5)
         row("DiT, one object of its class", len(made), class_score(judge, made, classes))
-        same = draw(scenes_of(classes, 9500), 9500)
-        other = draw(scenes_of(classes, 9600), 9600)
+        same = draw(class_scenes(classes, 9500), 9500)
+        other = draw(class_scenes(classes, 9600), 9600)
         row("Fréchet distance, DiT to real", f"{distance(judge, made, same):.2f}")
         row("  real to other real, same number", f"{distance(judge, other, same):.2f}")
         rows.append(made)
@@ -134,17 +134,6 @@ _ATTRIBUTES = ("shape", "colour", "size", "position", "background", "count")
 def distance(judge: Judge, first: np.ndarray, second: np.ndarray) -> float:
     """The Fréchet distance between two sets of pictures."""
     return judging.frechet_distance(judging.features(judge, first), judging.features(judge, second))
-
-
-def scenes_of(classes: list[int], seed: int) -> list[Scene]:
-    """Single-object scenes of the given classes, all else drawn at random."""
-    scenes = []
-    for n, scene in zip(classes, sample_scenes(seed, len(classes), count=1), strict=True):
-        colour, shape = CLASSES[n].split()
-        thing = Thing(shape, colour, scene.things[0].size, scene.things[0].position)
-        scenes.append(Scene((thing,), scene.background))
-    assert all(scene.background in BACKGROUNDS for scene in scenes)
-    return scenes
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from draw import draw
-from shapes import Scene, sample_scenes
+from shapes import Scene
 
 _PART = 256
 
@@ -29,21 +29,20 @@ def moments(vae: AutoencoderKL, scenes: list[Scene], seed: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def cached(work: Path, seed: int, number: int, count: int | None = None) -> tuple[list[Scene], torch.Tensor]:
-    """Scenes, and their moments from a file in `work`, which is written if it is not there.
+def cached(work: Path, name: str, scenes: list[Scene], seed: int) -> torch.Tensor:
+    """The scenes' moments, from a file in `work` that is written if it is not there.
 
     Args:
         work: Folder that holds the trained `vae`.
-        seed: Of the scenes.
-        number: How many.
-        count: Number of objects in each; None mixes.
+        name: Of the file.
+        scenes: Complete scenes.
+        seed: Of the drawing.
     """
-    scenes = sample_scenes(seed, number, count)
-    path = work / f"latents-{seed}-{number}.npy"
+    path = work / f"latents-{name}-{len(scenes)}.npy"
     if not path.exists():
         vae = AutoencoderKL.from_pretrained(work / "vae").eval()
         np.save(path, moments(vae, scenes, seed))
-    return scenes, torch.from_numpy(np.load(path))
+    return torch.from_numpy(np.load(path))
 
 
 def draw_latents(both: torch.Tensor) -> torch.Tensor:

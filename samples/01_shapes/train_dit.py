@@ -1,6 +1,6 @@
 """Train the class-conditional transformer, and save it as a DiT pipeline. A class is a shape in a colour.
 
-    python train_dit.py --minutes 20 --work /tmp/shapes
+    python train_dit.py --minutes 30 --work /tmp/shapes
 
 Needs the autoencoder that train_vae.py left in the same folder.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import latents
@@ -16,12 +17,23 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusion import loss_of, new_scheduler
-from shapes import COLOURS, SHAPES
+from shapes import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene, Thing
 from training import Trainer
 
 MODEL = Path(__file__).parent / "models" / "shapes-dit"
 CLASSES = tuple(f"{colour} {shape}" for shape in SHAPES for colour in COLOURS)
 NULL_CLASS = 1000  # written into DiTPipeline, so the embedding needs that many rows
+
+
+def class_scenes(classes: Sequence[int], seed: int) -> list[Scene]:
+    """A scene for each class index: one object in the center, its size and the background at random."""
+    rng = np.random.default_rng(seed)
+    scenes = []
+    for n in classes:
+        colour, shape = CLASSES[n].split()
+        thing = Thing(shape, colour, SIZES[rng.integers(len(SIZES))], "center")
+        scenes.append(Scene((thing,), tuple(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))]))
+    return scenes
 
 
 def new_transformer() -> DiTTransformer2DModel:
@@ -65,6 +77,7 @@ def untie(transformer: DiTTransformer2DModel) -> DiTTransformer2DModel:
 
 def save_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL, folder: Path) -> None:
     """Write a DiTPipeline folder in FP16."""
+    vae.register_to_config(_name_or_path="")  # not the folder of this machine
     pipeline = DiTPipeline(
         transformer=untie(transformer),
         vae=vae,
@@ -76,10 +89,10 @@ def save_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL, folder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--minutes", type=float, default=30.0)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--pictures", type=int, default=12_000)
+    parser.add_argument("--pictures", type=int, default=6_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints")
     parser.add_argument("--out", type=Path, default=MODEL, help="folder for the pipeline")
@@ -88,15 +101,15 @@ def main() -> None:
     torch.manual_seed(options.seed)
     transformer = new_transformer()
     print(f"parameters {sum(p.numel() for p in transformer.parameters())}")
-    scenes, moments = latents.cached(options.work, 4000, options.pictures, count=1)
-    classes = torch.tensor([CLASSES.index(f"{s.things[0].colour} {s.things[0].shape}") for s in scenes])
+    classes = torch.arange(options.pictures) % len(CLASSES)
+    moments = latents.cached(options.work, "dit", class_scenes(classes.tolist(), 4000), 4000)
     alphas = new_scheduler().alphas_cumprod
 
     # In training mode the label embedder itself swaps 10% of the classes for the null class.
     trainer = Trainer(transformer, options.minutes, options.rate, options.work / "dit.pt", weight_decay=0.0)
     rng = np.random.default_rng(options.seed + trainer.step)
     for _ in trainer:
-        chosen = torch.from_numpy(rng.integers(len(scenes), size=options.batch))
+        chosen = torch.from_numpy(rng.integers(len(classes), size=options.batch))
         labels = classes[chosen]
         loss = loss_of(
             lambda noisy, t, labels=labels: transformer(noisy, timestep=t, class_labels=labels).sample,

@@ -1,6 +1,6 @@
 """Train the text encoder and the U-Net together, and save them as a Stable Diffusion pipeline.
 
-    python train_unet.py --minutes 50 --work /tmp/shapes
+    python train_unet.py --minutes 55 --work /tmp/shapes
 
 Needs the autoencoder that train_vae.py left in the same folder.
 """
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusion import loss_of, new_scheduler
-from shapes import forget
+from shapes import forget, sample_scenes
 from torch import nn
 from training import Trainer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -71,6 +71,7 @@ class Denoiser(nn.Module):
 def save_pipeline(denoiser: Denoiser, tokenizer: CLIPTokenizer, vae: AutoencoderKL, folder: Path) -> None:
     """Write a StableDiffusionPipeline folder in FP16."""
     denoiser.to(memory_format=torch.contiguous_format)
+    vae.register_to_config(_name_or_path="")  # not the folder of this machine
     pipeline = StableDiffusionPipeline(
         vae=vae,
         text_encoder=denoiser.text_encoder,
@@ -87,8 +88,8 @@ def save_pipeline(denoiser: Denoiser, tokenizer: CLIPTokenizer, vae: Autoencoder
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=50.0)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--minutes", type=float, default=55.0)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--pictures", type=int, default=30_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -100,7 +101,8 @@ def main() -> None:
     tokenizer = new_tokenizer(options.work / "tokenizer")
     denoiser = Denoiser(tokenizer).to(memory_format=torch.channels_last)  # a fifth faster on a CPU
     print(f"parameters {sum(p.numel() for p in denoiser.parameters())}")
-    scenes, moments = latents.cached(options.work, 3000, options.pictures)
+    scenes = sample_scenes(3000, options.pictures)
+    moments = latents.cached(options.work, "unet", scenes, 3000)
     alphas = new_scheduler().alphas_cumprod
 
     trainer = Trainer(denoiser, options.minutes, options.rate, options.work / "unet.pt")
