@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=100, help="generated per kind of caption")
     parser.add_argument("--per-class", type=int, default=10, help="generated per DiT class")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=5.0)
     parser.add_argument("--dit-guidance", type=float, default=3.0)
     parser.add_argument("--dpm", action="store_true", help="DPM-Solver++ instead of the pipelines' DDIM")
     parser.add_argument("--sheet", type=Path, help="also write a contact sheet to this PNG")

@@ -177,7 +177,7 @@ def test_the_class_pipeline_has_a_null_class_and_names(dit):
 
 def test_the_text_pipeline_draws_what_the_caption_says(judge, sd):
     scenes = sample_scenes(7002, 24)
-    pictures = generate.from_captions(sd, [scene.caption for scene in scenes], steps=12, guidance=4.0, seed=0)
+    pictures = generate.from_captions(sd, [scene.caption for scene in scenes], steps=12, guidance=5.0, seed=0)
     score = judging.score(judge, pictures, scenes)
     swapped = judging.score(judge, pictures, scenes[1:] + scenes[:1])
     assert score.overall.value > 0.75
