@@ -84,6 +84,7 @@ def save_pipeline(transformer: DiTTransformer2DModel, vae: AutoencoderKL, folder
         scheduler=new_scheduler(),
         id2label=dict(enumerate(CLASSES)),
     )
+    pipeline.register_to_config(id2label=dict(enumerate(CLASSES)))  # the constructor does not
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
 
 
