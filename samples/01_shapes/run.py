@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,8 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+
+from trimtab.runtime.bench import peak_bytes
 
 MODEL = Path(__file__).parent / "models" / "shapes-sd"
 PROMPTS = (
@@ -79,8 +79,8 @@ def measured(load_s: float, draw: Callable[[str, Callable[[], None]], np.ndarray
         ends: list[float] = []
         pictures.append(draw(prompt, lambda ends=ends: ends.append(time.perf_counter())))
         steps += list(np.diff(ends))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return {"load_s": load_s, "step_ms": 1000 * float(np.median(steps)), "peak": peak, "pictures": pictures}
+    step_ms = 1000 * float(np.median(steps))
+    return {"load_s": load_s, "step_ms": step_ms, "peak": peak_bytes(), "pictures": pictures}
 
 
 def in_its_own_process(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import resource
@@ -148,7 +149,7 @@ def _picture(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
         "steps": steps,
         "python": python,
         "calls": calls,
-        "peak_bytes": _peak_bytes(),
+        "peak_bytes": peak_bytes(),
         "weight_bytes": {name: segments[name].weight_bytes for name in calls},
     }
 
@@ -182,6 +183,11 @@ def _summary(bundle: str, pictures: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _peak_bytes() -> int:
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        # getrusage's count begins with what the parent held when it started this process; this one does not.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
