@@ -187,5 +187,5 @@ def test_the_text_pipeline_draws_what_the_caption_says(judge, sd):
 def test_the_class_pipeline_draws_its_class(judge, dit):
     classes = list(range(len(CLASSES)))
     pictures = generate.from_classes(dit, classes, steps=12, guidance=3.0, seed=0)
-    # Chance is 1 in 30. The README says how good it is, and that it is under-trained.
-    assert class_score(judge, pictures, classes).value > 0.25
+    # Chance is 1 in 30. Thirty pictures have a standard error of 5%; the README has the number.
+    assert class_score(judge, pictures, classes).value > 0.75
