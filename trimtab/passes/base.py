@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 
 import onnx_ir as ir
@@ -40,8 +41,9 @@ class Pass(ir.passes.InPlacePass):
     model (scores, codebooks, ranges) comes in through its constructor as frozen data.
     """
 
+    @abc.abstractmethod
     def call(self, model: ir.Model) -> PassResult:
-        raise NotImplementedError
+        """Edits the graph in place, and says what was applied and what was refused."""
 
     def __call__(self, model_or_result: ir.Model | ir.passes.PassResult, /) -> PassResult:
         result = super().__call__(model_or_result)
