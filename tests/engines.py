@@ -13,9 +13,9 @@ import onnx_ir as ir
 
 from trimtab.targets.base import BuildOptions, EngineInfo
 from trimtab.targets.cache import EngineCache
-from trimtab.targets.device import Device
+from trimtab.targets.device import find_device
 
-DEVICE = Device(**{"name": "cpu", "title": "a CPU", "backend": "fake"})
+DEVICE = find_device("cpu")
 OPTIONS = BuildOptions(shapes={"x": (1, 4)}, precision="fp16")
 
 
