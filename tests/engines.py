@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from trimtab.targets.base import BuildOptions, EngineInfo
 from trimtab.targets.cache import EngineCache
-from trimtab.targets.device import find_device
+from trimtab.targets.device import Device, find_device
 
 DEVICE = find_device("cpu")
 OPTIONS = BuildOptions(shapes={"x": (1, 4)}, precision="fp16")
