@@ -17,7 +17,7 @@ from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Contents, SegmentEntry
 from trimtab.program import Program, TensorSpec
-from trimtab.recipe import Recipe, make_recipe, read_recipe
+from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
 from trimtab.targets.device import Device, find_device, known_devices
 from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
@@ -57,7 +57,7 @@ def compile(
         TargetError: A target cannot be built for.
     """
     given = {name: value for name, value in options.items() if value is not None}
-    chosen = make_recipe((read_recipe(Path(recipe)) if recipe else {}) | given)
+    chosen = make_recipe((read_toml(Path(recipe)) if recipe else {}) | given)
     devices = _buildable(chosen.targets, device_file)
     output = Path(output)
     check_replaceable(output, MANIFEST)

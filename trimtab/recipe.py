@@ -78,15 +78,6 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     return Recipe(**clean)
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The values of a TOML recipe.
-
-    Raises:
-        InputError: The file cannot be read, or is not TOML.
-    """
-    return read_toml(path)
-
-
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as plain data.
 
