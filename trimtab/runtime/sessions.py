@@ -42,19 +42,24 @@ class OnnxRuntimeSession:
     Args:
         graph: The file; its weights lie beside it.
         threads: Threads for one operator; 0 for one a core.
+        lean: Take less memory and more time: weights are used where they lie, and not laid out anew.
 
     Raises:
         MissingDependency: onnxruntime is not installed.
         BundleError: The graph cannot be loaded.
     """
 
-    def __init__(self, graph: Path, threads: int = 0) -> None:
+    def __init__(self, graph: Path, threads: int = 0, *, lean: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
             raise MissingDependency("onnxruntime", "gpu") from error
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        if lean:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+            options.enable_mem_pattern = False
         options.log_severity_level = 4  # its errors are raised below, and are not printed as well
         try:
             self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
