@@ -87,7 +87,6 @@ class GatedGraph:
             CalibrationError: A loss is not finite.
         """
         start = time.monotonic()
-        told = False
         found = workers.losses(self.path, list(self.candidates), self.samples, jobs)
         for done, (job, loss) in enumerate(found, 1):
             if not math.isfinite(loss):
@@ -95,10 +94,10 @@ class GatedGraph:
                     f"the loss without {' and '.join(job[1])} is not finite at sample {job[0]}: keep them out of "
                     "what may go, or mend the model's weights"
                 )
-            if not told:
-                told = True
-                seconds = (time.monotonic() - start) / done * len(jobs)
-                logger.info("%d evaluations of the denoiser: about %s", len(jobs), _clock(seconds))
+            if done == 1:
+                # An upper bound: the engine was loaded, and the whole model evaluated beside the first job.
+                seconds = (time.monotonic() - start) * len(jobs) / min(workers.processes, len(jobs))
+                logger.info("%d evaluations of the denoiser: at most about %s", len(jobs), _clock(seconds))
             if progress is not None:
                 progress(done, len(jobs))
             yield job, loss
@@ -170,7 +169,7 @@ def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
         first = value.shape[0] if value.shape is not None and value.shape.rank() else None
         if len(array.shape) and array.shape[0] == rows * batch and str(getattr(first, "value", "")) == "rows*batch":
             array = array[chosen * batch : (chosen + 1) * batch]
-        inputs[str(value.name)] = np.ascontiguousarray(array)
+        inputs[str(value.name)] = array.copy()
     inputs["mix"] = np.ones(1, np.float32)
     return inputs
 

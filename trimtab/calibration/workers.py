@@ -69,9 +69,11 @@ def _chunks(jobs: Sequence[Job]) -> Iterator[tuple[int, list[Job]]]:
     by_sample: dict[int, list[Job]] = {}
     for job in jobs:
         by_sample.setdefault(job[0], []).append(job)
+    size = 1  # the first result tells how long all will take
     for number, members in by_sample.items():
-        for start in range(0, len(members), _CHUNK):
-            yield number, members[start : start + _CHUNK]
+        while members:
+            yield number, members[:size]
+            members, size = members[size:], _CHUNK
 
 
 # ---- processes ----
