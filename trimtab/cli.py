@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.DEBUG if arguments.debug else logging.WARNING, handlers=[handler], force=True
     )
+    # What takes hours says so at its start.
+    logging.getLogger("trimtab.calibration").setLevel(logging.DEBUG if arguments.debug else logging.INFO)
     try:
         result = arguments.command(arguments)
         if arguments.json:
@@ -134,6 +136,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
     command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
     command.add_argument("--precision", help="fp32")
+    removal = command.add_argument_group("layer removal (docs/removal.md)")
+    removal.add_argument(
+        "--remove", type=float, metavar="R", help="the share of the denoiser to remove, 0 to 1"
+    )
+    removal.add_argument(
+        "--remove-by", metavar="METHOD", help="output-loss (default), bk-sdm-small, magnitude, random, ..."
+    )
+    removal.add_argument("--keep", action="append", metavar="GLOB", help="modules to keep; repeatable")
+    removal.add_argument("--drop", action="append", metavar="GLOB", help="modules to remove; repeatable")
+    removal.add_argument("--scores", metavar="FILE", help="losses that `trimtab score` wrote")
+    removal.add_argument(
+        "--removal-plan", metavar="PATH", help="a saved plan, or what `trimtab distill` wrote"
+    )
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
@@ -149,6 +164,26 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
     )
+
+    command = add(
+        "score",
+        "measure what removing each layer costs, for compile --remove",
+        "trimtab score ./stable-diffusion-v1-5 --samples 16 -o sd15.losses",
+        _score,
+        render.score,
+    )
+    command.add_argument("model", help="a diffusers folder, a hub id, or a .toml file that names .onnx files")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="losses; what is there already stays"
+    )
+    command.add_argument("--samples", type=int, default=16, metavar="N", help="evaluations each (default 16)")
+    command.add_argument("--prompt", action="append", metavar="TEXT", help="of the trajectories; repeatable")
+    command.add_argument("--steps", type=int, metavar="N", help="of the trajectories (default 20)")
+    command.add_argument("--scheduler", metavar="NAME")
+    command.add_argument("--size", type=_size, metavar="WxH")
+    command.add_argument("--processes", type=int, default=1, metavar="N")
+    command.add_argument("--threads", type=int, default=1, metavar="N", help="of each process (default 1)")
+    command.add_argument("--ray", metavar="ADDRESS", help="of a Ray cluster, or local")
 
     command = add(
         "bench",
@@ -263,6 +298,12 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             eta=arguments.eta,
             size=arguments.size,
             precision=arguments.precision,
+            remove=arguments.remove,
+            remove_by=arguments.remove_by,
+            keep=arguments.keep,
+            drop=arguments.drop,
+            scores=arguments.scores,
+            removal_plan=arguments.removal_plan,
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect
@@ -313,6 +354,22 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             paths.append(path)
     seconds = round(time.perf_counter() - start, 3)
     return {"images": [str(path) for path in paths], "settings": result.settings, "seconds": seconds}
+
+
+def _score(arguments: argparse.Namespace) -> dict[str, Any]:
+    from trimtab.calibration.planning import Calibration
+    from trimtab.calibration.workers import Workers
+    from trimtab.scoring import score
+
+    calibration = Calibration(
+        samples=arguments.samples,
+        prompts=tuple(arguments.prompt) if arguments.prompt else None,
+        workers=Workers(arguments.processes, arguments.threads, arguments.ray),
+        log=arguments.output,
+    )
+    options = {"scheduler": arguments.scheduler, "size": arguments.size, "steps": arguments.steps}
+    with render.bar() as progress:
+        return score(arguments.model, calibration, progress=progress, **options)
 
 
 def _bench(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,11 +10,14 @@ from typing import Any
 import onnx_ir as ir
 
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
+from trimtab.calibration.choice import Wish
+from trimtab.calibration.planning import Calibration, plan_removal
 from trimtab.errors import InputError, TargetError
 from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
+from trimtab.passes.removal import PLAN, load_plan, remove_layers
 from trimtab.program import Program
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
@@ -71,7 +74,8 @@ def compile(
             progress(f"exported {name}")
             return store.keep(name, graph)
 
-        program = _export(path, chosen, keep)
+        program = export_model(path, chosen, keep)
+        program = _remove(program, chosen, stage, progress)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         files = write_graphs(program, stage, store)
@@ -100,7 +104,14 @@ def _buildable(names: Iterable[str], device_file: str | Path | None) -> list[Dev
     return devices
 
 
-def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:
+def export_model(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:
+    """The whole model as a Program.
+
+    Args:
+        path: A diffusers folder, or a TOML file that names .onnx files.
+        recipe: Steps, scheduler and size.
+        keep: Writes a segment's weights to disk as soon as they are traced.
+    """
     options: dict[str, Any] = {} if recipe.eta is None else {"eta": recipe.eta}
     if path.suffix == ".onnx" and path.is_file():
         raise InputError(
@@ -127,3 +138,24 @@ def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model
         size=recipe.size,
         step_options=options,
     )
+
+
+def _remove(program: Program, recipe: Recipe, stage: Path, progress: Progress) -> Program:
+    """The program with layers removed, where the recipe says so; the plan lies in the bundle."""
+    if recipe.removal_plan is not None:
+        folder = Path(recipe.removal_plan)
+        plan = load_plan(folder)
+    elif recipe.remove is not None:
+        calibration = Calibration(log=Path(recipe.scores) if recipe.scores else None)
+        plan = plan_removal(
+            program,
+            Wish(recipe.remove, recipe.keep, recipe.drop),
+            method=recipe.remove_by,
+            calibration=calibration,
+            folder=stage,
+            progress=lambda done, total: progress(f"scored {done} of {total} removals"),
+        )
+    else:
+        return program
+    plan.save(stage / PLAN)
+    return remove_layers(program, plan)

@@ -31,6 +31,12 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
         precision: Of the weights and of the arithmetic.
+        remove: The share of the denoiser's parameters to remove, in 0..1.
+        remove_by: How they are chosen: one of `trimtab.calibration.planning.METHODS`.
+        keep: Globs of modules that are not removed.
+        drop: Globs of modules that are removed in any case.
+        scores: A file of losses that `trimtab score` wrote; what it lacks is measured and added.
+        removal_plan: A saved plan, or a student's folder of `trimtab distill`, in the place of the five above.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -39,6 +45,12 @@ class Recipe:
     size: tuple[int, int] | None = None
     eta: float | None = None
     precision: str = "fp32"
+    remove: float | None = None
+    remove_by: str = "output-loss"
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    scores: str | None = None
+    removal_plan: str | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
@@ -55,6 +67,14 @@ class Recipe:
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")
+        if self.remove is not None and not 0 < self.remove < 1:
+            raise InputError(f"the share {self.remove} of layers to remove is not between 0 and 1")
+        if self.remove is not None and self.removal_plan is not None:
+            raise InputError("both a share to remove and a removal plan are given: give one of them")
+        if self.remove is None and (self.keep or self.drop or self.scores):
+            raise InputError(
+                "what to keep, drop or score is given, and no share to remove: give remove as well"
+            )
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -67,7 +87,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if unknown := sorted(set(values) - known):
         raise InputError(f"a recipe has no {unknown[0]!r}: known are {', '.join(sorted(known))}")
     clean = {name: value for name, value in values.items() if value is not None}
-    for name in ("targets", "steps"):
+    for name in ("targets", "steps", "keep", "drop"):
         if name in clean:
             value = clean[name]
             clean[name] = tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -25,6 +25,16 @@ def run(result: Result) -> Iterator[str]:
     yield f"seed {result['settings']['seed']}, {result['seconds']:.2f} s"
 
 
+def score(result: Result) -> Iterator[str]:
+    """Candidates, the cheapest first."""
+    rows = [
+        [c["name"], c["kind"], f"{c['parameters']:,}", f"{c['loss']:.3e}", f"{c['error']:.1e}"]
+        for c in sorted(result["candidates"], key=lambda c: c["loss"])
+    ]
+    yield _table(["layer", "kind", "parameters", "output loss", "error"], rows)
+    yield f"{result['scores']}: {len(rows)} layers on {result['samples']} samples, {result['seconds']:.1f} s"
+
+
 def bench(result: Result) -> Iterator[str]:
     """Times, a bundle after the other."""
     rows = []

@@ -56,7 +56,9 @@ def by_magnitude(candidates: Candidates, wish: Wish) -> tuple[str, ...]:
     for name in candidates:
         arrays = [v.const_value.numpy() for v in candidates.weights(name) if v.const_value is not None]
         floats = [a for a in arrays if a.dtype.kind == "f"]
-        scores[name] = sum(float(np.abs(a).sum(dtype=np.float64)) for a in floats) / sum(a.size for a in floats)
+        scores[name] = sum(float(np.abs(a).sum(dtype=np.float64)) for a in floats) / sum(
+            a.size for a in floats
+        )
     return _with_wish(candidates, wish, _in_order, scores)
 
 
@@ -85,7 +87,9 @@ def by_hand(candidates: Candidates, kind: str) -> tuple[str, ...]:
         level = [n for n, c in candidates.items() if c.kind == "level"]
         names += level
         if not level:
-            raise PassError(f"{kind} removes the innermost level, and this U-Net's has other channels than the next")
+            raise PassError(
+                f"{kind} removes the innermost level, and this U-Net's has other channels than the next"
+            )
     if kind not in HANDCRAFTED or not names:
         raise PassError(f"{kind} is made for the U-Net of Stable Diffusion 1: choose by loss")
     covered = {inner for name in names for inner in candidates[name].inside}
@@ -123,9 +127,7 @@ def _with_wish(
     free = [
         c
         for c in candidates.values()
-        if c.name not in kept
-        and c.name not in gone
-        and not set(c.inside) & (set(kept) | gone)
+        if c.name not in kept and c.name not in gone and not set(c.inside) & (set(kept) | gone)
     ]
     target = round(wish.share * candidates.parameters) - candidates.freed(dropped)[0]
     items = [Item(c.name, losses[c.name], c.parameters, _conflicts(c.name, candidates)) for c in free]
@@ -156,7 +158,8 @@ def _matching(candidates: Candidates, globs: Iterable[str]) -> tuple[str, ...]:
         if not names:
             near = difflib.get_close_matches(glob, list(candidates), n=3, cutoff=0.3)
             raise PassError(
-                f"nothing that can be removed matches {glob}" + (f": near are {', '.join(near)}" if near else "")
+                f"nothing that can be removed matches {glob}"
+                + (f": near are {', '.join(near)}" if near else "")
             )
         found += names
     return tuple(dict.fromkeys(found))

@@ -46,21 +46,17 @@ def add_gates(model: ir.Model, candidates: Candidates) -> ir.Model:
             place = switches.setdefault(values[value.name], [])
             place.append((candidate.parameters, name, values[stand_in.name]))
     current: dict[ir.Value, ir.Value] = {}
-    first = True
     for value in sorted(switches, key=order.__getitem__):
         node = value.producer()
         assert node is not None
-        readers = [use for use in value.uses()]
+        readers = list(value.uses())
         new: list[ir.Node] = []
         # The largest comes last: what removes most has the last word.
         for _, name, stand_in in sorted(switches[value], key=lambda switch: switch[0]):
-            index = ir.tensor(np.array(names[name], np.int64), name=f"{GATES}/{names[name]}")
-            held = ir.Value(
-                name=index.name, shape=index.shape, type=ir.TensorType(index.dtype), const_value=index
-            )
-            if held.name not in graph.initializers:
-                graph.register_initializer(held)
-            gate = ir.node("Gather", [gates, graph.initializers[index.name or ""]], {"axis": 0})
+            index = f"{GATES}/{names[name]}"
+            if index not in graph.initializers:
+                graph.register_initializer(_constant(index, names[name]))
+            gate = ir.node("Gather", [gates, graph.initializers[index]], {"axis": 0})
             inputs = [gate.outputs[0], current.get(value, value), current.get(stand_in, stand_in)]
             switch = ir.node("Where", inputs)
             switch.outputs[0].shape, switch.outputs[0].type = value.shape, value.type
@@ -71,13 +67,16 @@ def add_gates(model: ir.Model, candidates: Candidates) -> ir.Model:
             reader.replace_input_with(position, current[value])
         if value.is_graph_output():
             raise CalibrationError(f"{value.name} is an output of the graph: fuse the sampler first")
-        first = False
-    assert not first or not names
     graph.outputs[:] = [value for value in graph.outputs if value.name == OUTPUT]
     if not graph.outputs:
         raise CalibrationError(f"the denoiser has no output {OUTPUT}: fuse the sampler first")
     common.RemoveUnusedNodesPass()(gated)
     return gated
+
+
+def _constant(name: str, number: int) -> ir.Value:
+    tensor = ir.tensor(np.array(number, np.int64), name=name)
+    return ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 class GatedDenoiser:

@@ -50,7 +50,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         if self.samples < 2:
-            raise InputError(f"{self.samples} samples were asked for: two give a standard error, 16 a usable one")
+            raise InputError(
+                f"{self.samples} samples were asked for: two give a standard error, 16 a usable one"
+            )
 
 
 def sample_denoiser(pipeline: Pipeline, calibration: Calibration) -> list[Sample]:
@@ -99,7 +101,7 @@ def plan_removal(
     wish: Wish,
     *,
     method: str = "output-loss",
-    calibration: Calibration = Calibration(),  # noqa: B008  frozen
+    calibration: Calibration = Calibration(),
     folder: Path | None = None,
     progress: Progress | None = None,
 ) -> RemovalPlan:
@@ -132,8 +134,11 @@ def plan_removal(
                 progress=progress,
             )
     graph, scores = score_layers(program, calibration, folder, progress)
-    removed = chosen(graph, wish, method, scores, calibration.seed)
-    return plan_of(graph, scores, removed, method, wish.share, calibration.workers)
+    try:
+        removed = chosen(graph, wish, method, scores, calibration.seed)
+        return plan_of(graph, scores, removed, method, wish.share, calibration.workers)
+    finally:
+        graph.remove()
 
 
 def chosen(graph: GatedGraph, wish: Wish, method: str, scores: Scores, seed: int) -> tuple[str, ...]:

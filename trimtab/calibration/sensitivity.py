@@ -78,6 +78,11 @@ class GatedGraph:
         WeightStore(self.path.parent).keep("denoiser.gated", gated)
         ir.save(gated, self.path)
 
+    def remove(self) -> None:
+        """Takes the gated graph's own files away."""
+        for path in (self.path, self.path.with_suffix(".weights")):
+            path.unlink(missing_ok=True)
+
     def losses(
         self, jobs: Sequence[Job], workers: Workers, progress: Progress | None = None
     ) -> Iterator[tuple[Job, float]]:
@@ -102,9 +107,7 @@ class GatedGraph:
                 progress(done, len(jobs))
             yield job, loss
 
-    def score(
-        self, workers: Workers, *, log: Path | None = None, progress: Progress | None = None
-    ) -> Scores:
+    def score(self, workers: Workers, *, log: Path | None = None, progress: Progress | None = None) -> Scores:
         """The output loss of every candidate.
 
         Args:
@@ -132,19 +135,14 @@ class GatedGraph:
                 stream.close()
         return Scores(
             self.candidates.fingerprint,
-            {
-                name: tuple(known[i, (name,)] for i in range(len(self.samples)))
-                for name in self.candidates
-            },
+            {name: tuple(known[i, (name,)] for i in range(len(self.samples))) for name in self.candidates},
         )
 
     def joint(self, sets: Sequence[Sequence[str]], workers: Workers) -> list[float]:
         """The mean loss over the samples of removing each set together."""
         jobs = [(i, tuple(names)) for i in range(len(self.samples)) for names in sets]
         losses = dict(self.losses(jobs, workers))
-        return [
-            float(np.mean([losses[i, tuple(names)] for i in range(len(self.samples))])) for names in sets
-        ]
+        return [float(np.mean([losses[i, tuple(names)] for i in range(len(self.samples))])) for names in sets]
 
     def _header(self) -> dict[str, object]:
         samples = [_hash(sample) for sample in self.samples]
@@ -167,7 +165,11 @@ def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
     for value in model.graph.inputs:
         array = sample.inputs[str(value.name)]
         first = value.shape[0] if value.shape is not None and value.shape.rank() else None
-        if len(array.shape) and array.shape[0] == rows * batch and str(getattr(first, "value", "")) == "rows*batch":
+        if (
+            len(array.shape)
+            and array.shape[0] == rows * batch
+            and str(getattr(first, "value", "")) == "rows*batch"
+        ):
             array = array[chosen * batch : (chosen + 1) * batch]
         inputs[str(value.name)] = array.copy()
     inputs["mix"] = np.ones(1, np.float32)
@@ -187,7 +189,7 @@ def _resume(log: Path, header: dict[str, object]) -> dict[Job, float]:
     lines = whole.splitlines()
     try:
         first, entries = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
-        known = {
+        known: dict[Job, float] = {
             (int(entry["sample"]), (str(entry["removed"]),)): float.fromhex(entry["loss"])
             for entry in entries
         }
@@ -207,7 +209,6 @@ def _line(data: dict[str, object]) -> str:
 
 def _hash(sample: Mapping[str, Array]) -> str:
 
-
     digest = hashlib.sha256()
     for name, array in sorted(sample.items()):
         digest.update(name.encode() + array.tobytes())
@@ -218,5 +219,3 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-

@@ -6,6 +6,7 @@ one kind.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,7 +117,7 @@ def _on_ray(
         raise MissingDependency("ray", "ray") from error
     address = None if workers.ray == "local" else workers.ray
     try:
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ray's errors share no base
         line = str(error).strip().partition("\n")[0]
         raise CalibrationError(f"Ray cannot be reached at {workers.ray} ({line}): start it there") from error

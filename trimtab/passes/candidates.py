@@ -53,16 +53,6 @@ class Candidate:
     inside: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class _Branch:
-    """Add(skip, branch): its output, and where the skip comes from through a 1x1 shortcut."""
-
-    name: str
-    output: ir.Value
-    skip: ir.Value
-    source: ir.Value
-
-
 class Candidates(Mapping[str, Candidate]):
     """All candidates of a graph, by name, in the order of their kinds and then of the graph.
 
@@ -156,9 +146,7 @@ class Candidates(Mapping[str, Candidate]):
         live = _live(self._graph, bypass)
         return _sizes(value for value in self._weights if value not in live)
 
-    def _inside(
-        self, name: str, parameters: int, sizes: Mapping[str, tuple[str, int, int]]
-    ) -> Iterator[str]:
+    def _inside(self, name: str, parameters: int, sizes: Mapping[str, tuple[str, int, int]]) -> Iterator[str]:
         """Candidates with nothing left to do once ``name`` is gone: their own values are dead or the same."""
         own = self._bypass[name]
         live = _live(self._graph, own)
@@ -371,5 +359,5 @@ def _same_shape(first: ir.Value, second: ir.Value) -> bool:
     """Whether two values are known to have one shape: the same sizes and the same expressions."""
     if first.shape is None or second.shape is None or first.is_initializer() or second.is_initializer():
         return False
-    sizes = [[d if isinstance(d, int) else d.value for d in value.shape] for value in (first, second)]
+    sizes = [[d if isinstance(d, int) else d.value for d in shape] for shape in (first.shape, second.shape)]
     return None not in sizes[0] and sizes[0] == sizes[1]
