@@ -16,28 +16,9 @@ import torch
 from onnxscript import opset23 as op
 
 AS_THEY_ARE = frozenset(
-    [
-        "chunk",
-        "concat",
-        "contiguous",
-        "conv2d",
-        "dropout",
-        "einsum",
-        "flatten",
-        "group_norm",
-        "layer_norm",
-        "linear",
-        "outer",
-        "pad",
-        "repeat_interleave",
-        "reshape",
-        "rms_norm",
-        "scaled_dot_product_attention",
-        "sym_size",
-        "to",
-        "unflatten",
-        "upsample_nearest2d",
-    ]
+    {"chunk", "concat", "contiguous", "conv2d", "dropout", "einsum", "flatten", "group_norm", "layer_norm"}
+    | {"linear", "pad", "reshape", "rms_norm", "scaled_dot_product_attention", "sym_size", "to", "unflatten"}
+    | {"upsample_nearest2d"}
 )
 """Composite operators that the exporter, or `TRANSLATIONS`, translates without taking them apart."""
 
@@ -72,15 +53,10 @@ def _cast_to_layout(
     return op.Identity(self) if dtype == -1 else op.Cast(self, to=dtype)
 
 
-def _outer(self: Any, vec2: Any) -> Any:
-    return op.Mul(op.Unsqueeze(self, op.Constant(value_ints=[1])), vec2)
-
-
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.to.dtype: _cast,
     torch.ops.aten.to.device: _cast_to_device,
     torch.ops.aten.to.dtype_layout: _cast_to_layout,
-    torch.ops.aten.outer.default: _outer,
 }
 """For `torch.onnx.export`'s ``custom_translation_table``: what it would else take apart first."""
 
@@ -101,15 +77,27 @@ def decompose_only_if_needed(exported: torch.export.ExportedProgram) -> None:
 
 
 def needs_decomposition(exported: torch.export.ExportedProgram, table: Mapping[Any, Any]) -> bool:
-    """Whether a program has an operator that is in ``table``, writes in place, or hides others in itself."""
-    composite = torch._C.DispatchKey.CompositeImplicitAutograd
-    for graph in (m.graph for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)):
-        for target in {node.target for node in graph.nodes if node.op == "call_function"}:
-            if isinstance(target, torch._ops.OpOverload):
-                name = target._schema.name.removeprefix("aten::")
-                hides = target.has_kernel_for_dispatch_key(composite) and name not in AS_THEY_ARE
-                if target in table or target._schema.is_mutable or hides:
-                    return True
-            elif isinstance(target, torch._ops.OperatorBase):
-                return True  # control flow and the like, with graphs of their own
-    return False
+    """Whether something in a program has no translation as it stands.
+
+    That is an operator in ``table``, one that writes in place, control flow, or a composite one that is not in
+    `AS_THEY_ARE`.
+
+    Args:
+        exported: A program as `torch.export.export` gives it.
+        table: The decompositions that the exporter asks for, by operator.
+    """
+    graphs = (m.graph for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule))
+    return any(
+        _is_in_the_way(node, table) for graph in graphs for node in graph.nodes if node.op == "call_function"
+    )
+
+
+def _is_in_the_way(node: torch.fx.Node, table: Mapping[Any, Any]) -> bool:
+    operator = node.target
+    if not isinstance(operator, torch._ops.OpOverload):
+        return isinstance(operator, torch._ops.OperatorBase)  # control flow, and no sum of sizes
+    schema = operator._schema
+    if operator in table or schema.is_mutable:
+        return True
+    composite = operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+    return composite and schema.name.removeprefix("aten::") not in AS_THEY_ARE
