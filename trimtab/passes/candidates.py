@@ -58,13 +58,18 @@ class Candidates(Mapping[str, Candidate]):
 
     Args:
         model: Not changed. Shapes of the values must be known.
+
+    Attributes:
+        all_weights: The initializers that the graph reads.
+        parameters: Elements of all of them that are weights, as `trimtab.weights.parameter_count` counts.
+        bytes: Of all of them.
     """
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
         live = _live(model.graph, {})
-        self._weights = [value for value in model.graph.initializers.values() if value in live]
-        self.parameters, self.bytes = _sizes(self._weights)
+        self.all_weights = [value for value in model.graph.initializers.values() if value in live]
+        self.parameters, self.bytes = _sizes(self.all_weights)
         flow = _Flow(model.graph)
         branches = list(_branches(model.graph, flow))
         found = [("branch", b.name, {b.output: b.skip}) for b in branches]
@@ -140,11 +145,11 @@ class Candidates(Mapping[str, Candidate]):
     def weights(self, name: str) -> list[ir.Value]:
         """The initializers that go with one candidate."""
         live = _live(self._graph, self.bypass([name]))
-        return [value for value in self._weights if value not in live]
+        return [value for value in self.all_weights if value not in live]
 
     def _freed(self, bypass: Mapping[ir.Value, ir.Value]) -> tuple[int, int]:
         live = _live(self._graph, bypass)
-        return _sizes(value for value in self._weights if value not in live)
+        return _sizes(value for value in self.all_weights if value not in live)
 
     def _inside(self, name: str, parameters: int, sizes: Mapping[str, tuple[str, int, int]]) -> Iterator[str]:
         """Candidates with nothing left to do once ``name`` is gone: their own values are dead or the same."""
