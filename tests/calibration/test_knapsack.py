@@ -21,7 +21,12 @@ def random_items(generator: np.random.Generator, nested: bool) -> list[Item]:
             apart[first].add(second)
             apart[second].add(first)
     return [
-        Item(name, float(10 ** generator.uniform(-10, 0)), int(generator.integers(1, 200_000)), frozenset(apart[name]))
+        Item(
+            name,
+            float(10 ** generator.uniform(-10, 0)),
+            int(generator.integers(1, 200_000)),
+            frozenset(apart[name]),
+        )
         for name in names
     ]
 
@@ -61,7 +66,12 @@ def test_equal_to_brute_force_on_a_hundred_cases(nested: bool) -> None:
 
 
 def test_says_the_most_that_can_go() -> None:
-    items = [Item("block", 1.0, 10, frozenset({"a", "b"})), Item("a", 1.0, 4), Item("b", 1.0, 5), Item("c", 1.0, 3)]
+    items = [
+        Item("block", 1.0, 10, frozenset({"a", "b"})),
+        Item("a", 1.0, 4),
+        Item("b", 1.0, 5),
+        Item("c", 1.0, 3),
+    ]
     with pytest.raises(InputError, match="14 are asked for, and at most 13 can go"):
         solve(items, 14)
     assert solve(items, 13) == ("block", "c")

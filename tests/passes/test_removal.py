@@ -37,9 +37,7 @@ def with_factors(model: ir.Model, candidates: Candidates) -> tuple[ir.Model, lis
     branches = [name for name, c in candidates.items() if c.kind == "branch"]
     model = model.clone()
     graph = model.graph
-    factors = ir.Value(
-        name="factors", shape=ir.Shape([len(branches)]), type=ir.TensorType(ir.DataType.FLOAT)
-    )
+    factors = ir.Value(name="factors", shape=ir.Shape([len(branches)]), type=ir.TensorType(ir.DataType.FLOAT))
     graph.inputs.append(factors)
     values = {v.name: v for node in graph for v in node.outputs} | {v.name: v for v in graph.inputs}
     for index, name in enumerate(branches):

@@ -60,6 +60,12 @@ def solve(items: Sequence[Item], target: int) -> tuple[str, ...]:
     # Any choice that reaches the target bounds the loss of the best: the cheapest for their weight, in turn.
     front = search.front(frozenset(by_name), _greedy(items, apart, target, most))
     taken = set(front.trace(int(np.flatnonzero(front.weights >= target)[0])))
+    # What costs nothing is on the front whether it is needed or not.
+    spare = sum(by_name[name].weight for name in taken) - target
+    for name in sorted(taken, key=lambda n: (-by_name[n].loss, by_name[n].weight)):
+        if by_name[name].weight <= spare:
+            spare -= by_name[name].weight
+            taken.remove(name)
     return tuple(item.name for item in items if item.name in taken)
 
 
