@@ -70,6 +70,8 @@ def _build(job: dict[str, Any], lines: TextIO) -> dict[str, Any]:
     typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if typed is None else 1 << int(typed))
     _parse(trt, network, log, job)
+    if "Attention" in job["operators"]:
+        _let_decompose(trt, network)
     config = _config(trt, builder, job)
     config.progress_monitor = _monitor(trt, lines)
     timings = _load_timings(config, job["timing_cache"])
@@ -91,6 +93,15 @@ def _parse(trt: Any, network: Any, log: Any, job: dict[str, Any]) -> None:
     if not parser.parse_from_file(job["graph"]):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise log.failure("; ".join(error.desc() for error in errors[:2]) or "the graph cannot be parsed")
+
+
+def _let_decompose(trt: Any, network: Any) -> None:
+    """Lets an attention that no fused kernel fits, in FP32 or with narrow heads, run as its parts; else it fails."""
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_OUTPUT:
+            layer.__class__ = trt.IAttentionOutputLayer  # a network gives its layers out as their base class
+            layer.attention.decomposable = True
 
 
 def _config(trt: Any, builder: Any, job: dict[str, Any]) -> Any:
