@@ -364,4 +364,15 @@ def save(family: str, folder: Path, seed: int = 0) -> Path:
         if isinstance(component, torch.nn.Module):
             spread(component, generator)
     pipeline.save_pretrained(folder / family)
+    if family == "dit":  # diffusers reads the names from there, and does not write them
+        index = folder / family / "model_index.json"
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": class_names(pipeline)}))
     return folder / family
+
+
+def class_names(pipeline: Any) -> dict[str, str]:
+    """Class number -> its names, as a published DiT's model_index.json has them."""
+    names: dict[str, list[str]] = {}
+    for name, number in pipeline.labels.items():
+        names.setdefault(str(number), []).append(name)
+    return {number: ", ".join(parts) for number, parts in names.items()}

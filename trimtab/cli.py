@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("other", type=Path, metavar="BUNDLE")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--prompt", metavar="TEXT")
-    command.add_argument("--class", type=int, dest="label", metavar="N")
+    command.add_argument("--class", dest="label", metavar="N")
     command.add_argument("--schedule", metavar="NAME")
 
     command = add(
@@ -217,7 +217,7 @@ def _request_arguments(command: argparse.ArgumentParser) -> None:
     _bundle_argument(command)
     what = command.add_mutually_exclusive_group()
     what.add_argument("--prompt", metavar="TEXT", help="what to draw")
-    what.add_argument("--class", type=int, dest="label", metavar="N", help="the class to draw")
+    what.add_argument("--class", dest="label", metavar="N", help="the class to draw: its number or name")
     command.add_argument("--negative", metavar="TEXT", help="what not to draw")
     command.add_argument("--guidance", type=float, metavar="G", help="guidance scale")
     command.add_argument(

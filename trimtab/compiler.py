@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from trimtab import __version__
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
 from trimtab.errors import InputError, TargetError
 from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
-from trimtab.manifest import Contents, SegmentEntry
-from trimtab.program import Program, TensorSpec
+from trimtab.manifest import Engine
+from trimtab.program import Program
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
+from trimtab.storage import GRAPHS, write_contents, write_graphs
 from trimtab.targets.device import Device, find_device, known_devices
 from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
-from trimtab.weights import WeightStore, parameter_count, weight_bytes
+from trimtab.weights import WeightStore
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +64,8 @@ def compile(
     path = find(str(model))
 
     with staged_folder(output, MANIFEST) as stage:
-        graphs = stage / "graphs"
-        graphs.mkdir()
-        store = WeightStore(graphs)
+        (stage / GRAPHS).mkdir()
+        store = WeightStore(stage / GRAPHS)
 
         def keep(name: str, graph: ir.Model) -> ir.Model:
             progress(f"exported {name}")
@@ -75,27 +74,15 @@ def compile(
         program = _export(path, chosen, keep)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
-        entries = {}
+        files = write_graphs(program, stage, store)
+        builder = OnnxRuntimeBuilder()
+        engines: dict[str, list[Engine]] = {name: [] for name in program.segments}
         for name, segment in program.segments.items():
-            file = graphs / f"{name}.onnx"
-            store.keep(name, segment.model)
-            ir.save(segment.model, file)
-            builder = OnnxRuntimeBuilder()
-            engines = []
             for device in devices:
                 progress(f"building {name} for {device.name}")
-                engines.append(builder.build(builder.lower(segment.model, device), device, file, stage))
-            entries[name] = SegmentEntry(
-                name=name,
-                graph=file.relative_to(stage).as_posix(),
-                parameters=parameter_count(segment.model),
-                weight_bytes=weight_bytes(segment.model),
-                inputs=_specs(segment.model.graph.inputs),
-                outputs=_specs(segment.model.graph.outputs),
-                engines=tuple(engines),
-            )
-        tokenizers = _write_tokenizers(program, stage)
-        write_manifest(stage, _contents(program, entries, tokenizers))
+                lowered = builder.lower(segment.model, device)
+                engines[name].append(builder.build(lowered, device, files[name], stage))
+        write_manifest(stage, write_contents(program, stage, engines))
     return open_bundle(output)
 
 
@@ -139,42 +126,4 @@ def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model
         scheduler=recipe.scheduler,
         size=recipe.size,
         step_options=options,
-    )
-
-
-def _specs(values: Any) -> tuple[TensorSpec, ...]:
-    """A graph's interface; open sizes as expressions over its own symbols."""
-    specs = []
-    for value in values:
-        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
-        specs.append(TensorSpec(value.name, value.dtype.numpy().name, shape))
-    return tuple(specs)
-
-
-def _write_tokenizers(program: Program, stage: Path) -> Mapping[str, str]:
-    folder = stage / "tokenizers"
-    paths = {}
-    for name, text in program.tokenizers.items():
-        folder.mkdir(exist_ok=True)
-        (folder / f"{name}.json").write_text(text, encoding="utf-8")
-        paths[name] = f"tokenizers/{name}.json"
-    return paths
-
-
-def _contents(
-    program: Program, entries: Mapping[str, SegmentEntry], tokenizers: Mapping[str, str]
-) -> Contents:
-    return Contents(
-        tasks=program.tasks,
-        epilogue=program.epilogue,
-        outputs=program.outputs,
-        segments=entries,
-        size=program.size,
-        size_multiple=program.size_multiple,
-        fixed_size=program.fixed_size,
-        slots=program.slots,
-        tokenizers=tokenizers,
-        metadata=program.metadata,
-        passes=program.passes,
-        version=__version__,
     )

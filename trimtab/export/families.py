@@ -6,6 +6,7 @@ Components are loaded, traced and let go one after another.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -302,7 +303,12 @@ def dit(parts: PipelineParts) -> None:
             "class_labels",
             "int64",
             ("rows*batch",),
-            {"kind": "label", "null": 1000, "classes": int(transformer.config.num_embeds_ada_norm)},
+            {
+                "kind": "label",
+                "null": 1000,
+                "classes": int(transformer.config.num_embeds_ada_norm),
+                "names": json.dumps(_class_names(source.index.get("id2label"))),
+            },
         )
     )
     parts.conditioning = {"class_labels": "class_labels"}
@@ -319,6 +325,18 @@ def dit(parts: PipelineParts) -> None:
     )
     del transformer
     parts.vae(encoder=False)
+
+
+def _class_names(id2label: Any) -> dict[str, int]:
+    """Every name of a class -> its number: "tench, Tinca tinca" names one class twice, as in diffusers."""
+    if not isinstance(id2label, dict):
+        return {}
+    return {
+        name.strip(): int(number)
+        for number, names in id2label.items()
+        for name in str(names).split(",")
+        if str(number).isdecimal() and name.strip()
+    }
 
 
 def unconditional(parts: PipelineParts) -> None:

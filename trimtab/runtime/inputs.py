@@ -6,6 +6,7 @@ is in the options beside the kind.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -120,6 +121,19 @@ def _given(spec: TensorSpec, request: Request) -> Array:
     if spec.source.get("zeros") and request.negatives is None and request.rows == 2:
         given[: request.batch] = 0
     return given
+
+
+def class_names(spec: TensorSpec) -> dict[str, int]:
+    """Names of the classes that an input of the kind "label" takes -> their numbers; empty where they have none.
+
+    Raises:
+        BundleError: They cannot be read.
+    """
+    try:
+        names = json.loads(str(spec.source.get("names", "{}")))
+        return {str(name): int(number) for name, number in names.items()}
+    except (ValueError, TypeError, AttributeError):
+        raise BundleError(f"the names of {spec.name}'s classes cannot be read: compile again") from None
 
 
 def _label(spec: TensorSpec, request: Request) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from trimtab.errors import InputError, TargetError, WrongDevice
 from trimtab.program import Schedule, Task, TensorSpec, check_size
 from trimtab.runtime.executor import OnStep, Plan, make_plan
 from trimtab.runtime.images import Pixels, read_image, to_images
-from trimtab.runtime.inputs import Noise, Request
+from trimtab.runtime.inputs import Noise, Request, class_names
 from trimtab.runtime.sessions import BACKENDS, Session
 from trimtab.runtime.tokenizer import Tokenizer
 
@@ -91,7 +92,7 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        label: int | Sequence[int] | None = None,
+        label: int | str | Sequence[int | str] | None = None,
         guidance: float | None = None,
         seed: int | Sequence[int] | None = None,
         count: int = 1,
@@ -107,7 +108,7 @@ class Pipeline:
         Args:
             prompt: What to draw: one text, or one for each picture.
             negative_prompt: What not to draw; used where guidance is above 1.
-            label: Class number, or one for each picture, for class-conditional models.
+            label: Class, by number or name, or one for each picture, for class-conditional models.
             guidance: Guidance scale; None for the model's default, 1 or less for none.
             seed: The pictures' start noise is what ``torch.Generator("cpu").manual_seed(seed)`` gives, bit for
                 bit. One for all pictures together, or one for each. None for a random one.
@@ -151,7 +152,7 @@ class Pipeline:
         prompt: str | Sequence[str] | None = None,
         *,
         negative_prompt: str | Sequence[str] | None = None,
-        label: int | Sequence[int] | None = None,
+        label: int | str | Sequence[int | str] | None = None,
         guidance: float | None = None,
         seed: int | Sequence[int] | None = None,
         count: int = 1,
@@ -363,7 +364,7 @@ def _negatives(kinds: Mapping[str, TensorSpec], value: str | Sequence[str], batc
 
 
 def _labels(
-    kinds: Mapping[str, TensorSpec], label: int | Sequence[int] | None, count: int
+    kinds: Mapping[str, TensorSpec], label: int | str | Sequence[int | str] | None, count: int
 ) -> tuple[int, ...]:
     if "label" not in kinds:
         if label is not None:
@@ -371,8 +372,21 @@ def _labels(
         return ()
     if label is None or (not isinstance(label, int) and len(label) == 0):
         raise InputError("no class was given and this model needs one: give label= (--class N)")
-    labels = [label] if isinstance(label, int) else list(label)
-    return tuple(value for value in labels for _ in range(count))
+    labels = [label] if isinstance(label, int | str) else list(label)
+    names = class_names(kinds["label"])
+    return tuple(number for value in labels for number in [_class_number(names, value)] * count)
+
+
+def _class_number(names: Mapping[str, int], label: int | str) -> int:
+    if not isinstance(label, str):
+        return int(label)
+    if label in names:
+        return names[label]
+    if label.isdecimal():
+        return int(label)
+    near = difflib.get_close_matches(label, names, 3, 0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "give its number"
+    raise InputError(f"there is no class {label!r} in this model: {hint}")
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,78 @@
+"""Running a Program before it is a bundle, and recording what its denoiser reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trimtab
+from trimtab.bundle import open_bundle
+from trimtab.calibration.draft import draft
+from trimtab.calibration.trajectories import PROMPTS, own_requests, record
+from trimtab.errors import InputError
+from trimtab.storage import read_program
+
+BundleFolder = Callable[[str], Path]
+
+
+def test_a_draft_of_a_bundles_program_draws_the_bundles_picture(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    folder = bundle_folder("dit")
+    program = read_program(open_bundle(folder))
+    with trimtab.load(folder) as whole, draft(program, tmp_path) as pipe:
+        ours, theirs = (p(label=1, seed=3, schedule=3).pixels for p in (pipe, whole))
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_recorded_sample_run_again_gives_the_recorded_output(bundle_folder: BundleFolder) -> None:
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        samples = record(pipe, own_requests(pipe, 1, schedule=3), steps=[0, 2])
+        assert [sample.step for sample in samples] == [0, 2]
+        import onnxruntime
+
+        graph = pipe.bundle.path(pipe.bundle.contents.segments["denoiser"].graph)
+        session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+        for sample in samples:
+            (output,) = session.run(["model_output"], sample.inputs)
+            np.testing.assert_allclose(output, sample.output, rtol=0, atol=1e-5)
+
+
+def test_a_samples_first_step_is_the_seeds_noise_in_every_row(bundle_folder: BundleFolder) -> None:
+    from trimtab.runtime.noise import NoiseGenerator
+
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        (sample,) = record(pipe, own_requests(pipe, 1, seed=5, schedule=3), steps=[0])
+    noise = NoiseGenerator(5).normal((1, *sample.sample.shape[1:]))
+    np.testing.assert_allclose(sample.sample, np.concatenate([noise, noise]), rtol=1e-6)
+
+
+def test_requests_ask_for_prompts_or_named_classes(bundle_folder: BundleFolder) -> None:
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        requests = own_requests(pipe, 20)
+        assert [r["seed"] for r in requests] == list(range(20))
+        assert all(0 <= r["label"] < 1000 for r in requests) and "prompt" not in requests[0]
+    with trimtab.load(bundle_folder("sd15")) as pipe:
+        assert [r["prompt"] for r in own_requests(pipe, 2)] == list(PROMPTS[:2])
+        with pytest.raises(InputError, match="no prompts"):
+            own_requests(pipe, 1, prompts=())
+
+
+def test_a_step_that_the_schedule_lacks_is_refused(bundle_folder: BundleFolder) -> None:
+    with (
+        trimtab.load(bundle_folder("dit")) as pipe,
+        pytest.raises(InputError, match="step 3 was asked for, and the schedule has 3"),
+    ):
+        record(pipe, own_requests(pipe, 1, schedule=3), steps=[3])
+
+
+def test_a_class_goes_by_its_name(bundle_folder: BundleFolder) -> None:
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        by_number = pipe(label=3, seed=0, schedule=3).pixels
+        np.testing.assert_array_equal(pipe(label="thing 3", seed=0, schedule=3).pixels, by_number)
+        np.testing.assert_array_equal(pipe(label="3", seed=0, schedule=3).pixels, by_number)
+        with pytest.raises(InputError, match=r"no class 'think 3' in this model: did you mean thing 3"):
+            pipe(label="think 3", seed=0)

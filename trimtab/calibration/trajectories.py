@@ -1,0 +1,150 @@
+"""What a denoiser really reads: its inputs, recorded on the model's own way from noise to picture.
+
+No data are needed: the start is noise, and the model itself makes everything after it, as in VQ4DiT's zero-data
+calibration (https://arxiv.org/abs/2408.17131, section 3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from trimtab.errors import CalibrationError, InputError
+from trimtab.program import STATE
+from trimtab.runtime.inputs import class_names
+from trimtab.runtime.load import Pipeline
+
+Array = npt.NDArray[Any]
+
+PROMPTS = (
+    "a red circle",
+    "a photo of a cat on a sofa",
+    "a large house by the sea at night",
+    "a portrait of an old man, oil painting",
+    "two birds on a branch",
+    "a bowl of fruit on a wooden table",
+    "a city street in the rain",
+    "a mountain under a blue sky",
+)
+"""What a text model is asked for where the user names no prompts: plain things of many kinds."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One evaluation of the denoiser.
+
+    Attributes:
+        step: Its index in the schedule.
+        segment: The segment that was called.
+        inputs: Graph input -> a copy of what it read, the sampler's own inputs among them.
+        output: The guided prediction, (batch, *latent) float32.
+    """
+
+    step: int
+    segment: str
+    inputs: dict[str, Array]
+    output: Array
+
+    @property
+    def sample(self) -> Array:
+        """What the model itself was given, (rows * batch, *latent) float32: all negative rows first."""
+        state, weights, rows = self.inputs[STATE], self.inputs["sample_weights"], len(self.inputs["mix"])
+        return np.tile(np.tensordot(weights, state, 1), (rows, *[1] * (state.ndim - 2))).astype(np.float32)
+
+
+def record(
+    pipeline: Pipeline,
+    requests: Sequence[dict[str, Any]],
+    *,
+    steps: Iterable[int] | None = None,
+) -> list[Sample]:
+    """Walks whole trajectories, and keeps the denoiser's inputs at some of the steps.
+
+    Args:
+        pipeline: A bundle or a `trimtab.calibration.draft.draft`.
+        requests: Arguments of `Pipeline.prepare`, one trajectory each: see `own_requests`.
+        steps: Indices into the schedule; None for all of them.
+
+    Returns:
+        By request, then by step.
+
+    Raises:
+        InputError: A step that the schedule does not have.
+        CalibrationError: The model gives numbers that are not finite.
+    """
+    samples: list[Sample] = []
+    for options in requests:
+        request, plan, _ = pipeline.prepare(**options)
+        wanted = set(range(len(plan.steps))) if steps is None else set(steps)
+        if outside := {index for index in wanted if not 0 <= index < len(plan.steps)}:
+            raise InputError(
+                f"step {min(outside)} was asked for, and the schedule has {len(plan.steps)}: count from 0"
+            )
+        plan.begin(request)
+        for index, step in enumerate(plan.steps):
+            if index > max(wanted):
+                break
+            for buffer in step.draws:
+                buffer[...] = request.noise.normal(buffer.shape)
+            calls = [call for call in step.calls if call.segment.startswith("denoiser")]
+            # The engine may write the state that it reads, so what it read is kept before it runs.
+            before = [
+                (call.segment, {name: array.copy() for name, array in call.inputs.items()})
+                for call in calls
+                if index in wanted
+            ]
+            for call in step.calls:
+                call.run()
+            output = step.results["model_output"]
+            if not np.isfinite(output).all():
+                raise CalibrationError(
+                    f"the model gives numbers that are not finite at step {index} of {options}: mend its weights"
+                )
+            samples += [Sample(index, segment, inputs, output.copy()) for segment, inputs in before]
+    return samples
+
+
+def own_requests(
+    pipeline: Pipeline,
+    count: int,
+    *,
+    prompts: Sequence[str] | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Requests for trajectories of any model: its own prompts or classes, one seed each.
+
+    Args:
+        pipeline: Says what the model needs.
+        count: How many.
+        prompts: For text models; None for `PROMPTS`. They are taken in turn.
+        seed: Of the first; the next ones follow.
+        **options: Further arguments of `Pipeline.prepare` for all of them: schedule, guidance, size.
+
+    Raises:
+        InputError: No prompts.
+    """
+    task = pipeline.bundle.contents.tasks[pipeline.tasks[0]]
+    inputs = {str(spec.source.get("kind")): spec for spec in task.inputs}
+    texts = PROMPTS if prompts is None else tuple(prompts)
+    if not texts:
+        raise InputError("no prompts were given: give at least one")
+    classes: Sequence[int] = ()
+    if "label" in inputs:
+        # The named ones: a model may have room for more classes than it was trained for.
+        named = sorted(set(class_names(inputs["label"]).values()))
+        classes = named or range(int(inputs["label"].source.get("classes", 1)))
+    generator = np.random.default_rng(seed)
+    requests = []
+    for index in range(count):
+        request: dict[str, Any] = dict(options) | {"seed": seed + index}
+        if "tokens" in inputs:
+            request["prompt"] = texts[index % len(texts)]
+        if classes:
+            request["label"] = int(generator.choice(classes))
+        requests.append(request)
+    return requests

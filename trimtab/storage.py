@@ -1,0 +1,120 @@
+"""A Program on disk, there and back: graphs beside their weights, tokenizers, and what bundle.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import onnx_ir as ir
+
+from trimtab import __version__
+from trimtab.bundle import Bundle
+from trimtab.manifest import Contents, Engine, SegmentEntry
+from trimtab.program import Program, Segment, TensorSpec
+from trimtab.weights import WeightStore, parameter_count, weight_bytes
+
+GRAPHS = "graphs"
+"""The folder of graphs and weights in a bundle."""
+
+
+def write_graphs(program: Program, folder: Path, store: WeightStore) -> dict[str, Path]:
+    """Writes every segment's graph into the store's folder, with the weights that it does not hold yet.
+
+    Args:
+        program: Its graphs are edited in place: large weights become references to files.
+        folder: The bundle's.
+        store: Of ``folder / GRAPHS``.
+
+    Returns:
+        Segment -> the graph's file.
+    """
+    files = {}
+    for name, segment in program.segments.items():
+        store.keep(name, segment.model)
+        files[name] = folder / GRAPHS / f"{name}.onnx"
+        ir.save(segment.model, files[name])
+    return files
+
+
+def write_contents(program: Program, folder: Path, engines: Mapping[str, Iterable[Engine]]) -> Contents:
+    """Writes the tokenizers, and gives what bundle.json will say of a program.
+
+    Args:
+        program: Its graphs lie in ``folder / GRAPHS``.
+        folder: The bundle's.
+        engines: Segment -> its engines.
+    """
+    entries = {
+        name: SegmentEntry(
+            name=name,
+            graph=f"{GRAPHS}/{name}.onnx",
+            parameters=parameter_count(segment.model),
+            weight_bytes=weight_bytes(segment.model),
+            inputs=_specs(segment.model.graph.inputs),
+            outputs=_specs(segment.model.graph.outputs),
+            engines=tuple(engines[name]),
+        )
+        for name, segment in program.segments.items()
+    }
+    return Contents(
+        tasks=program.tasks,
+        epilogue=program.epilogue,
+        outputs=program.outputs,
+        segments=entries,
+        size=program.size,
+        size_multiple=program.size_multiple,
+        fixed_size=program.fixed_size,
+        slots=program.slots,
+        tokenizers=_write_tokenizers(program, folder),
+        metadata=program.metadata,
+        passes=program.passes,
+        version=__version__,
+    )
+
+
+def read_program(bundle: Bundle) -> Program:
+    """The Program that a bundle was written from. Weights are mapped, not read.
+
+    Raises:
+        BundleError: A file is missing or was changed.
+    """
+    contents = bundle.contents
+    bundle.verify()
+    return Program(
+        segments={
+            name: Segment(name, ir.load(bundle.path(entry.graph)))
+            for name, entry in contents.segments.items()
+        },
+        tasks=contents.tasks,
+        epilogue=contents.epilogue,
+        outputs=contents.outputs,
+        size=contents.size,
+        size_multiple=contents.size_multiple,
+        fixed_size=contents.fixed_size,
+        slots=contents.slots,
+        tokenizers={
+            name: bundle.path(path).read_text(encoding="utf-8") for name, path in contents.tokenizers.items()
+        },
+        metadata=contents.metadata,
+        passes=contents.passes,
+    )
+
+
+def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:
+    """A graph's interface; open sizes as expressions over its own symbols."""
+    specs = []
+    for value in values:
+        assert value.name and value.shape is not None and value.dtype is not None
+        shape = tuple(d if isinstance(d, int) else str(d.value) for d in value.shape)
+        specs.append(TensorSpec(value.name, value.dtype.numpy().name, shape))
+    return tuple(specs)
+
+
+def _write_tokenizers(program: Program, folder: Path) -> Mapping[str, str]:
+    paths = {}
+    for name, text in program.tokenizers.items():
+        paths[name] = f"tokenizers/{name}.json"
+        path = folder / paths[name]
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    return paths
