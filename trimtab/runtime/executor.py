@@ -19,7 +19,7 @@ from trimtab.manifest import Contents, SegmentEntry
 from trimtab.program import STATE, Call, Schedule, Task, TensorSpec
 from trimtab.runtime.constants import Constants
 from trimtab.runtime.inputs import Request, make_input
-from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session
+from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session, in_turn
 from trimtab.shapes import bind, shape
 
 _SLICE = re.compile(r"^(\w+)\[(\d+)\]$")
@@ -136,9 +136,13 @@ class Plan:
 
     def begin(self, request: Request, on_call: OnCall | None = None) -> None:
         """Fills the inputs and runs the prologue: what `run` does before the first step."""
+        self.fill(request)
+        self.prologue.run(on_call)
+
+    def fill(self, request: Request) -> None:
+        """Fills the inputs."""
         for spec in self.inputs:
             self.buffers[spec.name][...] = make_input(spec, request)
-        self.prologue.run(on_call)
 
 
 def make_plan(
@@ -146,7 +150,7 @@ def make_plan(
     task: Task,
     schedule: Schedule,
     symbols: Mapping[str, int],
-    session: Callable[[str], Session],
+    session: Callable[[str, Mapping[str, Buffer]], Session],
     backend: Backend,
 ) -> Plan:
     """Allocates and binds all buffers of a task.
@@ -156,7 +160,7 @@ def make_plan(
         task: What to do.
         schedule: One of the task's.
         symbols: "batch", "rows", "width" and "height".
-        session: Gives the loaded engine of a segment.
+        session: Gives the loaded engine of a segment for what it will read.
         backend: Whose engines they are: buffers lie in its memory.
 
     Raises:
@@ -182,11 +186,11 @@ def make_plan(
             for spec in segment.inputs
         }
         results = _outputs(segment, call, arrays, table, symbols)
-        return BoundCall(call.segment, session(call.segment).bind(arrays, results), arrays, results)
+        return BoundCall(call.segment, session(call.segment, arrays).bind(arrays, results), arrays, results)
 
-    def together(calls: Iterable[BoundCall]) -> BoundCalls:
+    def together(calls: Iterable[BoundCall], fuse: Callable[[Sequence[Run]], Run] = in_turn) -> BoundCalls:
         calls = tuple(calls)
-        return BoundCalls(calls, backend.fused([call.run for call in calls]), backend.synchronize)
+        return BoundCalls(calls, fuse([call.run for call in calls]), backend.synchronize)
 
     draw = next(
         (spec for spec in task.inputs if spec.source.get("kind") == "noise" and "batch" in spec.shape), None
@@ -208,7 +212,8 @@ def make_plan(
         # Steps differ in their constants alone, as a rule: what else they have in common is bound once.
         key = repr((step.calls, [(name, len(step.constants[name])) for name in sorted(step.constants)]))
         if key not in shared:
-            shared[key] = together(bound(call, step.constants) for call in step.calls)
+            again = (bound(call, step.constants) for call in step.calls)
+            shared[key] = together(again, backend.fused)
         draws = tuple(table.get(name) for name in step.draws)
         results = {name: buffer for call in shared[key].calls for name, buffer in call.outputs.items()}
         bound_steps.append(BoundStep(draws, row, constants.place, shared[key], results))

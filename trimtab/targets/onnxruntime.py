@@ -38,4 +38,5 @@ class OnnxRuntimeBuilder:
             backend=self.backend,
             path=graph.relative_to(root).as_posix(),
             bytes=graph.stat().st_size + weights,
+            graph=graph.relative_to(root).as_posix(),
         )

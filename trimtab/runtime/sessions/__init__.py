@@ -1,11 +1,11 @@
 """Loaded engines. Each backend is imported in one file here, when it is first used, and nowhere else.
 
-    base           what the executor knows: Buffer, Session, Backend
-    onnxruntime    the CPU, and CUDA
-    tensorrt       TensorRT and TensorRT for RTX
-    cuda           the NVIDIA driver: memory, a stream, CUDA graphs
-    device_array   tensors in a GPU's memory
-    check          whether an engine fits this machine
+base           what the executor knows: Buffer, Session, Backend
+onnxruntime    the CPU, and CUDA
+tensorrt       TensorRT and TensorRT for RTX
+cuda           the NVIDIA driver: memory, a stream, CUDA graphs
+device_array   tensors in a GPU's memory
+check          whether an engine fits this machine
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def open_backend(name: str, *, provider: str = "cpu", threads: int = 0) -> Backe
     if provider not in PROVIDERS:
         raise InputError(f"there is no provider {provider!r}: choose {' or '.join(PROVIDERS)}")
     if name not in BACKENDS:
-        raise BundleError(f"this trimtab knows no backend {name!r}, and has {', '.join(BACKENDS)}: upgrade it")
+        raise BundleError(
+            f"this trimtab knows no backend {name!r}, and has {', '.join(BACKENDS)}: upgrade it"
+        )
     if name == "onnxruntime":
         return OnnxRuntimeCuda(Driver()) if provider == "cuda" else OnnxRuntimeCpu(threads)
     module = import_backend(name)  # what is not installed is said before what is not plugged in

@@ -37,6 +37,10 @@ class Buffer(Protocol):
 
     def __array__(self, dtype: Any = None, /, *, copy: bool | None = None) -> npt.NDArray[Any]: ...
 
+    def copy(self) -> npt.NDArray[Any]:
+        """A copy on the host."""
+        ...
+
     def view(self, dtype: Any, /) -> Any: ...
 
     def reshape(self, shape: tuple[int, ...], /) -> Any: ...
@@ -85,12 +89,13 @@ class Backend(Protocol):
         """
         ...
 
-    def load(self, engine: Engine, path: Path) -> Session:
+    def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> Session:
         """Loads an engine, checked first.
 
         Args:
             engine: What the bundle says of it.
             path: Its file, verified.
+            plugins: Files to register before it is loaded, verified.
 
         Raises:
             WrongDevice: As in `check`.

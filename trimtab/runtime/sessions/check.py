@@ -21,10 +21,10 @@ def check_engine(engine: Engine, version: str, sm: str, gpu: str) -> None:
         WrongDevice: They differ.
     """
     name = TITLES.get(engine.backend, engine.backend)
-    if engine.sm and engine.sm != sm:
+    if engine.sm is not None and engine.sm != sm:
         raise WrongDevice(
             f"{engine.path} was built for compute capability {engine.sm} and {gpu} has {sm}: "
-            f"run trimtab build on this machine, or compile with --target for it"
+            "run trimtab build on this machine, or compile with --target for it"
         )
     if engine.version and engine.version != version:
         raise WrongDevice(

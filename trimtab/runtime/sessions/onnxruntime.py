@@ -134,7 +134,7 @@ class OnnxRuntimeCpu:
     def check(self, engine: Engine) -> None:
         """A graph is bound to no device and no version."""
 
-    def load(self, engine: Engine, path: Path) -> OnnxRuntimeSession:
+    def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
         """See `trimtab.runtime.sessions.Backend`."""
         return OnnxRuntimeSession(path, self._threads)
 
@@ -172,7 +172,7 @@ class OnnxRuntimeCuda:
     def check(self, engine: Engine) -> None:
         """A graph is bound to no device and no version."""
 
-    def load(self, engine: Engine, path: Path) -> OnnxRuntimeSession:
+    def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
         """See `trimtab.runtime.sessions.Backend`."""
         return OnnxRuntimeSession(path, 0, self._provider, self._device)
 

@@ -64,6 +64,7 @@ class TensorRT:
         self._sessions: list[TensorRTSession] = []
         self._scratch: DeviceArray | None = None
         self._generation = 0
+        self._plugins: set[str] = set()
 
     def new(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `trimtab.runtime.sessions.Backend`."""
@@ -73,9 +74,10 @@ class TensorRT:
         """See `trimtab.runtime.sessions.Backend`."""
         check_engine(engine, self._trt.__version__, self._driver.sm, self._driver.name)
 
-    def load(self, engine: Engine, path: Path) -> TensorRTSession:
+    def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> TensorRTSession:
         """See `trimtab.runtime.sessions.Backend`."""
         self.check(engine)
+        self._register(plugins)
         # Mapped, not read: where the CPU shares the GPU's memory, a copy on the heap would take it twice.
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             loaded = self._runtime.deserialize_cuda_engine(data)
@@ -88,6 +90,20 @@ class TensorRT:
         self._sessions.append(session)
         self._share(session)
         return session
+
+    def _register(self, plugins: Sequence[Path]) -> None:
+        """Makes plugins known: an engine that needs one that is not cannot be deserialized."""
+        if not self._plugins and hasattr(self._trt, "init_libnvinfer_plugins"):
+            self._trt.init_libnvinfer_plugins(self._log, "")  # TensorRT's own
+            self._plugins.add("")
+        for path in plugins:
+            if str(path) in self._plugins:
+                continue
+            if self._trt.get_plugin_registry().load_library(str(path)) is None:
+                raise TargetError(
+                    f"the plugin {path} cannot be registered{self._log.reason()}: run trimtab build on this machine"
+                )
+            self._plugins.add(str(path))
 
     def fused(self, runs: Sequence[Run]) -> Run:
         """See `trimtab.runtime.sessions.Backend`."""
@@ -266,7 +282,7 @@ def _log(module: Any, title: str) -> Any:
         severities.VERBOSE: logging.DEBUG,
     }
 
-    class Log(module.ILogger):  # type: ignore[misc, name-defined]
+    class Log(module.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
             module.ILogger.__init__(self)
             self.last = ""
