@@ -20,14 +20,18 @@ from trimtab.program import Program, Segment
 from trimtab.weights import parameter_count
 
 
-def run(model: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def unoptimised(model: ir.Model) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(
+    return onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
+
+
+def run(model: ir.Model, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    session = unoptimised(model)
     known = {value.name for value in session.get_inputs()}
     return session.run(["model_output"], {k: v for k, v in inputs.items() if k in known})[0]
 
@@ -70,7 +74,7 @@ def example_inputs(model: ir.Model) -> dict[str, np.ndarray]:
         if not value.dtype.is_floating_point():
             array = np.abs(array * 100) % 10
         inputs[value.name] = np.asarray(array, value.dtype.numpy())
-    return inputs | {"timestep": np.float32(400.0)}
+    return inputs | {"timestep": np.array(400.0, np.float32)}
 
 
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "dit"])
@@ -83,9 +87,8 @@ def test_every_branch_removed_equals_that_branch_times_zero(
     candidates = Candidates(model)
     inputs = example_inputs(model)
     scaled, branches = with_factors(model, candidates)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(ir.to_proto(scaled).SerializeToString(), options)
+    # Optimised, the two graphs may be laid out differently and then round differently.
+    session = unoptimised(scaled)
     assert len(branches) >= 4
     whole = session.run(["model_output"], {**inputs, "factors": np.ones(len(branches), np.float32)})[0]
     for index, name in enumerate(branches):
