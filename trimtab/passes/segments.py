@@ -212,18 +212,23 @@ def _own_symbols(name: str, graph: ir.Graph) -> None:
     if _symbols(graph.outputs) <= plain:
         return
     fresh = (f"size_{index}" for index in itertools.count())
-    names: dict[str, str] = {}
+    known: dict[str, ast.expr] = {}
     for value in graph.inputs:
         for dim in value.shape or ():
             if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not dim.value.isidentifier():
-                key = _dump(ast.parse(dim.value, mode="eval").body)
-                if key not in names:
-                    names[key] = next(fresh)
-    rename = _Rename(names)
-    for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
-        if value.shape is not None:
-            value.shape = ir.Shape([rename.dim(dim) for dim in value.shape])
-    missing = _symbols(graph.outputs) - plain - set(names.values())
+                key = _key(dim.value)
+                if key not in known:
+                    known[key] = ast.Name(next(fresh), ast.Load())
+    names = {name.id for name in known.values() if isinstance(name, ast.Name)}
+    rename = _Rename(known)
+    for value in graph.inputs:
+        rename.apply(value)
+    for node in graph:
+        if node.op_type == "Conv":
+            _learn_strides(node, known)
+        for value in node.outputs:
+            rename.apply(value)
+    missing = _symbols(graph.outputs) - plain - names
     if missing:
         raise PassError(
             f"{name} gives a tensor whose size depends on {min(missing)}, and nothing that it reads says that: "
@@ -241,21 +246,56 @@ def _symbols(values: Iterable[ir.Value]) -> set[str]:
     }
 
 
-def _dump(node: ast.AST) -> str:
-    return ast.dump(node)
+def _key(expression: str) -> str:
+    return ast.dump(ast.parse(expression, mode="eval").body)
+
+
+def _learn_strides(node: ir.Node, known: dict[str, ast.expr]) -> None:
+    """Adds what a convolution makes of its input's sizes, which are already the part's own."""
+    source, result, kernel = node.inputs[0], node.outputs[0], node.inputs[1]
+    if (
+        source is None
+        or kernel is None
+        or source.shape is None
+        or result.shape is None
+        or kernel.shape is None
+    ):
+        return
+    axes = result.shape.rank() - 2
+
+    def attribute(name: str, default: int, count: int) -> list[int]:
+        found = node.attributes.get(name)
+        return [default] * count if found is None else list(found.as_ints())
+
+    strides, dilations = attribute("strides", 1, axes), attribute("dilations", 1, axes)
+    pads = attribute("pads", 0, 2 * axes)
+    for axis in range(axes):
+        before, after, width = (shape[axis + 2] for shape in (source.shape, result.shape, kernel.shape))
+        if isinstance(before, int) or isinstance(after, int) or not isinstance(width, int):
+            continue
+        if after.value is None or before.value is None or after.value.isidentifier():
+            continue
+        rest = pads[axis] + pads[axis + axes] - dilations[axis] * (width - 1) - 1
+        text = f"(({before.value}) + {rest}) // {strides[axis]} + 1"
+        known.setdefault(_key(after.value), ast.parse(text, mode="eval").body)
 
 
 class _Rename(ast.NodeTransformer):
-    """Replaces the largest known expressions by names."""
+    """Replaces the largest known expressions."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
-        self._names = names
+    def __init__(self, known: Mapping[str, ast.expr]) -> None:
+        self._known = known
 
-    def dim(self, dim: int | ir.SymbolicDim) -> int | str | None:
+    def apply(self, value: ir.Value) -> None:
+        """Rewrites a value's shape."""
+        if value.shape is not None:
+            value.shape = ir.Shape([self._dim(dim) for dim in value.shape])
+
+    def _dim(self, dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int) or dim.value is None:
             return dim if isinstance(dim, int) else None
         return ast.unparse(self.visit(ast.parse(dim.value, mode="eval").body))
 
     def visit(self, node: ast.AST) -> ast.AST:
-        name = self._names.get(_dump(node))
-        return ast.Name(name, ast.Load()) if name is not None else super().visit(node)
+        found = self._known.get(ast.dump(node))
+        return super().visit(node) if found is None else found
