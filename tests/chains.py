@@ -20,7 +20,7 @@ _FLOAT = ir.TensorType(ir.DataType.FLOAT)
 def chain(blocks: int) -> ir.Model:
     """``x{k+1} = x{k} + branch{k}`` with ``branch{k} = relu(x{k} @ W{k})``; the module of block k is ``blocks.k``."""
     rng = np.random.default_rng(0)
-    source = ir.Value(name="x0", shape=ir.Shape(["n", WIDTH]), type=_FLOAT)
+    source = ir.Value(name="x0", shape=ir.Shape(["n", 1, WIDTH]), type=_FLOAT)
     graph = ir.Graph([source], [], nodes=[], opset_imports={"": 23})
     value = source
     for k in range(blocks):
@@ -35,11 +35,11 @@ def chain(blocks: int) -> ir.Model:
 
 
 def add(graph: ir.Graph, path: str, op: str, inputs: Sequence[ir.Value], name: str) -> ir.Value:
-    """A node of a module whose result is (n, WIDTH)."""
+    """A node of a module whose result is (n, 1, WIDTH)."""
     node = ir.node(op, list(inputs), name=name)
     node.metadata_props[SCOPES] = repr(["", path, name])
     output = node.outputs[0]
-    output.name, output.type, output.shape = name, _FLOAT, ir.Shape(["n", WIDTH])
+    output.name, output.type, output.shape = name, _FLOAT, ir.Shape(["n", 1, WIDTH])
     graph.append(node)
     return output
 
@@ -48,7 +48,7 @@ def program(model: ir.Model, *calls: Call) -> Program:
     """One schedule, "s", of one call a step."""
     steps = tuple(Step((call,)) for call in calls)
     task = Task(
-        (TensorSpec("x", "float32", ("batch", WIDTH), {"kind": "noise"}),), (), {"s": Schedule(steps)}
+        (TensorSpec("x", "float32", ("batch", 1, WIDTH), {"kind": "noise"}),), (), {"s": Schedule(steps)}
     )
     return Program({"denoiser": Segment("denoiser", model)}, {"t": task}, (), (), (8, 8), 1, None, 1)
 

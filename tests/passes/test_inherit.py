@@ -37,9 +37,6 @@ def looped(evaluations: int, **schedules: int) -> Program:
     for node in model.graph:
         scopes = node.metadata_props["pkg.torch.onnx.name_scopes"].replace("blocks.", "transformer_blocks.")
         node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes
-        for value in node.outputs:
-            assert value.shape is not None
-            value.shape = type(value.shape)(["n", 1, WIDTH])
     step = Step((Call("denoiser", {"x0": "x"}, {"x5": "y"}),))
     named = {name: Schedule((step,) * count) for name, count in ({"s-5": evaluations} | schedules).items()}
     task = Task((TensorSpec("x", "float32", ("batch", 1, WIDTH), {"kind": "noise"}),), (), named)

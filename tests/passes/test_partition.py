@@ -13,7 +13,7 @@ from trimtab.program import Program
 
 
 def inputs(rows: int = 3) -> Tensors:
-    return {"x": np.random.default_rng(1).standard_normal((rows, 8)).astype(np.float32)}
+    return {"x": np.random.default_rng(1).standard_normal((rows, 1, 8)).astype(np.float32)}
 
 
 def segments(cut: Program) -> list[list[str]]:
@@ -150,7 +150,7 @@ def test_a_value_may_stand_for_another_and_gets_a_tensor_of_its_own_downstream()
     graph = model.graph
     other = ir.node("Neg", [graph.node("x1").outputs[0]], name="other")
     output = other.outputs[0]
-    output.name, output.type, output.shape = "other", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["n", 8])
+    output.name, output.type, output.shape = "other", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["n", 1, 8])
     graph.insert_after(graph.node("x1"), other)
     plain, swapped = call(model), call(model, {"branch1": "denoiser/other"}, {"other": "denoiser/other"})
     cut = partition(program(model, plain, swapped))
