@@ -139,11 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
-    command.add_argument(
-        "--inherit",
-        metavar="N|FILE",
-        help="run the denoiser in full at every Nth step only, or by a plan (docs/inherit.md)",
-    )
+    command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
     command.add_argument("--precision", help="fp32")
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
