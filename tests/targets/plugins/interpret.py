@@ -9,6 +9,7 @@ import json
 
 import numpy as np
 import torch
+import triton.language as tl
 
 from trimtab.targets.plugins.codes import as_words
 from trimtab.targets.plugins.kernels import launch_decode, launch_matmul
@@ -37,7 +38,9 @@ def weights(codes: np.ndarray, codebook: torch.Tensor, k: int) -> torch.Tensor:
     return out
 
 
-def case(m: int, n: int, k: int, tile: Tile, d: int = 4, bits: int = 8, dtype: torch.dtype = torch.float16) -> float:
+def case(
+    m: int, n: int, k: int, tile: Tile, d: int = 4, bits: int = 8, dtype: torch.dtype = torch.float16
+) -> float:
     """The largest error of the product, relative to its largest value."""
     random = np.random.default_rng(m * n * k)
     codes = random.integers(0, 1 << bits, (n, -(-k // d)), dtype=np.uint8)
@@ -65,10 +68,24 @@ def decoded(shape: tuple[int, ...], d: int, bits: int, scaled: bool) -> int:
     return int((got != plain.reshape(n, taps, channels).mT.reshape(shape)).sum())
 
 
+def understand_bfloat16() -> None:
+    """Triton's interpreter keeps bfloat16 as uint16 and multiplies those integers; hardware multiplies numbers."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def numbers(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    plain = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain(self, numbers(a), numbers(b), *rest)
+
+
 FEW = Tile(8, 16, 32, 4, 4, 3, True, True)
 MANY = Tile(32, 32, 32, 1, 4, 3)
 
 if __name__ == "__main__":
+    understand_bfloat16()
     results = {
         "few rows": case(1, 24, 256, FEW),
         "few rows, a depth that no tile divides": case(3, 17, 90, FEW),
@@ -85,5 +102,5 @@ if __name__ == "__main__":
         "decode 1x1 of odd channels": decoded((5, 21, 1, 1), 4, 8, False),
         "decode 3x3 of odd channels, six bits": decoded((3, 5, 3, 3), 2, 6, False),
         "decode with scales": decoded((16, 12, 3, 3), 2, 8, True),
-    }  # fmt: skip
+    }
     print(json.dumps(results))

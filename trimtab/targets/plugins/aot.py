@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from types import ModuleType
 
 from trimtab.errors import BuildFailed, BundleError, MissingDependency
 from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Tile, tiles
@@ -29,6 +30,7 @@ class Kernel:
         columns: Of a tile.
         threads: Of one program.
         shared_bytes: Of dynamic shared memory.
+        dtype: Of its tensors, "fp16" or "bf16".
         ptx: Its text.
     """
 
@@ -37,11 +39,13 @@ class Kernel:
     columns: int
     threads: int
     shared_bytes: int
+    dtype: str
     ptx: str
 
     def text(self) -> str:
         """One line of what a launch needs, then the PTX: what both plugins read."""
-        return f"{self.entry} {self.rows} {self.columns} {self.threads} {self.shared_bytes}\n{self.ptx}"
+        numbers = f"{self.rows} {self.columns} {self.threads} {self.shared_bytes}"
+        return f"{self.entry} {numbers} {self.dtype}\n{self.ptx}"
 
 
 def write_kernels(kernels: tuple[Kernel, ...]) -> str:
@@ -58,17 +62,30 @@ def read_kernels(text: str) -> tuple[Kernel, ...]:
     kernels = []
     for part in text.split(_SEPARATOR):
         line, _, ptx = part.partition("\n")
-        words = line.split()
-        if len(words) != 5 or not all(word.isdecimal() for word in words[1:]) or f".entry {words[0]}(" not in ptx:
+        words = line.split(" ")
+        if (
+            len(words) != 6
+            or not all(word.isdecimal() for word in words[1:5])
+            or f".entry {words[0]}(" not in ptx
+        ):
             raise BundleError(
                 f"a packed layer's kernel begins with {line[:60]!r}, which names no kernel: compile the bundle again"
             )
-        kernels.append(Kernel(words[0], *map(int, words[1:]), ptx=ptx))
+        rows, columns, threads, shared_bytes = map(int, words[1:5])
+        kernels.append(Kernel(words[0], rows, columns, threads, shared_bytes, words[5], ptx))
     return tuple(kernels)
 
 
 def matmul_kernels(
-    sm: int, m: int, n: int, k: int, *, d: int = 4, bits: int = 8, dtype: str = "fp16", limit: int = STATIC_LIMIT
+    sm: int,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    d: int = 4,
+    bits: int = 8,
+    dtype: str = "fp16",
+    limit: int = STATIC_LIMIT,
 ) -> tuple[Kernel, ...]:
     """Kernels for a product of ``m`` rows with a packed (n, k) weight, the best guess first.
 
@@ -89,7 +106,9 @@ def matmul_kernels(
     """
     kernels = []
     for tile in tiles(sm, m):
-        kernel = _compile_matmul(sm, tile, _divisor(n), _divisor(k), k % (tile.split * tile.depth) == 0, d, bits, dtype)
+        kernel = _compile_matmul(
+            sm, tile, _divisor(n), _divisor(k), k % (tile.split * tile.depth) == 0, d, bits, dtype
+        )
         if kernel.shared_bytes <= limit:
             kernels.append(kernel)
     assert kernels, "the last tile of each list fits"
@@ -116,7 +135,9 @@ def _divisor(size: int) -> int:
 
 
 @functools.lru_cache(maxsize=256)
-def _compile_matmul(sm: int, tile: Tile, by_n: int, by_k: int, even: bool, d: int, bits: int, dtype: str) -> Kernel:
+def _compile_matmul(
+    sm: int, tile: Tile, by_n: int, by_k: int, even: bool, d: int, bits: int, dtype: str
+) -> Kernel:
     kernels = _triton_kernels()
     signature = {"x": f"*{dtype}", "words": "*i32", "codebook": f"*i{16 * d}", "scale": "*fp32",
                  "bias": f"*{dtype}", **_INTEGERS, "y": f"*{dtype}"}  # fmt: skip
@@ -125,7 +146,12 @@ def _compile_matmul(sm: int, tile: Tile, by_n: int, by_k: int, even: bool, d: in
 
 
 def _compile(
-    name: str, sm: int, signature: dict[str, str], values: dict[str, int | bool], divisors: dict[str, int], tile: Tile
+    name: str,
+    sm: int,
+    signature: dict[str, str],
+    values: dict[str, int | bool],
+    divisors: dict[str, int],
+    tile: Tile,
 ) -> Kernel:
     kernels = _triton_kernels()
     import triton
@@ -133,8 +159,11 @@ def _compile(
     from triton.compiler import ASTSource
 
     # Pointers are those of whole tensors, which TensorRT aligns; the sizes' divisors are those of this layer.
-    known = {place: divisors.get(arg, 16 if kind[0] == "*" else 1) for place, (arg, kind) in enumerate(signature.items())}
-    hints = {(place,): [["tt.divisibility", divisor]] for place, divisor in known.items() if divisor > 1}
+    hints = {}
+    for place, (argument, kind) in enumerate(signature.items()):
+        divisor = 16 if kind.startswith("*") else divisors.get(argument, 1)
+        if divisor > 1:
+            hints[(place,)] = [["tt.divisibility", divisor]]
     source = ASTSource(
         getattr(kernels, name), {**signature, **dict.fromkeys(values, "constexpr")}, dict(values), hints
     )
@@ -154,11 +183,12 @@ def _compile(
         columns=tile.columns,
         threads=32 * compiled.metadata.num_warps,
         shared_bytes=compiled.metadata.shared,
+        dtype=signature["y"][1:],
         ptx=trimmed(compiled.asm["ptx"], len(signature)),
     )
 
 
-def _triton_kernels():  # type: ignore[no-untyped-def]
+def _triton_kernels() -> ModuleType:
     try:
         from trimtab.targets.plugins import kernels
     except ModuleNotFoundError as error:
@@ -186,7 +216,9 @@ def trimmed(ptx: str, arguments: int) -> str:
     for extra in wanted[arguments:]:
         symbol = extra.split()[-1]
         if re.search(rf"\b{re.escape(symbol)}\b", body):
-            raise BuildFailed(f"{name} uses {symbol}, scratch memory that nobody would give it: use a smaller tile")
+            raise BuildFailed(
+                f"{name} uses {symbol}, scratch memory that nobody would give it: use a smaller tile"
+            )
     body = body.partition("\n\t.section\t")[0]  # .debug_*, the last thing in the text
     text = f"{head}.entry {name}(\n\t" + ",\n\t".join(wanted[:arguments]) + f"\n){body}"
     kept = [

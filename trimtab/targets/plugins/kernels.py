@@ -16,8 +16,8 @@ import triton.language as tl
 from trimtab.targets.plugins.tiles import Tile
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _codes(words, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit
+def _codes(words, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
     """(rows, COUNT) codes, from code ``first`` of each row on.
 
     Eight bits: four codes come with one load, so that the copy of words can run ahead asynchronously, which
@@ -41,8 +41,8 @@ def _codes(words, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, CO
         return (both >> (bit % 32).to(tl.uint64)).to(tl.int32) & 63
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _weights(words, codebook, table, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,  # type: ignore[no-untyped-def]
+@triton.jit
+def _weights(words, codebook, table, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
              SHARED: tl.constexpr, PERMUTED: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """(rows, DEPTH) decoded weights from code ``first`` on; if PERMUTED, in the order of `_permuted`."""
     code = _codes(words, row, first, stride, EVEN, BITS, DEPTH // D)
@@ -64,8 +64,8 @@ def _weights(words, codebook, table, row, first, stride, EVEN: tl.constexpr, BIT
     return tl.reshape(w, (row.shape[0], DEPTH))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _permuted(x):  # type: ignore[no-untyped-def]
+@triton.jit
+def _permuted(x):
     """(rows, depth) with columns 4t + 2a + b of every 16 moved to 8a + 2t + b.
 
     In this order a thread of a tensor-core instruction holds all four weights of one codeword, so that what it
@@ -75,8 +75,8 @@ def _permuted(x):  # type: ignore[no-untyped-def]
     return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), (x.shape[0], x.shape[1]))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constexpr, BITS: tl.constexpr,  # type: ignore[no-untyped-def]
+@triton.jit
+def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constexpr, BITS: tl.constexpr,
               EVEN: tl.constexpr, SHARED: tl.constexpr, PERMUTED: tl.constexpr, BLOCK_M: tl.constexpr,
               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
     """y = (x W^T) scale + bias, with W decoded on the way; fp32 accumulators.
@@ -130,8 +130,8 @@ def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constex
     tl.store(y + out_m[None, :] * n + out_n[:, None], total.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BITS: tl.constexpr,  # type: ignore[no-untyped-def]
+@triton.jit
+def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BITS: tl.constexpr,
               BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """W of a convolution, (n, k / taps, taps): codes run along the input channels, taps are the last axis of W.
 

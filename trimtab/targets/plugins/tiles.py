@@ -53,7 +53,7 @@ class Tile:
 # the instruction has, for as many programs as there can be; eight warps on eight parts keep the loads in flight.
 _FEW = Tile(8, 16, 64, 8, 8, 3, True, True)
 _SIXTEEN = Tile(16, 16, 64, 8, 8, 3, True, True)
-_DOZENS = Tile(64, 32, 64, 4, 8, 3, True, True)
+_DOZENS = Tile(32, 32, 64, 4, 8, 3, True, True)
 
 # Many rows, mma.sync (sm_80 to 89, 120, 121): 8 warps as 4 x 2 would look up every codeword twice from registers;
 # copying codewords asynchronously through L1 into shared memory looks each up once and leaves the threads to the
@@ -89,7 +89,9 @@ def tiles(sm: int, rows: int) -> tuple[Tile, ...]:
     """
     if sm not in SMS:
         known = ", ".join(f"sm_{s}" for s in SMS)
-        raise UnsupportedOp(f"no kernel for sm_{sm}, only for {known}: compile for one of them, or without --vq")
+        raise UnsupportedOp(
+            f"no kernel for sm_{sm}, only for {known}: compile for one of them, or without --vq"
+        )
     if rows <= 8:
         return (_FEW,)
     if rows <= 16:
