@@ -17,28 +17,36 @@ from trimtab.targets.plugins.tiles import Tile
 
 
 @triton.jit
-def _codes(words, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
-    """(rows, COUNT) codes, from code ``first`` of each row on.
+def _words(words, row, column, stride, EVEN: tl.constexpr):
+    """(rows, columns) words; past the end of a row, zeros."""
+    if EVEN:
+        return tl.load(words + row[:, None] * stride + column)
+    else:
+        return tl.load(words + row[:, None] * stride + column, mask=column < stride, other=0)
 
-    Eight bits: four codes come with one load, so that the copy of words can run ahead asynchronously, which
-    the hardware does for four bytes and more. Six bits: a code lies in at most two neighbouring words.
+
+@triton.jit
+def _codes(words, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """(rows, COUNT) codes, from code ``first`` of each row on, a multiple of 16 as COUNT is.
+
+    Codes come as whole words, so that the copy of words can run ahead asynchronously, which the hardware does for
+    four bytes and more: a word is four codes of eight bits, and three words are sixteen of six.
     """
     if BITS == 8:
         column = first[:, None] // 4 + tl.arange(0, COUNT // 4)[None, :]
-        if EVEN:
-            word = tl.load(words + row[:, None] * stride + column)
-        else:
-            word = tl.load(words + row[:, None] * stride + column, mask=column < stride, other=0)
-        word = (word[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 255
-        return tl.reshape(word, (row.shape[0], COUNT))
+        word = _words(words, row, column, stride, EVEN)
+        code = (word[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 255
     else:
-        bit = (first[:, None] + tl.arange(0, COUNT)[None, :]) * 6
-        column = tl.minimum(bit // 32, stride - 1)
-        after = tl.minimum(column + 1, stride - 1)
-        low = tl.load(words + row[:, None] * stride + column).to(tl.uint32, bitcast=True)
-        high = tl.load(words + row[:, None] * stride + after).to(tl.uint32, bitcast=True)
-        both = low.to(tl.uint64) | (high.to(tl.uint64) << 32)
-        return (both >> (bit % 32).to(tl.uint64)).to(tl.int32) & 63
+        column = (first[:, None] // 16 + tl.arange(0, COUNT // 16)[None, :]) * 3
+        low = _words(words, row, column, stride, EVEN).to(tl.uint32, bitcast=True).to(tl.uint64)
+        middle = _words(words, row, column + 1, stride, EVEN).to(tl.uint32, bitcast=True).to(tl.uint64)
+        high = _words(words, row, column + 2, stride, EVEN).to(tl.uint32, bitcast=True).to(tl.uint64)
+        index = tl.arange(0, 16)[None, None, :]
+        # The first ten lie in the lower two words, the others in the upper two.
+        lower = (low | (middle << 32))[:, :, None] >> (6 * tl.minimum(index, 9)).to(tl.uint64)
+        upper = (middle | (high << 32))[:, :, None] >> (6 * tl.maximum(index, 10) - 32).to(tl.uint64)
+        code = tl.where(index < 10, lower, upper).to(tl.int32) & 63
+    return tl.reshape(code, (row.shape[0], COUNT))
 
 
 @triton.jit
@@ -54,13 +62,14 @@ def _weights(words, codebook, table, row, first, stride, EVEN: tl.constexpr, BIT
     w0 = word.to(tl.int16).to(DTYPE, bitcast=True)
     w1 = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     if D == 2:
-        return tl.reshape(tl.join(w0, w1), (row.shape[0], DEPTH))
-    w2 = (word >> 32).to(tl.int16).to(DTYPE, bitcast=True)
-    w3 = (word >> 48).to(tl.int16).to(DTYPE, bitcast=True)
-    w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-    if PERMUTED:
-        w = tl.reshape(w, (row.shape[0], DEPTH // 16, 4, 2, 2))
-        w = tl.permute(w, (0, 1, 3, 2, 4))
+        w = tl.join(w0, w1)
+    else:
+        w2 = (word >> 32).to(tl.int16).to(DTYPE, bitcast=True)
+        w3 = (word >> 48).to(tl.int16).to(DTYPE, bitcast=True)
+        w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        if PERMUTED:
+            w = tl.reshape(w, (row.shape[0], DEPTH // 16, 4, 2, 2))
+            w = tl.permute(w, (0, 1, 3, 2, 4))
     return tl.reshape(w, (row.shape[0], DEPTH))
 
 
