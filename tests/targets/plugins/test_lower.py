@@ -13,8 +13,11 @@ from onnx.reference.op_run import OpRun
 
 pytest.importorskip("triton")
 
+from trimtab.targets.device import find_device
+from trimtab.targets.operators import RTX
 from trimtab.targets.plugins.aot import Kernel, read_kernels
 from trimtab.targets.plugins.lower import UseKernels
+from trimtab.targets.tensorrt import TensorRTBuilder
 
 HALF = ir.DataType.FLOAT16
 
@@ -212,3 +215,10 @@ def test_a_second_run_finds_nothing_left() -> None:
     model = matmul()
     assert UseKernels(87)(model).modified
     assert not UseKernels(87)(model).modified
+
+
+def test_for_a_jetson_the_builder_lowers_to_the_plugins_and_desktop_cards_have_none() -> None:
+    model = matmul()
+    assert operators(TensorRTBuilder().lower(model, find_device("orin-nano-8gb"))) == ["TrimtabVQMatMul1"]
+    assert "VQDequantize" in operators(model)  # stays as it was
+    assert not RTX.plugins

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from fake_tensorrt import Definition, TensorDesc, fake
+from targets.plugins.quick_plugins import Definition, TensorDesc, fake
 
 from trimtab.errors import BundleError, MissingDependency, TargetError
 from trimtab.targets.plugins import qdp
