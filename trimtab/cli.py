@@ -17,7 +17,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab import __version__, render
+from trimtab import __version__, removal_commands, render
+from trimtab.arguments import size as size_argument
 from trimtab.errors import InputError, MissingDependency, TrimtabError
 
 EXIT_FAILED = 1
@@ -33,6 +34,9 @@ _COMPILE_PACKAGES = (
     "huggingface_hub",
 )
 
+_RECIPE = ("steps", "scheduler", "eta", "precision", "inherit", *removal_commands.RECIPE)
+"""Options of compile that are fields of a recipe, by the same name."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; gives its exit code: 0 done, 1 failed with one line, 2 wrong usage."""
@@ -46,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.DEBUG if arguments.debug else logging.WARNING, handlers=[handler], force=True
     )
-    # What takes hours says so at its start.
-    logging.getLogger("trimtab.calibration").setLevel(logging.DEBUG if arguments.debug else logging.INFO)
+    if not arguments.debug:  # what takes hours says so at its start
+        logging.getLogger("trimtab.calibration").setLevel(logging.INFO)
     try:
         result = arguments.command(arguments)
         if arguments.json:
@@ -137,24 +141,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--size",
         action="append",
-        type=_size,
+        type=size_argument,
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
+    command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
     command.add_argument("--precision", help="fp32")
-    removal = command.add_argument_group("layer removal (docs/removal.md)")
-    removal.add_argument(
-        "--remove", type=float, metavar="R", help="the share of the denoiser to remove, 0 to 1"
-    )
-    removal.add_argument(
-        "--remove-by", metavar="METHOD", help="output-loss (default), bk-sdm-small, magnitude, random, ..."
-    )
-    removal.add_argument("--keep", action="append", metavar="GLOB", help="modules to keep; repeatable")
-    removal.add_argument("--drop", action="append", metavar="GLOB", help="modules to remove; repeatable")
-    removal.add_argument("--scores", metavar="FILE", help="losses that `trimtab score` wrote")
-    removal.add_argument(
-        "--removal-plan", metavar="PATH", help="a saved plan, or what `trimtab distill` wrote"
-    )
+    removal_commands.add_options(command)
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
     _cache_arguments(command)
@@ -177,25 +170,7 @@ def _parser() -> argparse.ArgumentParser:
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
     )
 
-    command = add(
-        "score",
-        "measure what removing each layer costs, for compile --remove",
-        "trimtab score ./stable-diffusion-v1-5 --samples 16 -o sd15.losses",
-        _score,
-        render.score,
-    )
-    command.add_argument("model", help="a diffusers folder, a hub id, or a .toml file that names .onnx files")
-    command.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="FILE", help="losses; what is there already stays"
-    )
-    command.add_argument("--samples", type=int, default=16, metavar="N", help="evaluations each (default 16)")
-    command.add_argument("--prompt", action="append", metavar="TEXT", help="of the trajectories; repeatable")
-    command.add_argument("--steps", type=int, metavar="N", help="of the trajectories (default 20)")
-    command.add_argument("--scheduler", metavar="NAME")
-    command.add_argument("--size", type=_size, metavar="WxH")
-    command.add_argument("--processes", type=int, default=1, metavar="N")
-    command.add_argument("--threads", type=int, default=1, metavar="N", help="of each process (default 1)")
-    command.add_argument("--ray", metavar="ADDRESS", help="of a Ray cluster, or local")
+    removal_commands.add_commands(add)
 
     command = add(
         "bench",
@@ -293,17 +268,8 @@ def _request_arguments(command: argparse.ArgumentParser) -> None:
         "--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it"
     )
     command.add_argument("-n", "--count", type=int, default=1, metavar="COUNT", help="pictures")
-    command.add_argument("--size", type=_size, metavar="WxH", help="size in pixels")
+    command.add_argument("--size", type=size_argument, metavar="WxH", help="size in pixels")
     _run_options(command)
-
-
-def _size(text: str) -> tuple[int, int]:
-    from trimtab.recipe import parse_size
-
-    try:
-        return parse_size(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # ---- commands: arguments -> one JSON-able object ----
@@ -322,18 +288,9 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             cache=arguments.cache,
             progress=progress,
             targets=arguments.target,
-            steps=arguments.steps,
-            scheduler=arguments.scheduler,
-            eta=arguments.eta,
             size=arguments.size[0] if arguments.size else None,
             buckets=arguments.size[1:] if arguments.size else None,
-            precision=arguments.precision,
-            remove=arguments.remove,
-            remove_by=arguments.remove_by,
-            keep=arguments.keep,
-            drop=arguments.drop,
-            scores=arguments.scores,
-            removal_plan=arguments.removal_plan,
+            **{name: getattr(arguments, name) for name in _RECIPE},
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect
@@ -390,22 +347,6 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             paths.append(path)
     seconds = round(time.perf_counter() - start, 3)
     return {"images": [str(path) for path in paths], "settings": result.settings, "seconds": seconds}
-
-
-def _score(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trimtab.calibration.planning import Calibration
-    from trimtab.calibration.workers import Workers
-    from trimtab.scoring import score
-
-    calibration = Calibration(
-        samples=arguments.samples,
-        prompts=tuple(arguments.prompt) if arguments.prompt else None,
-        workers=Workers(arguments.processes, arguments.threads, arguments.ray),
-        log=arguments.output,
-    )
-    options = {"scheduler": arguments.scheduler, "size": arguments.size, "steps": arguments.steps}
-    with render.bar() as progress:
-        return score(arguments.model, calibration, progress=progress, **options)
 
 
 def _bench(arguments: argparse.Namespace) -> dict[str, Any]:

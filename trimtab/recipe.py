@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.passes.inherit_plan import InheritPlan, make_plan
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -38,6 +39,7 @@ class Recipe:
         drop: Globs of modules that are removed in any case.
         scores: A file of losses that `trimtab score` wrote; what it lacks is measured and added.
         removal_plan: A saved plan, or a student's folder of `trimtab distill`, in the place of the five above.
+        inherit: What steps inherit from earlier ones; None for nothing.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -53,6 +55,7 @@ class Recipe:
     drop: tuple[str, ...] = ()
     scores: str | None = None
     removal_plan: str | None = None
+    inherit: InheritPlan | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
@@ -102,6 +105,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if "buckets" in clean:
         given = clean["buckets"]
         clean["buckets"] = tuple(map(_size, given if isinstance(given, list | tuple) else [given]))
+    if "inherit" in clean:
+        clean["inherit"] = make_plan(clean["inherit"])
     return Recipe(**clean)
 
 
