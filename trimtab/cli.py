@@ -133,7 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
     command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
-    command.add_argument("--precision", help="fp32")
+    command.add_argument(
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        help="of weights and arithmetic (default: fp16 on GPUs, fp32 on CPUs)",
+    )
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")

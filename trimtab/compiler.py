@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
+from trimtab.calibration.ranges import FILE as RANGES
+from trimtab.calibration.ranges import measure_ranges
 from trimtab.errors import InputError, TargetError
 from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
@@ -21,6 +24,7 @@ from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, write_contents, write_graphs
 from trimtab.targets.device import Device, find_device, known_devices
 from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
+from trimtab.targets.precision import choose_precision, in_precision
 from trimtab.weights import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -59,6 +63,7 @@ def compile(
     given = {name: value for name, value in options.items() if value is not None}
     chosen = make_recipe((read_toml(Path(recipe)) if recipe else {}) | given)
     devices = _buildable(chosen.targets, device_file)
+    precisions = {device.name: choose_precision(chosen.precision, device) for device in devices}
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))
@@ -74,14 +79,28 @@ def compile(
         program = _export(path, chosen, keep)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
-        files = write_graphs(program, stage, store)
+        ranges = None
+        if "fp16" in precisions.values():
+            ranges = measure_ranges(program, stage, earlier=output / RANGES, progress=progress)
+            ranges.save(stage / RANGES)
+        files = {"fp32": write_graphs(program, stage, store)}
+        variants = {"fp32": program}
+        for precision in set(precisions.values()) - {"fp32"}:
+            variant = in_precision(program, precision, ranges.segments if ranges else None)
+            variants[precision] = variant
+            changed = {n: s for n, s in variant.segments.items() if s is not program.segments[n]}
+            own = write_graphs(replace(variant, segments=changed), stage, store, f".{precision}")
+            files[precision] = files["fp32"] | own
         builder = OnnxRuntimeBuilder()
         engines: dict[str, list[Engine]] = {name: [] for name in program.segments}
-        for name, segment in program.segments.items():
-            for device in devices:
+        for device in devices:
+            precision = precisions[device.name]
+            for name, segment in variants[precision].segments.items():
                 progress(f"building {name} for {device.name}")
                 lowered = builder.lower(segment.model, device)
-                engines[name].append(builder.build(lowered, device, files[name], stage))
+                engines[name].append(builder.build(lowered, device, files[precision][name], stage))
+        passes = tuple(dict.fromkeys(entry for variant in variants.values() for entry in variant.passes))
+        program = replace(program, passes=passes)
         write_manifest(stage, write_contents(program, stage, engines))
     return open_bundle(output)
 

@@ -16,7 +16,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
 
 
@@ -30,7 +30,7 @@ class Recipe:
         scheduler: A scheduler's name; None for the pipeline's own.
         size: Native (width, height) in pixels; None for the model's.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
-        precision: Of the weights and of the arithmetic.
+        precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -38,7 +38,7 @@ class Recipe:
     scheduler: str | None = None
     size: tuple[int, int] | None = None
     eta: float | None = None
-    precision: str = "fp32"
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
@@ -51,7 +51,7 @@ class Recipe:
             len(self.size) != 2 or any(type(side) is not int or side < 1 for side in self.size)
         ):
             raise InputError(f"the size {_shown(self.size)} is not a width and a height in pixels")
-        if self.precision not in PRECISIONS:
+        if self.precision not in (None, *PRECISIONS):
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")

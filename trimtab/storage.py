@@ -17,21 +17,22 @@ GRAPHS = "graphs"
 """The folder of graphs and weights in a bundle."""
 
 
-def write_graphs(program: Program, folder: Path, store: WeightStore) -> dict[str, Path]:
+def write_graphs(program: Program, folder: Path, store: WeightStore, suffix: str = "") -> dict[str, Path]:
     """Writes every segment's graph into the store's folder, with the weights that it does not hold yet.
 
     Args:
         program: Its graphs are edited in place: large weights become references to files.
         folder: The bundle's.
         store: Of ``folder / GRAPHS``.
+        suffix: Behind the names of the files, for a second form of the same segments.
 
     Returns:
         Segment -> the graph's file.
     """
     files = {}
     for name, segment in program.segments.items():
-        store.keep(name, segment.model)
-        files[name] = folder / GRAPHS / f"{name}.onnx"
+        store.keep(f"{name}{suffix}", segment.model)
+        files[name] = folder / GRAPHS / f"{name}{suffix}.onnx"
         ir.save(segment.model, files[name])
     return files
 
