@@ -130,7 +130,7 @@ def test_a_layer_that_overflows_stays_in_float32_and_is_named() -> None:
         FLOAT,
         HALF,
     )
-    assert not convert(model, "fp16", {"a": 16000.0}).refused  # four times that is still below 65504
+    assert not convert(model, "fp16", {"a": 4000.0}).refused  # sixteen times that is still below 65504
 
 
 def test_an_overflow_is_followed_through_what_only_moves() -> None:

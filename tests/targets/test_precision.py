@@ -11,11 +11,14 @@ import pytest
 
 import trimtab
 from trimtab.bundle import open_bundle
+from trimtab.calibration.ranges import load_ranges
 from trimtab.errors import InputError
 from trimtab.recipe import make_recipe
 from trimtab.storage import read_program
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.precision import choose_precision, in_precision
+
+pytestmark = pytest.mark.xdist_group("dit")
 
 
 def test_a_target_has_its_own_precision_unless_one_is_asked_for() -> None:
@@ -62,10 +65,10 @@ def test_a_bundle_in_fp16_draws_the_same_picture_with_half_the_weights(
     request = {"label": 1, "seed": 3, "schedule": 3}
     with trimtab.load(tmp_path / "half") as half, trimtab.load(bundle_folder("dit")) as whole:
         difference = np.abs(half(**request).pixels - whole(**request).pixels).max()
-        bytes_ = [
-            sum((b.folder / "graphs" / f"{name}.weights").stat().st_size for b in [half.bundle])
-            for name in ("denoiser.fp16", "denoiser")
-        ]
+        weights = {
+            path.name: path.stat().st_size for path in (half.bundle.folder / "graphs").glob("*.weights")
+        }
         ranges = half.bundle.path("calibration/ranges.json")
     assert 0 < difference <= 2 / 255
-    assert 0.45 < bytes_[0] / bytes_[1] < 0.55 and ranges.is_file()
+    assert 0.45 < weights["denoiser.fp16.weights"] / weights["denoiser.weights"] < 0.55
+    assert load_ranges(ranges).segments.keys() == {"denoiser", "vae_decoder"}

@@ -34,6 +34,9 @@ logger = logging.getLogger(__name__)
 FILE = "calibration/ranges.json"
 """Where a bundle keeps them."""
 
+PICTURES = 2
+"""Trajectories that are measured. The margin of `trimtab.passes.precision` covers what others would add."""
+
 _OUTPUT = "measured_ranges"
 _AT_MOST_ONE = frozenset(("Sigmoid", "Tanh", "Softmax", "Sin", "Cos", "Erf", "HardSigmoid"))
 
@@ -98,7 +101,7 @@ def measure_ranges(
     Args:
         program: As it will be converted; stays as it was.
         folder: Where its draft is written (see `trimtab.calibration.draft.draft`).
-        requests: Arguments of `Pipeline.prepare`; None for one picture on the schedule with the fewest steps.
+        requests: Arguments of `Pipeline.prepare`; None for `PICTURES` on the schedule with the fewest steps.
         earlier: A file of `Ranges.save`, taken in place of a measurement if it is of the same program.
         threads: As `draft` takes them.
         progress: Told every step.
@@ -139,7 +142,7 @@ def _requests(pipeline: Pipeline) -> list[dict[str, Any]]:
         options["image"] = np.full((height, width, 3), 0.5, np.float32)
     if "mask" in sources:
         options["mask"] = np.ones((height, width, 1), np.float32)
-    return own_requests(pipeline, 1, **options)
+    return own_requests(pipeline, PICTURES, **options)
 
 
 def _draw(

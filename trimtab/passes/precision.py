@@ -17,10 +17,9 @@ from trimtab.weights import INLINE_BYTES
 
 DTYPES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 
-MARGIN = 4.0
-"""What a measured maximum is multiplied by before it is held against `LARGEST`. Maxima of other pictures than those
-measured were at most 1.6 times higher (benchmarks/precision.py prints that ratio); the rest, 2.5, is for what a
-backend's fused kernel holds between two tensors of the graph, such as a product before its bias."""
+MARGIN = 16.0
+"""What a measured maximum is multiplied by before it is held against the largest number of the type: the power of two
+above 8.7, which is the most that a maximum grew in pictures beyond those measured (docs/precision.md)."""
 
 SCORES = "/scores"
 """Behind the name of an attention's result: a range of its scores, which the graph has no tensor of."""
