@@ -39,13 +39,11 @@ def compare(bundle: Path, pictures: int, scratch: Path) -> None:
     with draft(program, scratch / "fp32") as pipeline:
         requests = own_requests(pipeline, pictures)
         whole = [pipeline(**request).pixels for request in requests]
-    measured = [
-        measure_ranges(program, scratch / "measured", requests=[request]).segments for request in requests
-    ]
+    measured = [measure_ranges(program, scratch / "measured", requests=[request]) for request in requests]
     print(f"{'segment':16} {'tensors':>8} {'largest':>9}  maximum of all pictures / of the first {PICTURES}")
-    for segment, first in measured[0].items():
+    for segment, first in measured[0].segments.items():
         names = [name for name, value in first.items() if 0 < value < 1e30]
-        table = np.array([[each[segment][name] for name in names] for each in measured])
+        table = np.array([[each.segments[segment][name] for name in names] for each in measured])
         first_few = table[:PICTURES].max(axis=0)
         ratios = table.max(axis=0) / first_few
         large = ratios[first_few >= 0.1 * first_few.max()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import onnx_ir as ir
 
@@ -17,33 +18,32 @@ GRAPHS = "graphs"
 """The folder of graphs and weights in a bundle."""
 
 
-def write_graphs(program: Program, folder: Path, store: WeightStore, suffix: str = "") -> dict[str, Path]:
+def graph_path(segment: Segment) -> str:
+    """Where a segment's graph lies in a bundle. A graph of another precision lies beside the one it was made from."""
+    suffix = "" if segment.precision == "fp32" else f".{segment.precision}"
+    return f"{GRAPHS}/{segment.name}{suffix}.onnx"
+
+
+def write_graphs(program: Program, folder: Path, store: WeightStore) -> None:
     """Writes every segment's graph into the store's folder, with the weights that it does not hold yet.
 
     Args:
         program: Its graphs are edited in place: large weights become references to files.
         folder: The bundle's.
         store: Of ``folder / GRAPHS``.
-        suffix: Behind the names of the files, for a second form of the same segments.
-
-    Returns:
-        Segment -> the graph's file.
     """
-    files = {}
-    for name, segment in program.segments.items():
-        store.keep(f"{name}{suffix}", segment.model)
-        files[name] = folder / GRAPHS / f"{name}{suffix}.onnx"
-        ir.save(segment.model, files[name])
-    return files
+    for segment in program.segments.values():
+        path = graph_path(segment)
+        store.keep(PurePosixPath(path).stem, segment.model)
+        ir.save(segment.model, folder / path)
 
 
-def write_contents(program: Program, folder: Path, engines: Mapping[str, Iterable[Engine]]) -> Contents:
-    """Writes the tokenizers, and gives what bundle.json will say of a program.
+def write_contents(program: Program, folder: Path) -> Contents:
+    """Writes the tokenizers, and gives what bundle.json will say of a program, without engines.
 
     Args:
         program: Its graphs lie in ``folder / GRAPHS``.
         folder: The bundle's.
-        engines: Segment -> its engines.
     """
     entries = {
         name: SegmentEntry(
@@ -53,7 +53,7 @@ def write_contents(program: Program, folder: Path, engines: Mapping[str, Iterabl
             weight_bytes=weight_bytes(segment.model),
             inputs=_specs(segment.model.graph.inputs),
             outputs=_specs(segment.model.graph.outputs),
-            engines=tuple(engines[name]),
+            engines=(),
         )
         for name, segment in program.segments.items()
     }
@@ -71,6 +71,14 @@ def write_contents(program: Program, folder: Path, engines: Mapping[str, Iterabl
         passes=program.passes,
         version=__version__,
     )
+
+
+def with_engines(contents: Contents, engines: Mapping[str, Iterable[Engine]]) -> Contents:
+    """The contents with these engines for each segment."""
+    segments = {
+        name: replace(entry, engines=tuple(engines[name])) for name, entry in contents.segments.items()
+    }
+    return replace(contents, segments=segments)
 
 
 def read_program(bundle: Bundle) -> Program:

@@ -13,6 +13,7 @@ from trimtab.passes.narrowing import FILL, LARGEST, narrowed, why_wide
 from trimtab.passes.operators import FLOAT, HEAVY, MOVES, TYPELESS, Ports, ports
 from trimtab.passes.sampler import SCOPE as SAMPLER
 from trimtab.passes.scopes import SCOPES, scopes
+from trimtab.program import PRECISION
 from trimtab.weights import INLINE_BYTES
 
 DTYPES: Mapping[str, ir.DataType] = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -82,6 +83,7 @@ class ConvertPrecision(Pass):
             common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
         choice = _Choice(model, self)
         _Rewrite(model, DTYPES[self.precision], choice).run()
+        model.metadata_props[PRECISION] = self.precision
         return PassResult(model, True, tuple(map(place, choice.low)), choice.refusals())
 
     def _reason_against(self, model: ir.Model) -> str | None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 
+from trimtab.calibration.ranges import Ranges
 from trimtab.errors import InputError
 from trimtab.passes.precision import convert
 from trimtab.program import PassEntry, Program, Segment
@@ -33,9 +34,15 @@ def choose_precision(asked: str | None, device: Device) -> str:
     return asked
 
 
-def in_precision(
-    program: Program, precision: str, ranges: Mapping[str, Mapping[str, float]] | None
-) -> Program:
+def by_precision(devices: Iterable[Device], asked: str | None) -> dict[str, list[Device]]:
+    """Devices by `choose_precision`, in the order in which precisions come up."""
+    groups: dict[str, list[Device]] = {}
+    for device in devices:
+        groups.setdefault(choose_precision(asked, device), []).append(device)
+    return groups
+
+
+def in_precision(program: Program, precision: str, ranges: Ranges | None) -> Program:
     """A program whose graphs compute in another precision; graphs without products of matrices stay the same object.
 
     Every place that stays in float32 against the rule is logged as a warning.
@@ -43,13 +50,13 @@ def in_precision(
     Args:
         program: Stays as it was.
         precision: "fp32", "fp16" or "bf16".
-        ranges: Segment -> tensor -> largest magnitude, of `trimtab.calibration.ranges`; needed for fp16.
+        ranges: Needed for fp16.
     """
     if precision == "fp32":
         return program
     segments, entries = {}, []
     for name, segment in program.segments.items():
-        result = convert(segment.model, precision, None if ranges is None else ranges.get(name))
+        result = convert(segment.model, precision, None if ranges is None else ranges.segments.get(name))
         if not result.modified:
             segments[name] = segment
             continue
