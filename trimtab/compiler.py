@@ -22,7 +22,8 @@ from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
 from trimtab.passes.inherit import inherit
 from trimtab.passes.partition import partition
-from trimtab.passes.removal import PLAN, load_plan, remove_layers
+from trimtab.passes.removal import DENOISER, PLAN, load_plan, remove_layers
+from trimtab.passes.student import WEIGHTS, put_back
 from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
@@ -167,9 +168,9 @@ def export_model(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.
 
 def _remove(program: Program, recipe: Recipe, stage: Path, progress: Progress) -> Program:
     """The program with layers removed, where the recipe says so; the plan lies in the bundle."""
-    if recipe.removal_plan is not None:
-        folder = Path(recipe.removal_plan)
-        plan = load_plan(folder)
+    student = Path(recipe.removal_plan) if recipe.removal_plan is not None else None
+    if student is not None:
+        plan = load_plan(student)
     elif recipe.remove is not None:
         calibration = Calibration(log=Path(recipe.scores) if recipe.scores else None)
         plan = plan_removal(
@@ -183,4 +184,7 @@ def _remove(program: Program, recipe: Recipe, stage: Path, progress: Progress) -
     else:
         return program
     plan.save(stage / PLAN)
-    return remove_layers(program, plan)
+    program = remove_layers(program, plan)
+    if student is not None and (student / WEIGHTS).exists():
+        put_back(program.segments[DENOISER].model, student)
+    return program

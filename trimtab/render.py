@@ -35,6 +35,14 @@ def score(result: Result) -> Iterator[str]:
     yield f"{result['scores']}: {len(rows)} layers on {result['samples']} samples, {result['seconds']:.1f} s"
 
 
+def distill(result: Result) -> Iterator[str]:
+    """What was trained, and how far."""
+    before, after = result["parameters"]
+    first, last = result["losses"]
+    yield f"{result['student']}: {after:,} of {before:,} parameters"
+    yield f"{result['steps']} steps in {result['seconds']:.1f} s, loss {first:.4g} to {last:.4g}"
+
+
 def bench(result: Result) -> Iterator[str]:
     """Times, a bundle after the other."""
     rows = []

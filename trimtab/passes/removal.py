@@ -141,8 +141,8 @@ def _replace(graph: ir.Graph, value: ir.Value, stand_in: ir.Value) -> None:
     ir.convenience.replace_all_uses_with(value, stand_in)
 
 
-def remove_layers(program: Program, plan: RemovalPlan) -> Program:
-    """The program with a plan carried out on its denoiser.
+def check_plan(program: Program, plan: RemovalPlan) -> Candidates:
+    """The candidates of a program's denoiser, if a plan was made for it.
 
     Raises:
         PassError: The plan is of another model, or names something that cannot be removed.
@@ -152,13 +152,23 @@ def remove_layers(program: Program, plan: RemovalPlan) -> Program:
             f"layers are removed from one graph called {DENOISER}, and this program has "
             f"{', '.join(program.segments)}: remove before anything cuts it"
         )
-    model = program.segments[DENOISER].model
-    candidates = Candidates(model)
-    candidates.check(plan.removed)
+    candidates = Candidates(program.segments[DENOISER].model)
     if candidates.fingerprint != plan.fingerprint:
         raise PassError(
             "the plan was made for another model: this one has other parts or sizes; score it and choose again"
         )
+    candidates.check(plan.removed)
+    return candidates
+
+
+def remove_layers(program: Program, plan: RemovalPlan) -> Program:
+    """The program with a plan carried out on its denoiser.
+
+    Raises:
+        PassError: The plan is of another model, or names something that cannot be removed.
+    """
+    check_plan(program, plan)
+    model = program.segments[DENOISER].model
     result = RemoveLayers(plan.removed)(model)
     entry = PassEntry(RemoveLayers.__name__, DENOISER, len(result.applied), len(result.refused))
     segments = {**program.segments, DENOISER: Segment(DENOISER, model)}
