@@ -188,16 +188,17 @@ def _resume(log: Path, header: dict[str, object]) -> dict[Job, float]:
         logger.warning("the last line of %s was cut short: it is measured again", log)
     lines = whole.splitlines()
     try:
-        first, entries = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
+        first, *entries = [json.loads(line) for line in lines]
+        of = first.get("fingerprint")
         known: dict[Job, float] = {
             (int(entry["sample"]), (str(entry["removed"]),)): float.fromhex(entry["loss"])
             for entry in entries
         }
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CalibrationError(f"{log} holds no losses ({error}): name another file, or remove it") from error
     if first != header:
-        what = "samples" if first.get("fingerprint") == header["fingerprint"] else "model"
-        raise CalibrationError(f"{log} holds the losses of another {what}: name another file, or remove it")
+        what = "on other samples" if of == header["fingerprint"] else "of another model"
+        raise CalibrationError(f"{log} holds losses {what}: name another file, or remove it")
     if cut:
         log.write_text(whole + "\n", encoding="utf-8")
     return known
@@ -208,7 +209,6 @@ def _line(data: dict[str, object]) -> str:
 
 
 def _hash(sample: Mapping[str, Array]) -> str:
-
     digest = hashlib.sha256()
     for name, array in sorted(sample.items()):
         digest.update(name.encode() + array.tobytes())
