@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from trimtab.errors import InputError, TrimtabError
 from trimtab.manifest import Contents, Engine
-from trimtab.passes.specialize import Specialize
 from trimtab.program import Segment
 from trimtab.storage import GRAPHS
 from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
@@ -84,6 +83,10 @@ def open_cache(place: Place) -> EngineCache | None:
 
 def specialized(model: ir.Model, shapes: Shapes, precision: str) -> ir.Model:
     """A copy of a segment's graph with fixed sizes, in the precision of its engine."""
+    from trimtab.passes.specialize import (
+        Specialize,
+    )  # needs onnxscript, and a device has graphs of fixed sizes
+
     model = model.clone()
     Specialize(shapes)(model)
     return model
