@@ -154,10 +154,14 @@ def _look(device: Device) -> preflight.Machine:
     try:
         return preflight.look(device.backend)
     except TargetError as error:
-        packs = " or ".join(pack.version for pack in device.jetpacks)
+        packs = (
+            f", with JetPack {' or '.join(pack.version for pack in device.jetpacks)}"
+            if device.jetpacks
+            else ""
+        )
         raise WrongDevice(
-            f"engines for {device.name} are built on the device itself{f', with JetPack {packs}' if packs else ''}, and "
-            "this machine has no NVIDIA GPU: copy the bundle there and run trimtab build"
+            f"engines for {device.name} are built on the device itself{packs}, and this machine has no NVIDIA GPU: "
+            "copy the bundle there and run trimtab build"
         ) from error
 
 
