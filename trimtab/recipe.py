@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.passes.inherit_plan import InheritPlan, make_plan
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
 
 
@@ -31,7 +32,8 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
-        precision: Of the weights and of the arithmetic.
+        precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
+        inherit: What steps inherit from earlier ones; None for nothing.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -40,7 +42,8 @@ class Recipe:
     size: tuple[int, int] | None = None
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
-    precision: str = "fp32"
+    precision: str | None = None
+    inherit: InheritPlan | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
@@ -57,7 +60,7 @@ class Recipe:
             raise InputError("further sizes are given without the native one: give size too")
         if len(set(sizes)) != len(sizes):
             raise InputError("a size is given twice: give each once")
-        if self.precision not in PRECISIONS:
+        if self.precision not in (None, *PRECISIONS):
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")
@@ -82,6 +85,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if "buckets" in clean:
         given = clean["buckets"]
         clean["buckets"] = tuple(map(_size, given if isinstance(given, list | tuple) else [given]))
+    if "inherit" in clean:
+        clean["inherit"] = make_plan(clean["inherit"])
     return Recipe(**clean)
 
 

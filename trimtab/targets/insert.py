@@ -148,7 +148,7 @@ class Inserter:
         self._bundle.verify(sorted(weights))  # and none that is not a file of the bundle
         if all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs):
             return model
-        return specialized(model, engine.shapes, engine.precision)
+        return specialized(model, engine.shapes)
 
     def _free_path(self, segment: SegmentEntry, device: Device) -> str:
         """A name that bundle.json does not know."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Collection
 
 from trimtab.bundle import Bundle
 from trimtab.errors import BundleError
@@ -16,8 +16,9 @@ from trimtab.targets.device import Device
 def with_target(contents: Contents, device: Device) -> Contents:
     """The contents with engines of a further target, none of them built.
 
-    They are made from what another target of the same backend is made from. Without one, from the graphs of a target
-    whose graphs are not lowered, in its precision, at the sizes that engines of the bundle have, else the native one.
+    They are made from what another target of the same backend is made from. Without one, from the graphs before they
+    were lowered, at the sizes and in the precision that a GPU of the bundle has, else at the native size and as the
+    first target has them.
 
     Args:
         contents: Of a bundle.
@@ -26,40 +27,35 @@ def with_target(contents: Contents, device: Device) -> Contents:
     Raises:
         TargetError: A segment that nothing calls.
     """
-    kin = next((e.target for s in contents.segments.values() for e in s.engines if _kin(e, device)), None)
-    other = next((e.target for s in contents.segments.values() for e in s.engines if e.shapes), None)
-    native = segment_shapes(contents, contents.size) if kin is None and other is None and device.sm else {}
+    there = [engine for segment in contents.segments.values() for engine in segment.engines]
+    gpus = sorted(
+        (e for e in there if e.shapes), key=lambda e: e.backend != device.backend
+    )  # its own kind first
+    like = gpus[0].target if gpus and device.backend != "onnxruntime" else None
+    native = segment_shapes(contents, contents.size) if device.sm and like is None else {}
+    files = {entry.path for entry in contents.files}
     engines = {}
     for name, segment in contents.segments.items():
-        if device.backend == "onnxruntime":
-            new = [_wanted(segment, device, {})]
-        elif kin is not None:
-            new = [_like(engine, segment, device) for engine in segment.engines if engine.target == kin]
-        elif other is not None:
-            new = [_wanted(segment, device, e.shapes) for e in segment.engines if e.target == other]
+        if like is not None:
+            new = [_like(e, segment, device, files) for e in segment.engines if e.target == like]
         else:
-            new = [_wanted(segment, device, shapes) for shapes in native[name]]
+            new = [
+                _like(segment.engines[0], segment, device, files, shapes) for shapes in native.get(name, [{}])
+            ]
         engines[name] = (*segment.engines, *new)
     return with_engines(contents, engines)
 
 
-def _kin(engine: Engine, device: Device) -> bool:
-    return engine.backend == device.backend != "onnxruntime"
-
-
-def _like(engine: Engine, segment: SegmentEntry, device: Device) -> Engine:
-    return replace(
-        _wanted(segment, device, engine.shapes),
-        graph=engine.graph,
-        path=engine.graph,
-        precision=engine.precision,
-        plugins=engine.plugins,
-    )
-
-
-def _wanted(segment: SegmentEntry, device: Device, shapes: Shapes) -> Engine:
-    whole = next((engine for engine in segment.engines if engine.backend != "tensorrt"), None)
-    graph = segment.graph if whole is None else whole.graph
+def _like(
+    model: Engine, segment: SegmentEntry, device: Device, files: Collection[str], shapes: Shapes | None = None
+) -> Engine:
+    graph, precision = model.graph, model.precision
+    if model.backend == "tensorrt" != device.backend:
+        # That graph is lowered. In FP32 the segment's own serves; another precision's lies beside it.
+        open_graph = (
+            segment.graph if precision == "fp32" else segment.graph[: -len("onnx")] + f"{precision}.onnx"
+        )
+        graph, precision = (open_graph, precision) if open_graph in files else (segment.graph, "fp32")
     return Engine(
         target=device.name,
         backend=device.backend,
@@ -68,8 +64,9 @@ def _wanted(segment: SegmentEntry, device: Device, shapes: Shapes) -> Engine:
         graph=graph,
         built=False,
         sm=device.sm,
-        precision="fp32" if whole is None else whole.precision,
-        shapes=dict(shapes),
+        precision=precision,
+        shapes=dict(model.shapes if shapes is None else shapes),
+        plugins=model.plugins if model.backend == device.backend else (),
     )
 
 
