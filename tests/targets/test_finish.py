@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import fcntl
+import importlib.util
 import json
 import os
 import shutil
@@ -20,7 +22,15 @@ from engines import rebuilt
 
 from trimtab.bundle import DIGEST, MANIFEST, Bundle, open_bundle, update_manifest
 from trimtab.cli import main
-from trimtab.errors import BuildFailed, BundleError, InputError, MissingDependency, TargetError, WrongDevice
+from trimtab.errors import (
+    BuildFailed,
+    BundleError,
+    InputError,
+    MissingDependency,
+    TargetError,
+    TrimtabError,
+    WrongDevice,
+)
 from trimtab.manifest import Engine
 from trimtab.storage import with_engines
 from trimtab.targets import finish, insert, preflight
@@ -288,6 +298,17 @@ def test_without_a_gpu_the_answer_is_the_device(folder: Path, capsys: pytest.Cap
     assert said.count("\n") == 1 and "with JetPack 6.2 or 7.2, and this machine has no NVIDIA GPU" in said
 
 
+def test_a_builder_that_is_not_installed_is_named_by_its_extra(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *a: None if name == "tensorrt_rtx" else find(name, *a)
+    )
+    assert main(["build", str(folder), "--target", "rtx-4090"]) == 1
+    assert "pip install 'trimtab[rtx]'" in capsys.readouterr().err
+
+
 def test_an_unknown_device_is_told_the_nearest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["build", str(folder), "--target", "orin-nano-9gb"]) == 1
     assert "did you mean orin-nano-8gb" in capsys.readouterr().err
@@ -327,15 +348,24 @@ def test_what_another_bundle_built_comes_from_the_cache(
     assert orin() == 2 and engines(folder) == engines(other)
 
 
-def test_a_full_disk_is_one_line(
-    folder: Path, orin: Callable[[], int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "is full; what was finished is kept"), (errno.EROFS, "cannot be written")],
+)
+def test_a_disk_that_does_not_take_it_is_one_line(
+    folder: Path,
+    orin: Callable[[], int],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    number: int,
+    words: str,
 ) -> None:
-    def full(*arguments: object) -> None:
-        raise OSError(28, "No space left on device")
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(shutil, "copyfile", full)
-    assert main(["build", str(folder), "--cache", str(tmp_path / "cache")]) == 1
-    assert "is full; what was finished is kept" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    with pytest.raises(TrimtabError, match=rf"^[^\n]*{words}[^\n]*$"):
+        build(folder, [NANO], cache=tmp_path / "cache")
     whole(folder)
 
 

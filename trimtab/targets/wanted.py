@@ -26,7 +26,10 @@ def with_target(contents: Contents, device: Device) -> Contents:
 
     Raises:
         TargetError: A segment that nothing calls.
+        BundleError: A segment without any engine.
     """
+    if bare := [name for name, segment in contents.segments.items() if not segment.engines]:
+        raise BundleError(f"{bare[0]} has no engine of any target: compile the bundle again")
     there = [engine for segment in contents.segments.values() for engine in segment.engines]
     gpus = sorted(
         (e for e in there if e.shapes), key=lambda e: e.backend != device.backend
