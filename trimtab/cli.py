@@ -134,6 +134,21 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
     command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
     command.add_argument("--precision", help="fp32")
+    command.add_argument(
+        "--vq", type=int, metavar="BITS", help="pack the denoiser's weights to 2, 3 or 4 bits"
+    )
+    command.add_argument(
+        "--vq-rule",
+        action="append",
+        metavar="PATTERN=BITS",
+        help='other bits, or "keep", for modules whose path fits PATTERN; repeatable, the first that fits decides',
+    )
+    command.add_argument(
+        "--vq-scale", action="store_true", default=None, help="a factor for every output channel"
+    )
+    command.add_argument(
+        "--vq-codebooks", type=Path, metavar="DIR", help="keep codebooks there, and go on from them"
+    )
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
@@ -148,6 +163,11 @@ def _parser() -> argparse.ArgumentParser:
     _request_arguments(command)
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
+    )
+    command.add_argument(
+        "--fast",
+        action="store_true",
+        help="on the CPU, decode packed weights once: faster, and as large as dense",
     )
 
     command = add(
@@ -263,6 +283,10 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             eta=arguments.eta,
             size=arguments.size,
             precision=arguments.precision,
+            vq=arguments.vq,
+            vq_rules=arguments.vq_rule,
+            vq_scale=arguments.vq_scale,
+            vq_codebooks=arguments.vq_codebooks,
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect
@@ -281,7 +305,9 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{arguments.output} is a folder: give the name of a file")
     start = time.perf_counter()
     with (
-        load(arguments.bundle, target=arguments.target, threads=arguments.threads) as pipe,
+        load(
+            arguments.bundle, target=arguments.target, threads=arguments.threads, fast=arguments.fast
+        ) as pipe,
         render.bar() as on_step,
     ):
         result = pipe(

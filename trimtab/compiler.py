@@ -72,6 +72,7 @@ def compile(
             return store.keep(name, graph)
 
         program = _export(path, chosen, keep)
+        program = _packed(program, chosen, progress)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         files = write_graphs(program, stage, store)
@@ -98,6 +99,20 @@ def _buildable(names: Iterable[str], device_file: str | Path | None) -> list[Dev
                 f"choose {' or '.join(others)} as the target"
             )
     return devices
+
+
+def _packed(program: Program, recipe: Recipe, progress: Progress) -> Program:
+    """The program with packed weights, where the recipe asks for them."""
+    if recipe.vq is None:
+        return program
+    from trimtab.calibration.kmeans import Settings, make_codebooks
+    from trimtab.passes.vq import pack_weights
+
+    settings = Settings(recipe.vq, recipe.vq_rules, recipe.vq_scale)
+    models = {
+        name: segment.model for name, segment in program.segments.items() if name.startswith("denoiser")
+    }
+    return pack_weights(program, make_codebooks(models, settings, recipe.vq_codebooks, progress=progress))
 
 
 def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:

@@ -6,7 +6,7 @@ Reading believes nothing: every field is checked as it is read, and no path may 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -14,6 +14,10 @@ from trimtab.program import Call, PassEntry, Schedule, Step, Task, TensorSpec
 
 SCHEMA = 1
 """Goes up when an older trimtab could misread a bundle."""
+
+OPERATORS_DOMAIN = "trimtab"
+OPERATORS = 1
+"""Version of the operators in that domain. Goes up when what a node of a graph means changes."""
 
 T = TypeVar("T")
 
@@ -47,6 +51,7 @@ class SegmentEntry:
         inputs: The graph's inputs; open sizes are expressions over the segment's own symbols.
         outputs: The graph's outputs.
         engines: One for each target.
+        domains: Operator domain beside ONNX's own -> version, as far as the graph names them.
     """
 
     name: str
@@ -56,6 +61,7 @@ class SegmentEntry:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     engines: tuple[Engine, ...]
+    domains: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,7 @@ def _segment_json(segment: SegmentEntry) -> dict[str, Any]:
         "inputs": [_spec_json(spec) for spec in segment.inputs],
         "outputs": [_spec_json(spec) for spec in segment.outputs],
         "engines": [vars(engine) for engine in segment.engines],
+        "domains": dict(segment.domains),
     }
 
 
@@ -213,6 +220,7 @@ def from_json(data: Mapping[str, Any]) -> Contents:
                 Engine(_of(str, e["target"]), _of(str, e["backend"]), _safe(e["path"]), _of(int, e["bytes"]))
                 for e in entry["engines"]
             ),
+            domains={_of(str, k): _of(int, v) for k, v in entry.get("domains", {}).items()},
         )
     width, height = data["size"]
     return Contents(

@@ -53,6 +53,7 @@ def write_contents(program: Program, folder: Path, engines: Mapping[str, Iterabl
             inputs=_specs(segment.model.graph.inputs),
             outputs=_specs(segment.model.graph.outputs),
             engines=tuple(engines[name]),
+            domains={domain: version for domain, version in segment.model.opset_imports.items() if domain},
         )
         for name, segment in program.segments.items()
     }

@@ -142,17 +142,14 @@ def _pack(model: ir.Model, site: Site, packed: PackedWeight) -> None:
         name=f"{site.name}.decoded",
     )
     first = next(node for node in graph if node in set(users))
-    new, weight = [decoded], decoded.outputs[0]
+    new = [decoded]
     if turned:
         axes = len(shape)
-        new.append(_transposed(weight, (0, axes - 1, *range(1, axes - 1)), f"{site.name}.turned"))
-        weight = new[-1].outputs[0]
-    by_order = {False: weight}
-    if any(_reads_inputs_first(node) for node in users):
-        new.append(_transposed(weight, (1, 0), f"{site.name}.turned"))
-        by_order[True] = new[-1].outputs[0]
+        new.append(_transposed(decoded.outputs[0], (0, axes - 1, *range(1, axes - 1)), f"{site.name}.turned"))
+    elif site.inputs_first:
+        new.append(_transposed(decoded.outputs[0], (1, 0), f"{site.name}.turned"))
     for node in users:
-        node.replace_input_with(1, by_order[_reads_inputs_first(node)])
+        node.replace_input_with(1, new[-1].outputs[0])
     for node in new:
         node.metadata_props.update(first.metadata_props)
     graph.insert_before(first, new)

@@ -23,10 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-DOMAIN = "trimtab"
+from trimtab.manifest import OPERATORS, OPERATORS_DOMAIN
+
+DOMAIN = OPERATORS_DOMAIN
 NAME = "VQDequantize"
-VERSION = 1
-"""Of the domain. Goes up when what a node means changes: an older trimtab must then refuse the bundle."""
+VERSION = OPERATORS
 
 _INT32 = ir.DataType.INT32.value
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from trimtab.bundle import Bundle, open_bundle
 from trimtab.errors import InputError, TargetError, WrongDevice
+from trimtab.manifest import OPERATORS_DOMAIN
 from trimtab.program import Schedule, Task, TensorSpec, check_size
 from trimtab.runtime.executor import OnStep, Plan, make_plan
 from trimtab.runtime.images import Pixels, read_image, to_images
@@ -43,35 +44,37 @@ class Result:
         return to_images(self.pixels)
 
 
-def load(path: str | Path, *, target: str | None = None, threads: int = 0) -> Pipeline:
+def load(path: str | Path, *, target: str | None = None, threads: int = 0, fast: bool = False) -> Pipeline:
     """Opens a bundle. Engines are loaded when they are first needed.
 
     Args:
         path: The bundle's folder.
         target: Which target's engines to run; None for the first that this machine can.
         threads: Threads for one operator on the CPU; 0 for one a core.
+        fast: On the CPU, decode packed weights once, at load: as fast as dense ones, and as large.
 
     Raises:
         InputError: No such folder.
         BundleError: Not a bundle, a damaged one, or one of a newer trimtab.
         WrongDevice: The bundle has no engines for this target.
     """
-    return Pipeline(open_bundle(Path(path)), target, threads)
+    return Pipeline(open_bundle(Path(path)), target, threads, fast)
 
 
 class Pipeline:
     """A loaded bundle; a context manager that lets go of its engines.
 
     Args:
-        bundle: From `trimtab.bundle.open_bundle`.
-        target: Which target's engines to run.
-        threads: Threads for one operator on the CPU; 0 for one a core.
+        bundle: From `trimtab.bundle.open_bundle`. The others are as in `load`.
     """
 
-    def __init__(self, bundle: Bundle, target: str | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, bundle: Bundle, target: str | None = None, threads: int = 0, fast: bool = False
+    ) -> None:
         self.bundle = bundle
         self._target = _choose_target(bundle, target)
         self._threads = threads
+        self._fast = fast
         self._sessions: dict[str, Session] = {}
         self._tokenizers: dict[str, Tokenizer] | None = None
         self._plan: tuple[tuple[Any, ...], Plan] | None = None
@@ -223,7 +226,10 @@ class Pipeline:
             folder = engine.path.rpartition("/")[0] + "/"
             weights = [f.path for f in self.bundle.contents.files if f.path.endswith(".weights")]
             self.bundle.verify([engine.path, *(path for path in weights if path.startswith(folder))])
-            self._sessions[segment] = BACKENDS[engine.backend](self.bundle.path(engine.path), self._threads)
+            packed = OPERATORS_DOMAIN in self.bundle.contents.segments[segment].domains
+            self._sessions[segment] = BACKENDS[engine.backend](
+                self.bundle.path(engine.path), self._threads, self._fast or not packed
+            )
         return self._sessions[segment]
 
     def close(self) -> None:

@@ -42,13 +42,15 @@ class OnnxRuntimeSession:
     Args:
         graph: The file; its weights lie beside it.
         threads: Threads for one operator; 0 for one a core.
+        fold: Compute once, at load, what depends on nothing but weights. Packed weights would be decoded then, and
+            take the memory of dense ones.
 
     Raises:
         MissingDependency: onnxruntime is not installed.
         BundleError: The graph cannot be loaded.
     """
 
-    def __init__(self, graph: Path, threads: int = 0) -> None:
+    def __init__(self, graph: Path, threads: int = 0, fold: bool = True) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -57,7 +59,12 @@ class OnnxRuntimeSession:
         options.intra_op_num_threads = threads
         options.log_severity_level = 4  # its errors are raised below, and are not printed as well
         try:
-            self._session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                graph,
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=None if fold else ["ConstantFolding"],
+            )
         except Exception as error:  # onnxruntime's errors share no base
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
@@ -94,8 +101,8 @@ class OnnxRuntimeSession:
         self.close()
 
 
-BACKENDS: Mapping[str, Callable[[Path, int], Session]] = {"onnxruntime": OnnxRuntimeSession}
-"""Backend -> how its engine is loaded: from a file, with a number of CPU threads."""
+BACKENDS: Mapping[str, Callable[[Path, int, bool], Session]] = {"onnxruntime": OnnxRuntimeSession}
+"""Backend -> how its engine is loaded: from a file, with a number of CPU threads, decoding weights at load or not."""
 
 
 def new_buffer(shape: tuple[int, ...], dtype: str) -> Buffer:
