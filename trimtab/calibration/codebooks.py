@@ -114,7 +114,9 @@ class CodebookStore:
 
     def __init__(self, folder: Path, fingerprint: str, settings: Mapping[str, Any]) -> None:
         self.folder = folder
-        wanted = {"schema": SCHEMA, "fingerprint": fingerprint, "settings": dict(settings)}
+        # As JSON gives them back, so that the two compare.
+        settings = json.loads(json.dumps(dict(settings)))
+        wanted = {"schema": SCHEMA, "fingerprint": fingerprint, "settings": settings}
         index = folder / INDEX
         if not index.exists():
             if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -126,7 +128,7 @@ class CodebookStore:
             raise CalibrationError(
                 f"{folder} holds the codebooks of another model: name another folder, or delete this one"
             )
-        if found["settings"] != json.loads(json.dumps(wanted["settings"])):
+        if found["settings"] != settings:
             raise CalibrationError(
                 f"{folder} holds codebooks made with other settings ({_difference(found['settings'], settings)}): "
                 "name another folder, or delete this one"
