@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import numpy as np
 import numpy.typing as npt
@@ -136,6 +136,10 @@ class CodebookStore:
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
+
+    def names(self) -> list[str]:
+        """The weights that are done."""
+        return sorted(unquote(path.stem) for path in self.folder.glob("*.safetensors"))
 
     def put(self, name: str, weight: PackedWeight) -> None:
         """Writes one weight; the file is whole or not there."""

@@ -53,6 +53,12 @@ class Site:
         array = self.value.const_value.numpy()
         return vq_op.to_rows(array.T if self.inputs_first else array)
 
+    def replace(self, rows: npt.NDArray[Any]) -> None:
+        """Puts other numbers, as rows, in the weight's place."""
+        weight = vq_op.from_rows(rows, self.shape)
+        array = np.ascontiguousarray(weight.T if self.inputs_first else weight)
+        self.value.const_value = ir.Tensor(array, name=self.name)
+
 
 def sites(model: ir.Model) -> Iterator[Site]:
     """The weights of a graph that only MatMul, Gemm and Conv read, as their weight."""
