@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab import __version__, render
+from trimtab import __version__, options, render
 from trimtab.errors import InputError, MissingDependency, TrimtabError
 
 EXIT_FAILED = 1
@@ -132,25 +132,18 @@ def _parser() -> argparse.ArgumentParser:
         "--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ..."
     )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
-    command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
-    command.add_argument("--precision", help="fp32")
     command.add_argument(
-        "--vq", type=int, metavar="BITS", help="pack the denoiser's weights to 2, 3 or 4 bits"
-    )
-    command.add_argument(
-        "--vq-rule",
+        "--size",
         action="append",
-        metavar="PATTERN=BITS",
-        help='other bits, or "keep", for modules whose path fits PATTERN; repeatable, the first that fits decides',
+        type=options.size,
+        metavar="WxH",
+        help="native size in pixels; given again, a further size that GPU engines are made for",
     )
-    command.add_argument(
-        "--vq-scale", action="store_true", default=None, help="a factor for every output channel"
-    )
-    command.add_argument(
-        "--vq-codebooks", type=Path, metavar="DIR", help="keep codebooks there, and go on from them"
-    )
+    command.add_argument("--precision", help="fp32")
+    options.packing_arguments(command)
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
-    _devices_argument(command)
+    options.devices_argument(command)
+    options.cache_arguments(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
 
     command = add(
@@ -160,7 +153,12 @@ def _parser() -> argparse.ArgumentParser:
         _run,
         render.run,
     )
-    _request_arguments(command)
+    options.request_arguments(command)
+    command.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="hold one stage's engines at a time, and load them again for every picture",
+    )
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
     )
@@ -177,10 +175,10 @@ def _parser() -> argparse.ArgumentParser:
         _bench,
         render.bench,
     )
-    _bundle_argument(command)
+    options.bundle_argument(command)
     command.add_argument("--against", type=Path, metavar="BUNDLE", help="a second bundle, measured in turn")
     command.add_argument("--rounds", type=int, default=3, metavar="N", help="pictures that count (default 3)")
-    _run_options(command)
+    options.run_options(command)
 
     command = add(
         "compare",
@@ -199,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, render.inspect
     )
-    _bundle_argument(command)
+    options.bundle_argument(command)
 
     command = add(
         "devices",
@@ -208,59 +206,8 @@ def _parser() -> argparse.ArgumentParser:
         _devices,
         render.devices,
     )
-    _devices_argument(command)
+    options.devices_argument(command)
     return parser
-
-
-def _bundle_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument("bundle", type=Path, metavar="BUNDLE")
-
-
-def _devices_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--devices",
-        type=Path,
-        dest="device_file",
-        metavar="FILE",
-        help="a TOML file with devices of your own (docs/devices.md)",
-    )
-
-
-def _run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--target", metavar="NAME", help="whose engines to run")
-    command.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
-    )
-
-
-def _request_arguments(command: argparse.ArgumentParser) -> None:
-    _bundle_argument(command)
-    what = command.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="what to draw")
-    what.add_argument("--class", dest="label", metavar="N", help="the class to draw: its number or name")
-    command.add_argument("--negative", metavar="TEXT", help="what not to draw")
-    command.add_argument("--guidance", type=float, metavar="G", help="guidance scale")
-    command.add_argument(
-        "--schedule", metavar="NAME", help="a schedule of the bundle, or its number of steps"
-    )
-    command.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
-    command.add_argument("--mask", type=Path, metavar="FILE", help="where to draw anew (white)")
-    command.add_argument("--strength", type=float, metavar="S", help="how much of --image is lost, 0 to 1")
-    command.add_argument(
-        "--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it"
-    )
-    command.add_argument("-n", "--count", type=int, default=1, metavar="COUNT", help="pictures")
-    command.add_argument("--size", type=_size, metavar="WxH", help="size in pixels")
-    _run_options(command)
-
-
-def _size(text: str) -> tuple[int, int]:
-    from trimtab.recipe import parse_size
-
-    try:
-        return parse_size(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # ---- commands: arguments -> one JSON-able object ----
@@ -276,12 +223,14 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.output,
             recipe=arguments.recipe,
             device_file=arguments.device_file,
+            cache=arguments.cache,
             progress=progress,
             targets=arguments.target,
             steps=arguments.steps,
             scheduler=arguments.scheduler,
             eta=arguments.eta,
-            size=arguments.size,
+            size=arguments.size[0] if arguments.size else None,
+            buckets=arguments.size[1:] if arguments.size else None,
             precision=arguments.precision,
             vq=arguments.vq,
             vq_rules=arguments.vq_rule,
@@ -306,7 +255,12 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     with (
         load(
-            arguments.bundle, target=arguments.target, threads=arguments.threads, fast=arguments.fast
+            arguments.bundle,
+            target=arguments.target,
+            provider=arguments.provider,
+            threads=arguments.threads,
+            low_memory=arguments.low_memory,
+            fast=arguments.fast,
         ) as pipe,
         render.bar() as on_step,
     ):
@@ -350,6 +304,7 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
             bundles,
             rounds=arguments.rounds,
             target=arguments.target,
+            provider=arguments.provider,
             threads=arguments.threads,
             progress=progress,
         )
