@@ -18,8 +18,6 @@ from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
-from trimtab.passes.inherit import inherit
-from trimtab.passes.partition import partition
 from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
@@ -27,6 +25,7 @@ from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
 from trimtab.targets.precision import by_precision, in_precision
+from trimtab.transforms import transform
 from trimtab.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def compile(
         program = _export(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
-        program = _transform(program, chosen)
+        program = transform(program, chosen, progress)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)
@@ -111,13 +110,6 @@ def compile(
             engines = {name: engines[name] + made[name] for name in engines}
         write_manifest(stage, with_engines(contents, engines))
     return open_bundle(output)
-
-
-def _transform(program: Program, recipe: Recipe) -> Program:
-    """What the recipe does to the pipeline: each a function from Program to Program."""
-    if recipe.inherit is not None:
-        program = inherit(program, recipe.inherit)
-    return partition(program)
 
 
 def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCache | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from trimtab.errors import InputError, TrimtabError
-from trimtab.manifest import Contents, Engine
+from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine
 from trimtab.program import Segment
 from trimtab.storage import GRAPHS, graph_path
 from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
@@ -162,7 +162,16 @@ class _Maker:
         builder, path = builder_for(device), graph_path(segment)
         model = builder.lower(segment.model, device)
         info = builder.build(model, device, BuildOptions(), self._folder / path, self._progress)
-        return Engine(device.name, info.backend, path, info.bytes, graph=path, precision=segment.precision)
+        packed = OPERATORS_DOMAIN in segment.model.opset_imports
+        return Engine(
+            device.name,
+            info.backend,
+            path,
+            info.bytes,
+            graph=path,
+            precision=segment.precision,
+            packed=packed,
+        )
 
     def fixed(
         self, segment: Segment, devices: Sequence[Device], shapes: Shapes, label: str

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from trimtab.bundle import Bundle
 from trimtab.errors import BundleError
-from trimtab.manifest import Contents, Engine, SegmentEntry
+from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine, SegmentEntry
 from trimtab.runtime.sessions.check import TITLES
 from trimtab.storage import with_engines
 from trimtab.targets.bindings import Shapes, segment_shapes
@@ -70,6 +70,7 @@ def _like(
         precision=precision,
         shapes=dict(model.shapes if shapes is None else shapes),
         plugins=model.plugins if model.backend == device.backend else (),
+        packed=device.backend == "onnxruntime" and OPERATORS_DOMAIN in segment.domains,
     )
 
 
