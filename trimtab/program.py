@@ -86,10 +86,15 @@ class Schedule:
     Attributes:
         steps: In the order in which they run.
         prologue: Calls that only this schedule needs before its first step, after the task's own.
+        least_pixels: Of the schedules ``NAME``, ``NAME/2x``, ... the one with the largest of these areas that a
+            picture reaches is walked.
+        size_multiple: What both sides of a picture must be multiples of, in pixels.
     """
 
     steps: tuple[Step, ...]
     prologue: tuple[Call, ...] = ()
+    least_pixels: int = 0
+    size_multiple: int = 1
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ class Noise:
     """
 
     def __init__(self, seeds: tuple[int, ...]) -> None:
+        self.seeds = seeds
         self._generators = [NoiseGenerator(seed) for seed in seeds]
 
     def normal(self, shape: tuple[int, ...]) -> Array:
