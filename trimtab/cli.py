@@ -133,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
     command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
+    command.add_argument(
+        "--inherit",
+        metavar="N|FILE",
+        help="run the denoiser in full at every Nth step only, or by a plan (docs/inherit.md)",
+    )
     command.add_argument("--precision", help="fp32")
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
@@ -263,6 +268,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             eta=arguments.eta,
             size=arguments.size,
             precision=arguments.precision,
+            inherit=arguments.inherit,
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect

@@ -15,6 +15,8 @@ from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
+from trimtab.passes.inherit import inherit
+from trimtab.passes.partition import partition
 from trimtab.program import Program
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
@@ -72,6 +74,7 @@ def compile(
             return store.keep(name, graph)
 
         program = _export(path, chosen, keep)
+        program = _transform(program, chosen)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         files = write_graphs(program, stage, store)
@@ -84,6 +87,13 @@ def compile(
                 engines[name].append(builder.build(lowered, device, files[name], stage))
         write_manifest(stage, write_contents(program, stage, engines))
     return open_bundle(output)
+
+
+def _transform(program: Program, recipe: Recipe) -> Program:
+    """What the recipe does to the pipeline: each a function from Program to Program."""
+    if recipe.inherit is not None:
+        program = inherit(program, recipe.inherit)
+    return partition(program)
 
 
 def _buildable(names: Iterable[str], device_file: str | Path | None) -> list[Device]:

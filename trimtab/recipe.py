@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.passes.inherit_plan import InheritPlan, make_plan
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -31,6 +32,7 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
         precision: Of the weights and of the arithmetic.
+        inherit: What steps inherit from earlier ones; None for nothing.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -39,6 +41,7 @@ class Recipe:
     size: tuple[int, int] | None = None
     eta: float | None = None
     precision: str = "fp32"
+    inherit: InheritPlan | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
@@ -75,6 +78,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         clean["size"] = parse_size(clean["size"])
     elif "size" in clean:
         clean["size"] = tuple(clean["size"]) if isinstance(clean["size"], list | tuple) else (clean["size"],)
+    if "inherit" in clean:
+        clean["inherit"] = make_plan(clean["inherit"])
     return Recipe(**clean)
 
 
