@@ -6,7 +6,8 @@ reads v (`trimtab.passes.partition`). What a rewrite adds to a graph is therefor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,9 @@ class Alternatives:
     """
 
     def __init__(self, graph: ir.Graph, place: ir.Node | None, scope: str) -> None:
-        self._graph = graph
+        self.graph = graph
         self._place = place
-        self._scope = scope
+        self.scope = scope
         self._count = 0
 
     def node(
@@ -46,16 +47,20 @@ class Alternatives:
         output = node.outputs[0]
         output.name = node.name = name or self._name(op.lower())
         output.type, output.shape = ir.TensorType(dtype), ir.Shape(list(shape))
-        node.metadata_props[SCOPES] = repr(["", self._scope, output.name])
+        node.metadata_props[SCOPES] = repr(["", self.scope, output.name])
         if self._place is not None:
-            self._graph.insert_after(self._place, node)
-        elif first := next(iter(self._graph), None):
-            self._graph.insert_before(first, node)
+            self.graph.insert_after(self._place, node)
+        elif first := next(iter(self.graph), None):
+            self.graph.insert_before(first, node)
         self._place = node
         return output
 
     def int_node(
-        self, op: str, inputs: Sequence[ir.Value | None], shape: Sequence[int | str], **attributes: int
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        shape: Sequence[int | str | ir.SymbolicDim],
+        **attributes: int,
     ) -> ir.Value:
         """The same for int64."""
         return self.node(op, inputs, attributes, dtype=ir.DataType.INT64, shape=shape)
@@ -64,20 +69,18 @@ class Alternatives:
         """An int64 constant, of no axes where a number is given."""
         return self._constant(np.array(values, np.int64))
 
-    def float(self, value: float) -> ir.Value:
-        """A float32 constant of no axes."""
-        return self._constant(np.array(value, np.float32))
-
     def _constant(self, array: npt.NDArray[Any]) -> ir.Value:
         name = self._name("constant")
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self._graph.register_initializer(value)
+        value = ir.Value(
+            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        )
+        self.graph.register_initializer(value)
         return value
 
     def _name(self, kind: str) -> str:
         self._count += 1
-        return f"{self._scope}/{kind}_{self._count}"
+        return f"{self.scope}/{kind}_{self._count}"
 
 
 def behind(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
@@ -94,3 +97,31 @@ def behind(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
     for user, index in readers:
         user.replace_input_with(index, copy)
     return copy
+
+
+def relabel(start: ir.Value, stop: Collection[ir.Node]) -> None:
+    """Names the open sizes of a value, and of all that follows from it, as what they are: sizes of their own.
+
+    Where calls put another value in the place of ``start``, what follows has other sizes than the graph's inputs
+    say. ``n + 0`` is n in the plain graph, and for everybody who compares names it is another size than n.
+
+    Args:
+        start: The first value.
+        stop: Nodes that the way ends before.
+    """
+    stack, seen = [start], {start}
+    while stack:
+        value = stack.pop()
+        if value.shape is not None:
+            value.shape = ir.Shape([_relabelled(dim) for dim in value.shape])
+        for user, _ in value.uses():
+            if user not in stop and user.op_type != "Shape":
+                following = [v for v in user.outputs if v not in seen]
+                seen.update(following)
+                stack.extend(following)
+
+
+def _relabelled(dim: int | ir.SymbolicDim) -> int | str | ir.SymbolicDim:
+    if isinstance(dim, int) or dim.value is None:
+        return dim
+    return re.sub(r"\b(latent_(?:height|width))\b", r"(\1 + 0)", dim.value)

@@ -2,8 +2,8 @@
 
 RAU-Net shows the deep blocks feature maps of the size that they know, for the first part of the steps, in which
 the picture is laid out; MSW-MSA gives the outermost self-attention windows, at all steps. Nothing is trained. Both
-are alternatives to values of the plain graph (`trimtab.passes.raunet`), and the schedules say which step reads
-which: so the deep blocks, which hold most weights, stand once and run at either size.
+are in one graph (`trimtab.passes.raunet`), and the schedules say which step reads which values and how many windows
+there are: so every weight stands once, and the deep blocks run at either size.
 
 Where and when is what the authors' repository says (https://github.com/megvii-research/HiDiffusion).
 """
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 
 from trimtab.errors import PassError
-from trimtab.passes.raunet import CONV, POOL, SHIFT, Places, Swaps, add_alternatives, find_places
+from trimtab.passes.raunet import CONV, POOL, SHIFT, WINDOWS, Places, Swaps, add_alternatives, find_places
 from trimtab.passes.window_attention import SHIFTS
 from trimtab.program import Call, PassEntry, Program, Schedule, Step, TensorSpec
 
@@ -76,7 +76,7 @@ def hidiffusion(program: Program, trained: tuple[int, int]) -> Program:
             f"the windows of {places.windows[0]} cannot divide {program.size[0]}x{program.size[1]}: both sides "
             f"must be multiples of {multiple} with HiDiffusion"
         )
-    swaps = add_alternatives(model, places)
+    swaps, blocks = add_alternatives(model, places)
     least = {scale: math.ceil(trained[0] * trained[1] * scale * scale / 2) for scale in SCALES}
     loops = {
         name: len(schedule.steps)
@@ -106,34 +106,41 @@ def hidiffusion(program: Program, trained: tuple[int, int]) -> Program:
         drawn = TensorSpec(
             f"{SHIFT}s",
             "int64",
-            (max(loops.values()), len(swaps.windows)),
+            (max(loops.values()), blocks),
             {"kind": "window_shifts", "shifts": SHIFTS},
         )
-        tasks[key] = dataclasses.replace(task, inputs=(*task.inputs, drawn), schedules=_shifted(schedules))
-    places_rewritten = len(swaps.windows) + len(swaps.by_rewrite)
-    entry = PassEntry("HiDiffusion", "denoiser", places_rewritten, 0)
+        tasks[key] = dataclasses.replace(
+            task, inputs=(*task.inputs, drawn), schedules=_windowed(schedules, native)
+        )
+    entry = PassEntry("HiDiffusion", "denoiser", blocks + len(swaps), 0)
     return dataclasses.replace(program, tasks=tasks, passes=(*program.passes, entry))
 
 
 def scale_of(size: tuple[int, int], trained: tuple[int, int]) -> int:
     """1, 2 or 4: how many times the trained side a picture is, by its area, to the nearest power of two."""
     ratio = math.sqrt(size[0] * size[1] / (trained[0] * trained[1]))
-    return 2 ** min(2, max(0, round(math.log2(ratio))))
+    return 1 << min(2, max(0, round(math.log2(ratio))))
 
 
-def _shifted(schedules: Mapping[str, Schedule]) -> dict[str, Schedule]:
-    """Every call of the denoiser reads its step's shifts; where nothing is windowed, `partition` drops them."""
+def _windowed(schedules: Mapping[str, Schedule], native: int) -> dict[str, Schedule]:
+    """Every call of the denoiser reads its step's shifts, and how many windows there are at its scale."""
 
-    def shifted(call: Call, index: int) -> Call:
-        if call.segment != "denoiser":
-            return call
-        return dataclasses.replace(call, inputs={**call.inputs, SHIFT: f"{SHIFT}s[{index}]"})
+    def windowed(step: Step, index: int, windows: int) -> Step:
+        calls = (
+            dataclasses.replace(call, inputs={**call.inputs, SHIFT: f"{SHIFT}s[{index}]", WINDOWS: WINDOWS})
+            if call.segment == "denoiser"
+            else call
+            for call in step.calls
+        )
+        return dataclasses.replace(
+            step, calls=tuple(calls), constants={**step.constants, WINDOWS: (windows,)}
+        )
 
     return {
         name: dataclasses.replace(
             schedule,
             steps=tuple(
-                dataclasses.replace(step, calls=tuple(shifted(call, index) for call in step.calls))
+                windowed(step, index, 2 if native > 1 or schedule.least_pixels else 1)
                 for index, step in enumerate(schedule.steps)
             ),
         )
@@ -147,9 +154,7 @@ def _rewritten(
     """Steps that read what their phase says; a loop that starts late, for a picture, starts late in the phases."""
     result = []
     for index, step in enumerate(steps, whole - len(steps)):
-        chosen = dict(swaps.windows)
-        for name in rewrites_at(places, scale, index, whole):
-            chosen |= swaps.by_rewrite[name]
+        chosen = {v: w for name in rewrites_at(places, scale, index, whole) for v, w in swaps[name].items()}
         result.append(dataclasses.replace(step, calls=tuple(_swapped(call, chosen) for call in step.calls)))
     return tuple(result)
 

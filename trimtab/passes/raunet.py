@@ -6,18 +6,21 @@ half, or a pooling inside of a block, hands everything behind it the feature map
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.alternatives import Alternatives, behind
+from trimtab.passes.alternatives import Alternatives, behind, relabel
 from trimtab.passes.scopes import Module, module_tree
-from trimtab.passes.window_attention import add_window_attention
+from trimtab.passes.window_attention import window_attention
 
 CONV, POOL = "conv", "pool"
 """The rewrites: the resolution-aware downsampler, and the pooled path."""
+
+WINDOWS = "windows"
+"""Input of the denoiser: int64 scalar, how many windows attention has along each side; 1 is the plain graph."""
 
 SHIFT = "window_shift"
 """Input of the denoiser: int64 (blocks,), the shift of each block's windows in quarters."""
@@ -41,6 +44,19 @@ class Places:
     windows: tuple[str, ...]
 
     @property
+    def upsampler(self) -> str:
+        """What goes back to the size that the rewritten downsampler started from."""
+        return f"up_blocks.{_level(self.pool[1]) - _level(self.conv)}.upsamplers.0"
+
+    @property
+    def pool_level(self) -> int:
+        """How often the latents' side is halved where the pooling begins, the rewritten downsampler counted twice.
+
+        Phases pool inside of what that downsampler leads to only where they rewrite it as well.
+        """
+        return _level(self.pool[0]) + (_level(self.conv) < _level(self.pool[0]))
+
+    @property
     def window_level(self) -> int:
         """The level of the windowed blocks: 0 is the sample's."""
         return _level(self.windows[0])
@@ -51,17 +67,8 @@ class Places:
         return self.pool[0] in self.windows
 
 
-@dataclass
-class Swaps:
-    """The alternatives of one graph: value that is read -> value that stands for it.
-
-    Attributes:
-        by_rewrite: For `CONV` and `POOL`.
-        windows: For window attention.
-    """
-
-    by_rewrite: dict[str, dict[str, str]] = field(default_factory=lambda: {CONV: {}, POOL: {}})
-    windows: dict[str, str] = field(default_factory=dict)
+Swaps = dict[str, dict[str, str]]
+"""For `CONV` and `POOL`: value that is read -> value that stands for it."""
 
 
 def _level(block: str) -> int:
@@ -83,8 +90,7 @@ def find_places(model: ir.Model) -> Places:
         places = Places("down_blocks.0", pool, ("down_blocks.0", f"up_blocks.{blocks - 1}"))
     else:
         places = Places("down_blocks.1", pool, pool)
-    up = f"up_blocks.{blocks - 2 - _level(places.conv)}.upsamplers.0"
-    for path in (f"{places.conv}.downsamplers.0", up, *places.pool, *places.windows):
+    for path in (f"{places.conv}.downsamplers.0", places.upsampler, *places.pool, *places.windows):
         if path not in tree:
             raise PassError(
                 f"HiDiffusion rewrites {path}, and this denoiser of {blocks} levels has none: leave it out"
@@ -92,21 +98,28 @@ def find_places(model: ir.Model) -> Places:
     return places
 
 
-def add_alternatives(model: ir.Model, places: Places) -> Swaps:
-    """Adds all alternatives to a denoiser's graph. The graph's own values stay what they are.
+def add_alternatives(model: ir.Model, places: Places) -> tuple[Swaps, int]:
+    """Adds all alternatives to a denoiser's graph, in place, and gives its attention windows.
+
+    With one window and no swap the graph computes what it computed, bit for bit.
+
+    Returns:
+        The alternatives, and the number of blocks that have windows.
 
     Raises:
         PassError: A module is not built as those that the method was made for.
     """
-    graph, tree, swaps = model.graph, module_tree(model.graph), Swaps()
-    _add_windows(graph, tree, places, swaps)
-    swaps.by_rewrite[CONV] |= _add_conv(graph, tree[f"{places.conv}.downsamplers.0"])
+    graph, tree = model.graph, module_tree(model.graph)
+    swaps: Swaps = {CONV: {}, POOL: {}}
+    blocks = _add_windows(graph, tree, places, swaps)
     _add_pool(graph, tree, places, swaps)
-    return swaps
+    _add_conv(tree, places, swaps)
+    return swaps, blocks
 
 
-def _add_conv(graph: ir.Graph, module: Module) -> dict[str, str]:
+def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
     """The downsampler's own kernel with stride 4 and dilation 2: it sees what it would see of half the picture."""
+    module = tree[f"{places.conv}.downsamplers.0"]
     conv = next((n for n in module.nodes if n.op_type == "Conv"), None)
     plain = {"strides": [2, 2], "dilations": [1, 1], "kernel_shape": [3, 3]}
     if conv is None or any(
@@ -118,15 +131,19 @@ def _add_conv(graph: ir.Graph, module: Module) -> dict[str, str]:
     output, source = conv.outputs[0], conv.inputs[0]
     assert output.shape is not None and source is not None and source.shape is not None
     assert output.dtype is not None
-    rest = {name: value for name, value in conv.attributes.items() if name not in ("auto_pad", *plain, "pads")}
-    other = Alternatives(graph, conv, f"{SCOPE}/{module.path}").node(
+    rest = {
+        name: value for name, value in conv.attributes.items() if name not in ("auto_pad", *plain, "pads")
+    }
+    assert conv.graph is not None and isinstance(conv.graph, ir.Graph)
+    other = Alternatives(conv.graph, conv, f"{SCOPE}/{module.path}").node(
         "Conv",
         conv.inputs,
         rest | {"kernel_shape": [3, 3], "strides": [4, 4], "dilations": [2, 2], "pads": [2, 2, 2, 2]},
         dtype=output.dtype,
         shape=[*output.shape[:2], *(_part(dim, 4) for dim in source.shape[2:])],
     )
-    return {str(output.name): str(other.name)}
+    relabel(output, tree[places.upsampler].nodes)
+    swaps[CONV][str(output.name)] = str(other.name)
 
 
 def _part(side: int | ir.SymbolicDim, divisor: int) -> int | str:
@@ -149,9 +166,9 @@ def _add_pool(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps
         dtype=first.dtype,
         shape=[*first.shape[:2], *(_part(dim, 2) for dim in first.shape[2:])],
     )
-    grid, half = _grid(graph, _level(down), "pooled_from")
-    if _level(places.conv) < _level(down):
-        swaps.by_rewrite[CONV][str(grid.name)] = str(half.name)
+    grid, _ = _grid(graph, places.pool_level, "pooled_from")
+    # Halved so often, each time rounded up.
+    sizes = [f"-(-latent_{side}//{2**places.pool_level})" for side in ("height", "width")]
     back = behind(graph, last, f"{SCOPE}/{up}/last")
     nodes = Alternatives(graph, back.producer(), f"{SCOPE}/{up}")
     rows = nodes.int_node("Shape", [last], [2], start=0, end=2)
@@ -161,9 +178,13 @@ def _add_pool(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps
         [last, None, None, nodes.int_node("Concat", [rows, sides], [4], axis=0)],
         {"mode": "cubic", "cubic_coeff_a": -0.75, "coordinate_transformation_mode": "half_pixel"},
         dtype=last.dtype,
-        shape=[*last.shape[:2], *first.shape[2:]],
+        shape=[*last.shape[:2], *sizes],
     )
-    swaps.by_rewrite[POOL] |= {str(read.name): str(pooled.name), str(back.name): str(resized.name)}
+    producer = back.producer()
+    assert producer is not None
+    relabel(read, [producer])
+    back.shape = last.shape
+    swaps[POOL] |= {str(read.name): str(pooled.name), str(back.name): str(resized.name)}
 
 
 def _pairs(tree: Mapping[str, Module], block: str) -> list[str]:
@@ -184,31 +205,38 @@ def _feature(module: Module) -> ir.Value:
     return found[-1]
 
 
-def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
-    """Window attention beside every self-attention of the windowed blocks, and the input that shifts them."""
+def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> int:
+    """Window attention in the windowed blocks, and the inputs that steer it. Gives their number."""
     paths = [
         path
         for path in tree
         if path.endswith(".attn1") and any(path.startswith(f"{block}.") for block in places.windows)
     ]
-    shifts = ir.Value(name=SHIFT, shape=ir.Shape([len(paths)]), type=ir.TensorType(ir.DataType.INT64))
-    graph.inputs.append(shifts)
+    int64 = ir.TensorType(ir.DataType.INT64)
+    windows = ir.Value(name=WINDOWS, shape=ir.Shape([]), type=int64)
+    shifts = ir.Value(name=SHIFT, shape=ir.Shape([len(paths)]), type=int64)
+    graph.inputs.extend([windows, shifts])
     whole, _ = _grid(graph, places.window_level, "windows")
     inside = whole
     if places.windows_are_pooled:
         inside, half = _grid(graph, places.window_level, "pooled_windows")
-        swaps.by_rewrite[POOL][str(inside.name)] = str(half.name)
+        swaps[POOL][str(inside.name)] = str(half.name)
     for index, path in enumerate(paths):
         attention = next((n for n in tree[path].nodes if n.op_type == "Attention"), None)
         if attention is None:
             raise PassError(f"{path} has no Attention operator, which HiDiffusion windows: export it again")
-        nodes = Alternatives(graph, attention, f"{SCOPE}/{path}")
+        nodes = Alternatives(graph, _before(attention), f"{SCOPE}/{path}")
         shift = nodes.int_node("Gather", [shifts, nodes.ints(index)], [], axis=0)
         grid = inside if _is_pooled(tree, places, path) else whole
-        other = add_window_attention(nodes, attention, grid, shift)
-        if isinstance(other, str):
-            raise PassError(f"{path} cannot have windows: {other}")
-        swaps.windows[str(attention.outputs[0].name)] = str(other.name)
+        window_attention(nodes, attention, grid, windows, shift)
+    return len(paths)
+
+
+def _before(node: ir.Node) -> ir.Node:
+    """The node that stands before another in its graph."""
+    assert node.graph is not None
+    nodes = list(node.graph)
+    return nodes[nodes.index(node) - 1]
 
 
 def _is_pooled(tree: Mapping[str, Module], places: Places, path: str) -> bool:
@@ -235,9 +263,7 @@ def _grid(graph: ir.Graph, level: int, name: str) -> tuple[ir.Value, ir.Value]:
         return nodes.int_node("Add", [nodes.int_node("Div", [less, two], [2]), one], [2])
 
     def floats(value: ir.Value) -> ir.Value:
-        return nodes.node(
-            "Cast", [value], {"to": int(ir.DataType.FLOAT)}, dtype=ir.DataType.FLOAT, shape=[2]
-        )
+        return nodes.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, dtype=ir.DataType.FLOAT, shape=[2])
 
     for _ in range(level):
         sizes = halved(sizes)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -198,32 +198,37 @@ def _check_known(name: str, value: ir.Value) -> None:
 
 
 def _own_symbols(name: str, graph: ir.Graph) -> None:
-    """Makes every open size of the outputs follow from plain names in the inputs' shapes.
+    """Makes every open size of the outputs follow from names in the inputs' shapes.
 
     A part does not see the whole graph's inputs: what was ``(latent_height - 1)//2 + 1`` there is a size of its
-    own here.
+    own here, and has another value in a call that puts a value of another size in its place.
     """
-    plain = {
+    dims = [
         dim.value
         for value in graph.inputs
         for dim in value.shape or ()
-        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isidentifier()
-    }
-    if _symbols(graph.outputs) <= plain:
-        return
-    fresh = (f"size_{index}" for index in itertools.count())
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
+    ]
+    plain = {dim for dim in dims if dim.isidentifier()}
+    wide = [dim for dim in dict.fromkeys(dims) if not dim.isidentifier()]
     names: dict[str, str] = {}
-    for value in graph.inputs:
-        for dim in value.shape or ():
-            if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not dim.value.isidentifier():
-                key = _dump(ast.parse(dim.value, mode="eval").body)
-                if key not in names:
-                    names[key] = next(fresh)
+    for dim in wide:
+        names.setdefault(ast.dump(_parsed(dim)), f"size_{len(names)}")
+    # In a copy of a value sizes are what they are there, whatever they are called (`alternatives.relabel`).
+    copies = {
+        ast.dump(_bare(_parsed(dim))): names[ast.dump(_parsed(dim))] for dim in reversed(wide) if not plain
+    }
     rename = _Rename(names)
-    for value in (*graph.inputs, *(v for node in graph for v in node.outputs)):
+    values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
+    for value in values:
         if value.shape is not None:
             value.shape = ir.Shape([rename.dim(dim) for dim in value.shape])
-    missing = _symbols(graph.outputs) - plain - set(names.values())
+    known = plain | set(names.values())
+    if not _symbols(graph.outputs) <= known:
+        rename = _Rename(copies, _bare)
+        for value in graph.outputs:
+            value.shape = ir.Shape([rename.dim(dim) for dim in value.shape or ()])
+    missing = _symbols(graph.outputs) - known
     if missing:
         raise PassError(
             f"{name} gives a tensor whose size depends on {min(missing)}, and nothing that it reads says that: "
@@ -241,15 +246,32 @@ def _symbols(values: Iterable[ir.Value]) -> set[str]:
     }
 
 
-def _dump(node: ast.AST) -> str:
-    return ast.dump(node)
+def _parsed(dim: str) -> ast.AST:
+    return ast.parse(dim, mode="eval").body
+
+
+class _WithoutZeros(ast.NodeTransformer):
+    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
+        self.generic_visit(node)
+        added = (
+            isinstance(node.op, ast.Add) and isinstance(node.right, ast.Constant) and node.right.value == 0
+        )
+        return node.left if added else node
+
+
+def _bare(node: ast.AST) -> ast.AST:
+    """An expression without the zeros that are added to tell sizes apart."""
+    return _WithoutZeros().visit(copy.deepcopy(node))
 
 
 class _Rename(ast.NodeTransformer):
     """Replaces the largest known expressions by names."""
 
-    def __init__(self, names: Mapping[str, str]) -> None:
+    def __init__(
+        self, names: Mapping[str, str], form: Callable[[ast.AST], ast.AST] = lambda node: node
+    ) -> None:
         self._names = names
+        self._form = form
 
     def dim(self, dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int) or dim.value is None:
@@ -257,5 +279,5 @@ class _Rename(ast.NodeTransformer):
         return ast.unparse(self.visit(ast.parse(dim.value, mode="eval").body))
 
     def visit(self, node: ast.AST) -> ast.AST:
-        name = self._names.get(_dump(node))
+        name = self._names.get(ast.dump(self._form(node)))
         return ast.Name(name, ast.Load()) if name is not None else super().visit(node)

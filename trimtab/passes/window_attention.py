@@ -1,7 +1,7 @@
-"""Self-attention in four shifted windows: HiDiffusion's MSW-MSA.
+"""Self-attention in shifted windows: HiDiffusion's MSW-MSA.
 
-https://arxiv.org/abs/2311.17528, section 3.3: each window is half the height and half the width, and all are
-shifted by 0 to 3 quarters of a window, drawn anew for every block and step. The cost that grows with the square
+https://arxiv.org/abs/2311.17528, section 3.3: each of four windows is half the height and half the width, and all
+are shifted by 0 to 3 quarters of a window, drawn anew for every block and step. The cost that grows with the square
 of the tokens falls by four.
 """
 
@@ -9,154 +9,142 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from trimtab.errors import PassError
 from trimtab.passes.alternatives import Alternatives
-
-WINDOWS = 4
-"""Two along each side."""
 
 SHIFTS = 4
 """Shifts that are drawn from: 0, 1, 2 or 3 quarters of a window."""
 
 
-class WindowIndex:
-    """Which token stands where once they are sorted by window, as nodes.
+class WindowOrder:
+    """The order of tokens by window, and back, as nodes: indices for Gather, int64 (tokens,).
 
-    Windows are cut from the picture rolled by ``-shift``, and wrap around its edges; no mask.
+    Windows are cut from the picture rolled up and left by the shift, and wrap around its edges; no mask.
 
     Args:
         nodes: Where the nodes go.
-        grid: (height, width) of the tokens, float32 (2,): both even.
-        shift: The shift in quarters of a window, int64 scalar.
+        grid: (height, width) of the tokens, float32 (2,): multiples of ``windows``.
+        windows: Along each side, int64 scalar: with 1, the order is the tokens' own.
+        shift: In quarters of a window, int64 scalar; without effect where there is one window.
         tokens: The expression of height * width.
     """
 
-    def __init__(self, nodes: Alternatives, grid: ir.Value, shift: ir.Value, tokens: str | int) -> None:
+    def __init__(
+        self, nodes: Alternatives, grid: ir.Value, windows: ir.Value, shift: ir.Value, tokens: str | int
+    ) -> None:
         self._nodes = nodes
-        one, two, quarter = nodes.ints(1), nodes.ints(2), nodes.ints(SHIFTS)
         sizes = nodes.int_node("Cast", [grid], [2], to=int(ir.DataType.INT64))
-        self._height, self._width = (nodes.int_node("Gather", [sizes, nodes.ints(i)], [], axis=0) for i in (0, 1))
-        halves = [nodes.int_node("Div", [side, two], []) for side in (self._height, self._width)]
-        shifts = [
-            nodes.int_node("Mul", [nodes.int_node("Div", [half, quarter], []), shift], []) for half in halves
-        ]
-        zero = nodes.ints(0)
+        sides = [nodes.int_node("Gather", [sizes, nodes.ints(axis)], [], axis=0) for axis in (0, 1)]
+        parts = [self._op("Div", side, windows) for side in sides]
+        height, width = parts
+        several = self._op("Mul", shift, self._op("Sub", windows, nodes.ints(1)))
+        rolls = [self._op("Mul", self._op("Div", part, nodes.ints(SHIFTS)), several) for part in parts]
+        lines = [nodes.int_node("Range", [nodes.ints(0), s, nodes.ints(1)], ["side"]) for s in sides]
 
-        def along(side: ir.Value) -> ir.Value:
-            return nodes.int_node("Range", [zero, side, one], ["side"])
-
-        def column(value: ir.Value) -> ir.Value:
-            return nodes.int_node("Unsqueeze", [value, nodes.ints([1])], ["height", 1])
-
-        # Sorted by window: row (window, y) of the sorted picture is row window * half + y + shift of the picture,
-        # so the rows are only rolled, and the columns likewise; then [wy, y, wx, x] becomes [wy, wx, y, x].
+        # Token [wy, y, wx, x] of the rolled picture, counted in the picture itself, becomes [wy, wx, y, x].
         rows, columns = (
-            nodes.int_node("Mod", [nodes.int_node("Add", [along(side), by], ["side"]), side], ["side"])
-            for side, by in zip((self._height, self._width), shifts, strict=True)
+            self._op("Mod", self._op("Add", line, roll), side)
+            for line, roll, side in zip(lines, rolls, sides, strict=True)
         )
-        table = nodes.int_node(
-            "Add", [nodes.int_node("Mul", [column(rows), self._width], ["height", 1]), columns], ["height", "width"]
-        )
+        picture = self._table(self._op("Mul", rows, sides[1]), columns)
         split = nodes.int_node(
             "Concat",
             [
-                nodes.ints([2]),
-                nodes.int_node("Unsqueeze", [halves[0], nodes.ints([0])], [1]),
-                nodes.ints([2]),
-                nodes.int_node("Unsqueeze", [halves[1], nodes.ints([0])], [1]),
+                nodes.int_node("Unsqueeze", [v, nodes.ints([0])], [1])
+                for v in (windows, height, windows, width)
             ],
             [4],
             axis=0,
         )
-        windows = nodes.node(
+        apart = nodes.int_node("Reshape", [picture, split], ["windows", "part", "windows", "part"])
+        together = nodes.node(
             "Transpose",
-            [nodes.int_node("Reshape", [table, split], [2, "half_height", 2, "half_width"])],
+            [apart],
             {"perm": [0, 2, 1, 3]},
             dtype=ir.DataType.INT64,
-            shape=[2, 2, "half_height", "half_width"],
+            shape=["windows", "windows", "part", "part"],
         )
-        self.forward = nodes.int_node("Reshape", [windows, nodes.ints([-1])], [tokens])
+        self.forward = nodes.int_node("Reshape", [together, nodes.ints([-1])], [tokens])
 
-        # And back: the place of picture's row y among the sorted is ((y - shift) mod height), cut in two.
+        # Row y of the picture is row (y - roll) mod height of the rolled one; there it is cut into window and rest.
         back = [
-            nodes.int_node(
-                "Mod", [nodes.int_node("Sub", [along(side), by], ["side"]), side], ["side"]
-            )
-            for side, by in zip((self._height, self._width), shifts, strict=True)
+            self._op("Mod", self._op("Sub", line, roll), side)
+            for line, roll, side in zip(lines, rolls, sides, strict=True)
         ]
-        window_y, window_x = (
-            nodes.int_node("Div", [place, half], ["side"]) for place, half in zip(back, halves, strict=True)
+        window_y, window_x = (self._op("Div", p, part) for p, part in zip(back, parts, strict=True))
+        y, x = (self._op("Mod", p, part) for p, part in zip(back, parts, strict=True))
+        area = self._op("Mul", height, width)
+        of_row = self._op(
+            "Add", self._op("Mul", window_y, self._op("Mul", area, windows)), self._op("Mul", y, width)
         )
-        inner_y, inner_x = (
-            nodes.int_node("Mod", [place, half], ["side"]) for place, half in zip(back, halves, strict=True)
-        )
-        area = nodes.int_node("Mul", halves, [])
-        of_row = nodes.int_node(
-            "Add",
-            [
-                nodes.int_node("Mul", [window_y, nodes.int_node("Mul", [area, two], [])], ["side"]),
-                nodes.int_node("Mul", [inner_y, halves[1]], ["side"]),
-            ],
-            ["side"],
-        )
-        of_column = nodes.int_node(
-            "Add", [nodes.int_node("Mul", [window_x, area], ["side"]), inner_x], ["side"]
-        )
-        places = nodes.int_node("Add", [column(of_row), of_column], ["height", "width"])
+        places = self._table(of_row, self._op("Add", self._op("Mul", window_x, area), x))
         self.backward = nodes.int_node("Reshape", [places, nodes.ints([-1])], [tokens])
 
+    def _op(self, op: str, left: ir.Value, right: ir.Value) -> ir.Value:
+        shape = next((list(v.shape) for v in (left, right) if v.shape is not None and v.shape.rank()), [])
+        return self._nodes.int_node(op, [left, right], shape)
 
-def add_window_attention(
-    nodes: Alternatives, attention: ir.Node, grid: ir.Value, shift: ir.Value
-) -> ir.Value | str:
-    """Adds what one Attention gives when every token looks at its own window only.
+    def _table(self, rows: ir.Value, columns: ir.Value) -> ir.Value:
+        """Every row's number plus every column's: int64 (height, width)."""
+        column = self._nodes.int_node("Unsqueeze", [rows, self._nodes.ints([1])], ["height", 1])
+        return self._nodes.int_node("Add", [column, columns], ["height", "width"])
+
+
+def window_attention(
+    nodes: Alternatives, attention: ir.Node, grid: ir.Value, windows: ir.Value, shift: ir.Value
+) -> None:
+    """Lets every token of a self-attention look at its own window only, in place.
 
     The windows stand as further heads: nothing but the tokens' order and the heads' number changes. Exact: equal
-    to the whole attention under a mask that hides other windows.
+    to the whole attention under a mask that hides other windows, and with one window bit for bit what it was.
 
     Args:
-        nodes: Where the nodes go: behind the attention.
-        attention: Self-attention with the inputs (rows, heads, tokens, width) of fixed heads and width.
+        nodes: Where the nodes go: before the attention.
+        attention: With the inputs (rows, heads, tokens, width) of fixed heads and width.
         grid: (height, width) of the tokens, float32 (2,).
+        windows: Along each side, int64 scalar.
         shift: int64 scalar, 0 to 3.
 
-    Returns:
-        What stands for the attention's output, or why there is nothing.
+    Raises:
+        PassError: The attention is of another form.
     """
-    queries, keys, values = attention.inputs[:3]
-    assert queries is not None and keys is not None and values is not None
-    if len([v for v in attention.inputs if v is not None]) > 3:
-        return "its attention has a mask or a cache"
-    shapes = [list(v.shape) if v.shape is not None else [] for v in (queries, keys, values)]
-    if any(len(s) != 4 or not isinstance(s[1], int) or not isinstance(s[3], int) for s in shapes):
-        return "its attention does not read (rows, heads, tokens, width) with fixed heads and width"
-    if len({str(s[2]) for s in shapes}) != 1:
-        return "its attention is between different tokens"
-    dtype = queries.dtype
-    assert dtype is not None
-    rows, heads, tokens, _ = shapes[0]
-    text = tokens if isinstance(tokens, int) else str(tokens.value)
-    index = WindowIndex(nodes, grid, shift, text)
-    part = text // WINDOWS if isinstance(text, int) else f"({text})//{WINDOWS}"
-    windowed = []
-    for value, shape in zip((queries, keys, values), shapes, strict=True):
-        sorted_ = nodes.node("Gather", [value, index.forward], {"axis": 2}, dtype=dtype, shape=shape)
-        target = nodes.ints([0, WINDOWS * shape[1], -1, shape[3]])
-        windowed.append(
-            nodes.node(
-                "Reshape", [sorted_, target], dtype=dtype, shape=[rows, WINDOWS * shape[1], part, shape[3]]
-            )
+    read = [value for value in attention.inputs if value is not None]
+    shapes = [list(value.shape) if value.shape is not None else [] for value in read]
+    fixed = [(s[1], s[3]) if len(s) == 4 else (None, None) for s in shapes]
+    sizes = [(heads, width) for heads, width in fixed if isinstance(heads, int) and isinstance(width, int)]
+    if len(read) != 3 or len(sizes) != 3 or len({str(s[2]) for s in shapes}) != 1:
+        raise PassError(
+            f"{attention.name} cannot have windows: it needs queries, keys and values of the same tokens, (rows, "
+            "heads, tokens, width) with fixed heads and width, and neither mask nor cache"
         )
-    width = shapes[2][3]
-    inside = nodes.node(
-        "Attention",
-        windowed,
-        dict(attention.attributes),
-        dtype=dtype,
-        shape=[rows, WINDOWS * heads, part, width],
+    dtype, output = read[0].dtype, attention.outputs[0]
+    assert dtype is not None and output.shape is not None
+    rows, _, tokens, _ = shapes[0]
+    order = WindowOrder(nodes, grid, windows, shift, tokens if isinstance(tokens, int) else str(tokens.value))
+    squared = nodes.int_node("Mul", [windows, windows], [])
+
+    def reshaped(value: ir.Value, count: ir.Value, width: int) -> ir.Value:
+        heads = nodes.int_node("Reshape", [count, nodes.ints([1])], [1])
+        target = nodes.int_node(
+            "Concat", [nodes.ints([0]), heads, nodes.ints([-1]), nodes.ints([width])], [4], axis=0
+        )
+        return nodes.node(
+            "Reshape", [value, target], dtype=dtype, shape=[rows, "window_heads", "window_tokens", width]
+        )
+
+    for index, (value, (heads, width)) in enumerate(zip(read, sizes, strict=True)):
+        by_window = nodes.node(
+            "Gather", [value, order.forward], {"axis": 2}, dtype=dtype, shape=list(shapes[index])
+        )
+        count = nodes.int_node("Mul", [squared, nodes.ints(heads)], [])
+        attention.replace_input_with(index, reshaped(by_window, count, width))
+    heads, width = sizes[0][0], sizes[2][1]
+    users = list(output.uses())
+    after = Alternatives(nodes.graph, attention, f"{nodes.scope}/back")
+    merged = after.node(
+        "Reshape", [output, after.ints([0, heads, -1, width])], dtype=dtype, shape=list(output.shape)
     )
-    merged = nodes.node(
-        "Reshape", [inside, nodes.ints([0, heads, -1, width])], dtype=dtype, shape=[rows, heads, tokens, width]
-    )
-    return nodes.node(
-        "Gather", [merged, index.backward], {"axis": 2}, dtype=dtype, shape=[rows, heads, tokens, width]
-    )
+    whole = after.node("Gather", [merged, order.backward], {"axis": 2}, dtype=dtype, shape=list(output.shape))
+    output.shape = ir.Shape([rows, "window_heads", "window_tokens", width])
+    for user, index in users:
+        user.replace_input_with(index, whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -193,7 +194,7 @@ class Pipeline:
             mask=None if mask is None else read_image(mask, size, gray=True),
             tokenizers=self._load_tokenizers(),
         )
-        chosen, loop = self._schedule(task, schedule, strength)
+        chosen, loop = _for_size(task, self._schedule(task, schedule, strength), size)
         key = (name, chosen, batch, rows, size)
         if self._plan is None or self._plan[0] != key:
             self._plan = None  # its buffers go before new ones come
@@ -253,9 +254,7 @@ class Pipeline:
             raise InputError(f"this bundle cannot do {wanted}: it does {', '.join(self.tasks)}")
         return wanted
 
-    def _schedule(
-        self, task: Task, schedule: str | int | None, strength: float | None
-    ) -> tuple[str, Schedule]:
+    def _schedule(self, task: Task, schedule: str | int | None, strength: float | None) -> str:
         names = self.schedules
         if schedule is None:
             name = names[0]
@@ -269,24 +268,24 @@ class Pipeline:
         if task.strength is None:
             if strength is not None:
                 raise InputError("a strength was given without a picture: give image= (--image FILE) too")
-            return name, task.schedules[name]
+            return name
         share = task.strength if strength is None else strength
         if not 0 < share <= 1:
             raise InputError(f"the strength {share} is not above 0 and at most 1")
         if share == 1 and name in task.schedules:
-            return name, task.schedules[name]  # nothing of the picture is left in the start noise
+            return name  # nothing of the picture is left in the start noise
         total = int(name.rpartition("-")[2])
         start = int(total - total * share) if task.strength_rounds_up else total - int(total * share)
         started = f"{name}/from-{start}"
         if started not in task.schedules:
-            starts = [int(n.rpartition("-")[2]) for n in task.schedules if n.startswith(f"{name}/from-")]
+            starts = [int(k) for n in task.schedules if (k := n.removeprefix(f"{name}/from-")).isdecimal()]
             if start >= total:
                 raise InputError(
                     f"the strength {share} leaves none of {total} steps: use at least {1 / total:.2g}"
                 )
             near = min(starts, key=lambda k: abs(k - start))
             raise InputError(f"{name} cannot start at step {start}: use strength {1 - near / total:.3g}")
-        return started, task.schedules[started]
+        return started
 
     def _load_tokenizers(self) -> dict[str, Tokenizer]:
         if self._tokenizers is None:
@@ -311,6 +310,26 @@ def _choose_target(bundle: Bundle, target: str | None) -> str:
     raise WrongDevice(
         f"{bundle.folder} has no engines {wanted}: it has {', '.join(available) or 'none'}; compile with --target cpu"
     )
+
+
+def _for_size(task: Task, name: str, size: tuple[int, int]) -> tuple[str, Schedule]:
+    """Of a schedule and those that stand beside it for larger pictures, the one for this size."""
+    beside = re.compile(re.escape(name) + r"(/\d+x)?")
+    pixels = size[0] * size[1]
+    fitting = [
+        (schedule.least_pixels, key, schedule)
+        for key, schedule in task.schedules.items()
+        if beside.fullmatch(key) and schedule.least_pixels <= pixels
+    ]
+    _, key, schedule = max(fitting, key=lambda entry: entry[0])
+    multiple = schedule.size_multiple
+    if any(side % multiple for side in size):
+        near = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
+        raise InputError(
+            f"{size[0]}x{size[1]} was asked for, and {key} needs both sides to be multiples of {multiple}, so that "
+            f"its attention windows divide them: use {near[0]}x{near[1]}"
+        )
+    return key, schedule
 
 
 def _guidance(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | None) -> tuple[float, int]:
