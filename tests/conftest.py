@@ -1,4 +1,9 @@
-"""Tiny pipelines and their bundles, made once for all tests that ask for them."""
+"""Tiny pipelines, the shipped sample models, and their bundles: made once for all tests of all workers.
+
+Compiling even a tiny pipeline takes ten to thirty seconds, so that a test takes what lies here: `bundle_folder`,
+`sample_bundle` and `pipeline_folder` give folders that every test and every worker reads. A test that changes
+files copies them first, as `copied_bundle` does.
+"""
 
 from __future__ import annotations
 
@@ -12,35 +17,82 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from filelock import FileLock
 
 import trimtab
 
-if "PYTEST_XDIST_WORKER" in os.environ:
+IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+SAMPLE_MODELS = Path(__file__).parents[1] / "samples" / "01_shapes" / "models"
+
+if IS_WORKER:
     # Workers share the cores; torch would take them all for each.
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for what the whole session shares."""
-    return tmp_path_factory.mktemp("workshop")
+    """A folder for what the whole session shares: one for all xdist workers. Use `made_once` to write to it."""
+    base = tmp_path_factory.getbasetemp()
+    # Every worker has a base of its own inside the session's.
+    folder = (base.parent if IS_WORKER else base) / "workshop"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
+    """Lets the first worker that asks make ``folder``; the others wait for it.
+
+    Args:
+        folder: In the workshop.
+        make: Writes the folder it is given, which is put in its place once it is whole.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        if not folder.exists():
+            unfinished = folder.with_name(folder.name + ".unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            make(unfinished)
+            unfinished.rename(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def pipeline_folder(workshop: Path) -> Callable[[str], Path]:
-    """Family -> folder of its tiny diffusers pipeline."""
-    return functools.cache(lambda family: tiny.save(family, workshop / "pipelines"))
+    """Family (of `tiny.FAMILIES`) -> folder of its diffusers pipeline with random weights. To be read only."""
+    pipelines = workshop / "pipelines"
+    return lambda family: made_once(pipelines / family, lambda folder: tiny.save(family, folder)) / family
 
 
 @pytest.fixture(scope="session")
 def bundle_folder(workshop: Path, pipeline_folder: Callable[[str], Path]) -> Callable[[str], Path]:
-    """Family -> its compiled bundle. Tests must not change it: see `copied_bundle`."""
+    """Family -> its bundle for the `cpu` target, with its own scheduler's 20 and 3 steps. To be read only.
 
-    @functools.cache
+    "dit" is the cheapest (no text encoder, a fixed size), then "ddpm" (pixels, no VAE); "sd15" is a whole
+    Stable Diffusion with its encoder and inpainting. Tests that use the same family belong to one
+    ``xdist_group`` of its name, so that one worker does not wait for the other to compile it.
+    """
+
     def compiled(family: str) -> Path:
-        output = workshop / "bundles" / family
-        trimtab.compile(pipeline_folder(family), output, steps=(20, 3))
-        return output
+        return made_once(
+            workshop / "bundles" / family,
+            lambda folder: trimtab.compile(pipeline_folder(family), folder, steps=(20, 3)),
+        )
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(workshop: Path) -> Callable[[str], Path]:
+    """ "shapes-sd" or "shapes-dit" -> the bundle of that shipped, trained model: 20 and 3 steps. To be read only.
+
+    For what random weights cannot show. Costs about 25 s ("shapes-sd") or 10 s ("shapes-dit") a session.
+    """
+
+    def compiled(model: str) -> Path:
+        return made_once(
+            workshop / "samples" / model,
+            lambda folder: trimtab.compile(SAMPLE_MODELS / model, folder, steps=(20, 3)),
+        )
 
     return compiled
 

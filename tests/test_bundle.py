@@ -48,7 +48,7 @@ def test_every_file_but_the_two_seals_is_listed_with_its_hash(copied_bundle: Pat
 
 
 def test_every_weight_stands_in_the_bundle_once(bundle_folder: Callable[[str], Path]) -> None:
-    bundle = open_bundle(bundle_folder("sd15"))
+    bundle = open_bundle(bundle_folder("dit"))
     stored = sum(f.bytes for f in bundle.contents.files if f.path.endswith(".weights"))
     weights = sum(segment.weight_bytes for segment in bundle.contents.segments.values())
     assert stored <= 1.02 * weights

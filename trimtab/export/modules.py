@@ -83,7 +83,7 @@ class GuidedUNet(Denoiser):
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, guidance: Tensor
     ) -> Tensor:
         half = self.embedding_dim // 2
-        exponent = torch.arange(half, dtype=torch.float32) * -(torch.log(torch.tensor(10000.0)) / (half - 1))
+        exponent = torch.arange(half, dtype=torch.float32) * -(torch.full((), 10000.0).log() / (half - 1))
         angle = (guidance - 1.0) * 1000.0 * torch.exp(exponent)[None]
         embedding = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
         embedding = nn.functional.pad(embedding, (0, self.embedding_dim - 2 * half))

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 
 from trimtab.errors import ExportError
+from trimtab.export.decomposition import TRANSLATIONS, decompose_only_if_needed
 from trimtab.passes.scopes import CLASSES, SCOPES
 
 OPSET = 23
@@ -70,11 +71,13 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
                 dynamic_shapes=dynamic,
                 strict=False,
             )
+            decompose_only_if_needed(exported)
             program = torch.onnx.export(
                 exported,
                 dynamo=True,
                 opset_version=OPSET,
                 output_names=list(outputs),
+                custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps whatever went wrong in types of its own

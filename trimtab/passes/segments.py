@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
-import copy
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -198,37 +198,37 @@ def _check_known(name: str, value: ir.Value) -> None:
 
 
 def _own_symbols(name: str, graph: ir.Graph) -> None:
-    """Makes every open size of the outputs follow from names in the inputs' shapes.
+    """Makes every open size of the outputs follow from plain names in the inputs' shapes.
 
     A part does not see the whole graph's inputs: what was ``(latent_height - 1)//2 + 1`` there is a size of its
-    own here, and has another value in a call that puts a value of another size in its place.
+    own here, and another number in a call that puts a value of another size in its place.
     """
-    dims = [
+    plain = {
         dim.value
         for value in graph.inputs
         for dim in value.shape or ()
-        if isinstance(dim, ir.SymbolicDim) and dim.value is not None
-    ]
-    plain = {dim for dim in dims if dim.isidentifier()}
-    wide = [dim for dim in dict.fromkeys(dims) if not dim.isidentifier()]
-    names: dict[str, str] = {}
-    for dim in wide:
-        names.setdefault(ast.dump(_parsed(dim)), f"size_{len(names)}")
-    # In a copy of a value sizes are what they are there, whatever they are called (`alternatives.relabel`).
-    copies = {
-        ast.dump(_bare(_parsed(dim))): names[ast.dump(_parsed(dim))] for dim in reversed(wide) if not plain
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isidentifier()
     }
-    rename = _Rename(names)
-    values = [*graph.inputs, *(v for node in graph for v in node.outputs)]
-    for value in values:
-        if value.shape is not None:
-            value.shape = ir.Shape([rename.dim(dim) for dim in value.shape])
-    known = plain | set(names.values())
-    if not _symbols(graph.outputs) <= known:
-        rename = _Rename(copies, _bare)
-        for value in graph.outputs:
-            value.shape = ir.Shape([rename.dim(dim) for dim in value.shape or ()])
-    missing = _symbols(graph.outputs) - known
+    fresh = (f"size_{index}" for index in itertools.count())
+    known: dict[str, ast.expr] = {}
+    for value in graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not dim.value.isidentifier():
+                key = _key(dim.value)
+                if key not in known:
+                    known[key] = ast.Name(next(fresh), ast.Load())
+    names = {name.id for name in known.values() if isinstance(name, ast.Name)}
+    rename = _Rename(known)
+    for value in graph.inputs:
+        rename.apply(value)
+    for node in graph:
+        if node.op_type == "Conv":
+            _learn_strides(node, known)
+        elif node.op_type == "Identity":
+            _learn_copy(node, known)
+        for value in node.outputs:
+            rename.apply(value)
+    missing = _symbols(graph.outputs) - plain - names
     if missing:
         raise PassError(
             f"{name} gives a tensor whose size depends on {min(missing)}, and nothing that it reads says that: "
@@ -246,38 +246,67 @@ def _symbols(values: Iterable[ir.Value]) -> set[str]:
     }
 
 
-def _parsed(dim: str) -> ast.AST:
-    return ast.parse(dim, mode="eval").body
+def _key(expression: str) -> str:
+    return ast.dump(ast.parse(expression, mode="eval").body)
 
 
-class _WithoutZeros(ast.NodeTransformer):
-    def visit_BinOp(self, node: ast.BinOp) -> ast.AST:
-        self.generic_visit(node)
-        added = (
-            isinstance(node.op, ast.Add) and isinstance(node.right, ast.Constant) and node.right.value == 0
-        )
-        return node.left if added else node
+def _learn_strides(node: ir.Node, known: dict[str, ast.expr]) -> None:
+    """Adds what a convolution makes of its input's sizes, which are already the part's own."""
+    source, result, kernel = node.inputs[0], node.outputs[0], node.inputs[1]
+    if (
+        source is None
+        or kernel is None
+        or source.shape is None
+        or result.shape is None
+        or kernel.shape is None
+    ):
+        return
+    axes = result.shape.rank() - 2
+
+    def attribute(name: str, default: int, count: int) -> list[int]:
+        found = node.attributes.get(name)
+        return [default] * count if found is None else list(found.as_ints())
+
+    strides, dilations = attribute("strides", 1, axes), attribute("dilations", 1, axes)
+    pads = attribute("pads", 0, 2 * axes)
+    for axis in range(axes):
+        before, after, width = (shape[axis + 2] for shape in (source.shape, result.shape, kernel.shape))
+        if isinstance(before, int) or isinstance(after, int) or not isinstance(width, int):
+            continue
+        if after.value is None or before.value is None or after.value.isidentifier():
+            continue
+        rest = pads[axis] + pads[axis + axes] - dilations[axis] * (width - 1) - 1
+        text = f"(({before.value}) + {rest}) // {strides[axis]} + 1"
+        known.setdefault(_key(after.value), ast.parse(text, mode="eval").body)
 
 
-def _bare(node: ast.AST) -> ast.AST:
-    """An expression without the zeros that are added to tell sizes apart."""
-    return _WithoutZeros().visit(copy.deepcopy(node))
+def _learn_copy(node: ir.Node, known: dict[str, ast.expr]) -> None:
+    """Adds that a copy has the sizes of what it copies, whatever they are called."""
+    source, result = node.inputs[0], node.outputs[0]
+    if source is None or source.shape is None or result.shape is None:
+        return
+    for before, after in zip(source.shape, result.shape, strict=True):
+        if isinstance(before, ir.SymbolicDim) and isinstance(after, ir.SymbolicDim):
+            if before.value is not None and after.value is not None and not after.value.isidentifier():
+                known.setdefault(_key(after.value), ast.parse(before.value, mode="eval").body)
 
 
 class _Rename(ast.NodeTransformer):
-    """Replaces the largest known expressions by names."""
+    """Replaces the largest known expressions."""
 
-    def __init__(
-        self, names: Mapping[str, str], form: Callable[[ast.AST], ast.AST] = lambda node: node
-    ) -> None:
-        self._names = names
-        self._form = form
+    def __init__(self, known: Mapping[str, ast.expr]) -> None:
+        self._known = known
 
-    def dim(self, dim: int | ir.SymbolicDim) -> int | str | None:
+    def apply(self, value: ir.Value) -> None:
+        """Rewrites a value's shape."""
+        if value.shape is not None:
+            value.shape = ir.Shape([self._dim(dim) for dim in value.shape])
+
+    def _dim(self, dim: int | ir.SymbolicDim) -> int | str | None:
         if isinstance(dim, int) or dim.value is None:
             return dim if isinstance(dim, int) else None
         return ast.unparse(self.visit(ast.parse(dim.value, mode="eval").body))
 
     def visit(self, node: ast.AST) -> ast.AST:
-        name = self._names.get(ast.dump(self._form(node)))
-        return ast.Name(name, ast.Load()) if name is not None else super().visit(node)
+        found = self._known.get(ast.dump(node))
+        return super().visit(node) if found is None else found

@@ -1,0 +1,107 @@
+"""The exporter's second trace is left out where nothing needs it, and only there."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trimtab.export import trace as tracing
+from trimtab.export.decomposition import needs_decomposition
+from trimtab.export.trace import Example, trace
+from trimtab.passes.scopes import SCOPES
+
+AXES = ("rows", None, None)
+
+
+class Plain(nn.Module):
+    """Casts, norms, attention, dropout, views and slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.to_qkv = nn.Linear(8, 24)
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.to_qkv(self.norm(x.double().float())).unsqueeze(1)
+        q, k, v = heads.chunk(3, dim=-1)
+        x = x + self.drop(nn.functional.scaled_dot_product_attention(q, k, v)).squeeze(1)
+        return torch.cat([x, x.round().to(torch.int64).to(x)], dim=-1).flatten(1).contiguous()
+
+
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, 0].add_(1)
+        return y
+
+
+class InATable(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.min(x, -x)
+
+
+class Unlisted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).swapaxes(0, 1)
+
+
+def example() -> Tensor:
+    return torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+
+
+def exported(module: nn.Module) -> torch.export.ExportedProgram:
+    dynamic = {"x": {0: torch.export.Dim.DYNAMIC}}
+    with torch.no_grad():
+        return torch.export.export(module.eval(), (), {"x": example()}, dynamic_shapes=dynamic, strict=False)
+
+
+def traced(module: nn.Module) -> ir.Model:
+    return trace(module, {"x": Example(example(), AXES)}, ["y"])
+
+
+def run(model: ir.Model, x: Tensor) -> Any:
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {"x": x.numpy()})[0]
+
+
+def test_a_plain_module_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise AssertionError("traced again")
+
+    torch.manual_seed(0)
+    module = Plain()
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", refused)
+    once = traced(module)
+    monkeypatch.undo()
+    monkeypatch.setattr(tracing, "decompose_only_if_needed", lambda program: None)
+    monkeypatch.setattr(tracing, "TRANSLATIONS", {})
+    twice = traced(module)
+    for rows in (1, 5):
+        x = torch.randn(rows, 2, 8)
+        assert np.array_equal(run(once, x), run(twice, x))
+        np.testing.assert_allclose(run(once, x), module(x).detach(), atol=1e-6)
+    assert all(SCOPES in node.metadata_props for node in once.graph)
+
+
+@pytest.mark.parametrize("module", [InPlace(), InATable(), Unlisted()], ids=lambda m: type(m).__name__)
+def test_what_has_no_translation_as_it_stands_is_taken_apart(module: nn.Module) -> None:
+    table = {torch.ops.aten.min.other: torch.minimum}
+    assert needs_decomposition(exported(module), table)
+    assert np.array_equal(run(traced(module), example()), module(example()))
+
+
+def test_control_flow_is_taken_apart() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
+
+    assert needs_decomposition(exported(Branch()), {})
