@@ -286,9 +286,10 @@ def _learn_copy(node: ir.Node, known: dict[str, ast.expr]) -> None:
     if source is None or source.shape is None or result.shape is None:
         return
     for before, after in zip(source.shape, result.shape, strict=True):
-        if isinstance(before, ir.SymbolicDim) and isinstance(after, ir.SymbolicDim):
-            if before.value is not None and after.value is not None and not after.value.isidentifier():
-                known.setdefault(_key(after.value), ast.parse(before.value, mode="eval").body)
+        if isinstance(before, int) or isinstance(after, int):
+            continue
+        if before.value is not None and after.value is not None and not after.value.isidentifier():
+            known.setdefault(_key(after.value), ast.parse(before.value, mode="eval").body)
 
 
 class _Rename(ast.NodeTransformer):
