@@ -132,15 +132,28 @@ def _parser() -> argparse.ArgumentParser:
         "--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ..."
     )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
-    command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
+    command.add_argument(
+        "--size",
+        action="append",
+        type=_size,
+        metavar="WxH",
+        help="native size in pixels; given again, a further size that GPU engines are made for",
+    )
     command.add_argument(
         "--inherit",
         metavar="N|FILE",
         help="run the denoiser in full at every Nth step only, or by a plan (docs/inherit.md)",
     )
+    command.add_argument(
+        "--hidiffusion",
+        action="store_true",
+        default=None,
+        help="for pictures larger than a U-Net was trained for (docs/hidiffusion.md)",
+    )
     command.add_argument("--precision", help="fp32")
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
+    _cache_arguments(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
 
     command = add(
@@ -151,6 +164,11 @@ def _parser() -> argparse.ArgumentParser:
         render.run,
     )
     _request_arguments(command)
+    command.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="hold one stage's engines at a time, and load them again for every picture",
+    )
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
     )
@@ -211,10 +229,26 @@ def _devices_argument(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _cache_arguments(command: argparse.ArgumentParser) -> None:
+    where = command.add_mutually_exclusive_group()
+    where.add_argument(
+        "--cache",
+        default="~/.cache/trimtab",
+        metavar="DIR|URL",
+        help="where engines are looked for and kept (default ~/.cache/trimtab)",
+    )
+    where.add_argument(
+        "--no-cache", dest="cache", action="store_const", const=None, help="build every engine anew"
+    )
+
+
 def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", metavar="NAME", help="whose engines to run")
     command.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
+    )
+    command.add_argument(
+        "--provider", metavar="NAME", help="where ONNX Runtime runs its graphs: cpu (default) or cuda"
     )
 
 
@@ -261,14 +295,17 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.output,
             recipe=arguments.recipe,
             device_file=arguments.device_file,
+            cache=arguments.cache,
             progress=progress,
             targets=arguments.target,
             steps=arguments.steps,
             scheduler=arguments.scheduler,
             eta=arguments.eta,
-            size=arguments.size,
+            size=arguments.size[0] if arguments.size else None,
+            buckets=arguments.size[1:] if arguments.size else None,
             precision=arguments.precision,
             inherit=arguments.inherit,
+            hidiffusion=arguments.hidiffusion,
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect
@@ -287,7 +324,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{arguments.output} is a folder: give the name of a file")
     start = time.perf_counter()
     with (
-        load(arguments.bundle, target=arguments.target, threads=arguments.threads) as pipe,
+        load(
+            arguments.bundle,
+            target=arguments.target,
+            provider=arguments.provider,
+            threads=arguments.threads,
+            low_memory=arguments.low_memory,
+        ) as pipe,
         render.bar() as on_step,
     ):
         result = pipe(
@@ -330,6 +373,7 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
             bundles,
             rounds=arguments.rounds,
             target=arguments.target,
+            provider=arguments.provider,
             threads=arguments.threads,
             progress=progress,
         )

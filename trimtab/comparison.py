@@ -73,17 +73,19 @@ def _steps(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[fl
         )
     for request, plan, _ in prepared:
         plan.begin(request)
-    request = prepared[0][0]
+    request, other = prepared[0][0], prepared[1][0]
     errors = []
     for first, second in zip(plans[0].steps, plans[1].steps, strict=True):
         slots = min(plan.buffers[STATE].shape[0] for plan in plans)
-        plans[1].buffers[STATE][:slots] = plans[0].buffers[STATE][:slots]
+        plans[1].buffers[STATE][:slots] = np.asarray(plans[0].buffers[STATE])[:slots]
         first.run(request)
+        second.begin(other)
         for buffer, twin in zip(first.draws, second.draws, strict=True):
-            twin[...] = buffer
+            twin[...] = np.asarray(buffer)
         for call in second.calls:
             call.run()
-        errors.append(relative_error(second.results["model_output"], first.results["model_output"]))
+        value, reference = (np.asarray(step.results["model_output"]) for step in (second, first))
+        errors.append(relative_error(value, reference))
     return errors
 
 
@@ -102,12 +104,12 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
     for pipe in (ours, theirs):
         request, plan, _ = pipe.prepare(**options)
         plan.begin(request)
+        plan.steps[0].begin(request)
         call = plan.steps[0].calls[0]
         # What both graphs read is the reference's; the sampler's weights may differ and are each one's own.
-        feeds = dict(call.inputs) | {
-            n: a for n, a in shared.items() if n not in _SAMPLER and n in call.inputs
-        }
-        shared = shared or dict(call.inputs)
+        given = {name: np.asarray(buffer) for name, buffer in call.inputs.items()}
+        feeds = given | {n: a for n, a in shared.items() if n not in _SAMPLER and n in given}
+        shared = shared or given
         path = pipe.bundle.path(pipe.bundle.contents.segments[call.segment].graph)
         model = ir.load(path)
         names = expose_blocks(model)

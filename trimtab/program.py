@@ -158,6 +158,7 @@ class Program:
         epilogue: Latents -> image.
         outputs: What the program gives.
         size: Native (width, height) in pixels.
+        trained_size: What the model itself says of its size, where the user chose another as the native one.
         size_multiple: What both must be multiples of.
         fixed_size: Why no other size can be drawn, or None.
         slots: First axis of the tensor `STATE`.
@@ -174,6 +175,7 @@ class Program:
     size_multiple: int
     fixed_size: str | None
     slots: int
+    trained_size: tuple[int, int] | None = None
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     passes: tuple[PassEntry, ...] = ()

@@ -51,7 +51,7 @@ def rewrites_at(places: Places, scale: int, step: int, steps: int) -> tuple[str,
     return ()
 
 
-def hidiffusion(program: Program, trained: tuple[int, int]) -> Program:
+def hidiffusion(program: Program) -> Program:
     """Adds schedules for pictures of two and of four times the trained side to a U-Net's Program.
 
     ``NAME/2x`` and ``NAME/4x`` stand beside each schedule; where the Program's own size is of such a scale already,
@@ -61,13 +61,13 @@ def hidiffusion(program: Program, trained: tuple[int, int]) -> Program:
     Args:
         program: Its denoiser's graph gains alternatives in place; every plain value stays what it is.
             `trimtab.passes.partition.partition` must follow.
-        trained: (width, height) in pixels that the model was trained for.
 
     Raises:
         PassError: The denoiser is no U-Net that the method covers, or its windows cannot divide the native size.
     """
     model = program.segments["denoiser"].model
     places = find_places(model)
+    trained = program.trained_size or program.size
     # Windows cut an even side in two; where they lie in the pooled part, its half must be even too.
     multiple = program.size_multiple * 2 ** (places.window_level + 1 + places.windows_are_pooled)
     native = scale_of(program.size, trained)
