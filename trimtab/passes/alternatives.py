@@ -16,6 +16,9 @@ import onnx_ir as ir
 
 from trimtab.passes.scopes import SCOPES
 
+Dim = int | str | ir.SymbolicDim | None
+"""A size, an expression, or None where nobody needs to know."""
+
 
 class Alternatives:
     """Adds nodes behind a place of a graph.
@@ -39,7 +42,7 @@ class Alternatives:
         attributes: Mapping[str, Any] | None = None,
         *,
         dtype: ir.DataType,
-        shape: Sequence[int | str | ir.SymbolicDim],
+        shape: Sequence[Dim],
         name: str | None = None,
     ) -> ir.Value:
         """A new node's only output."""
@@ -59,7 +62,7 @@ class Alternatives:
         self,
         op: str,
         inputs: Sequence[ir.Value | None],
-        shape: Sequence[int | str | ir.SymbolicDim],
+        shape: Sequence[Dim],
         **attributes: int,
     ) -> ir.Value:
         """The same for int64."""

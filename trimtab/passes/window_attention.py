@@ -39,7 +39,7 @@ class WindowOrder:
         height, width = parts
         several = self._op("Mul", shift, self._op("Sub", windows, nodes.ints(1)))
         rolls = [self._op("Mul", self._op("Div", part, nodes.ints(SHIFTS)), several) for part in parts]
-        lines = [nodes.int_node("Range", [nodes.ints(0), s, nodes.ints(1)], ["side"]) for s in sides]
+        lines = [nodes.int_node("Range", [nodes.ints(0), s, nodes.ints(1)], [None]) for s in sides]
 
         # Token [wy, y, wx, x] of the rolled picture, counted in the picture itself, becomes [wy, wx, y, x].
         rows, columns = (
@@ -56,13 +56,13 @@ class WindowOrder:
             [4],
             axis=0,
         )
-        apart = nodes.int_node("Reshape", [picture, split], ["windows", "part", "windows", "part"])
+        apart = nodes.int_node("Reshape", [picture, split], [None] * 4)
         together = nodes.node(
             "Transpose",
             [apart],
             {"perm": [0, 2, 1, 3]},
             dtype=ir.DataType.INT64,
-            shape=["windows", "windows", "part", "part"],
+            shape=[None] * 4,
         )
         self.forward = nodes.int_node("Reshape", [together, nodes.ints([-1])], [tokens])
 
@@ -86,8 +86,8 @@ class WindowOrder:
 
     def _table(self, rows: ir.Value, columns: ir.Value) -> ir.Value:
         """Every row's number plus every column's: int64 (height, width)."""
-        column = self._nodes.int_node("Unsqueeze", [rows, self._nodes.ints([1])], ["height", 1])
-        return self._nodes.int_node("Add", [column, columns], ["height", "width"])
+        column = self._nodes.int_node("Unsqueeze", [rows, self._nodes.ints([1])], [None, 1])
+        return self._nodes.int_node("Add", [column, columns], [None, None])
 
 
 def window_attention(
@@ -128,9 +128,7 @@ def window_attention(
         target = nodes.int_node(
             "Concat", [nodes.ints([0]), heads, nodes.ints([-1]), nodes.ints([width])], [4], axis=0
         )
-        return nodes.node(
-            "Reshape", [value, target], dtype=dtype, shape=[rows, "window_heads", "window_tokens", width]
-        )
+        return nodes.node("Reshape", [value, target], dtype=dtype, shape=[rows, None, None, width])
 
     for index, (value, (heads, width)) in enumerate(zip(read, sizes, strict=True)):
         by_window = nodes.node(
@@ -145,6 +143,6 @@ def window_attention(
         "Reshape", [output, after.ints([0, heads, -1, width])], dtype=dtype, shape=list(output.shape)
     )
     whole = after.node("Gather", [merged, order.backward], {"axis": 2}, dtype=dtype, shape=list(output.shape))
-    output.shape = ir.Shape([rows, "window_heads", "window_tokens", width])
+    output.shape = ir.Shape([rows, None, None, width])
     for user, index in users:
         user.replace_input_with(index, whole)
