@@ -140,17 +140,13 @@ def _parser() -> argparse.ArgumentParser:
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
     command.add_argument(
-        "--inherit",
-        metavar="N|FILE",
-        help="run the denoiser in full at every Nth step only, or by a plan (docs/inherit.md)",
-    )
-    command.add_argument(
         "--hidiffusion",
         action="store_true",
         default=None,
         help="for pictures larger than a U-Net was trained for (docs/hidiffusion.md)",
     )
-    command.add_argument("--precision", help="fp32")
+    command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
+    command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
     _cache_arguments(command)

@@ -17,7 +17,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
 
 
@@ -32,7 +32,7 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
-        precision: Of the weights and of the arithmetic.
+        precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
         inherit: What steps inherit from earlier ones; None for nothing.
         hidiffusion: Draw pictures larger than the model was trained for by HiDiffusion.
     """
@@ -43,7 +43,7 @@ class Recipe:
     size: tuple[int, int] | None = None
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
-    precision: str = "fp32"
+    precision: str | None = None
     inherit: InheritPlan | None = None
     hidiffusion: bool = False
 
@@ -62,7 +62,7 @@ class Recipe:
             raise InputError("further sizes are given without the native one: give size too")
         if len(set(sizes)) != len(sizes):
             raise InputError("a size is given twice: give each once")
-        if self.precision not in PRECISIONS:
+        if self.precision not in (None, *PRECISIONS):
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")

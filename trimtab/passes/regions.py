@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from trimtab.errors import PassError
+from trimtab.passes.partition import reach
 from trimtab.passes.scopes import SCOPES, module_tree, scopes
 
 UNITS = {
@@ -110,13 +111,20 @@ def branches(graph: ir.Graph) -> list[ir.Value]:
 
 
 def skipped_modules(model: ir.Model, region: Region) -> tuple[str, ...]:
-    """Paths of the modules of which nothing runs in a step that inherits a region."""
-    from trimtab.passes.partition import reach
+    """Paths of the modules whose feature maps a step that inherits a region does not compute.
 
+    Conditioning that was traced in a module and is shared with others is not held against it.
+    """
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     running = reach(model.graph.outputs, {values[name]: None for name in region.values}, set())
-    tree = module_tree(model.graph)
-    return tuple(path for path, module in tree.items() if not running & set(module.nodes))
+    maps = {node for node in running if any(_is_map(value) for value in node.outputs)}
+    return tuple(path for path, module in module_tree(model.graph).items() if not maps & {*module.nodes})
+
+
+def _is_map(value: ir.Value) -> bool:
+    """Whether a value is a feature map or a row of tokens; what has fewer axes is conditioning."""
+    floating = value.dtype is not None and value.dtype.is_floating_point()
+    return floating and value.shape is not None and value.shape.rank() >= 3
 
 
 def _span(count: int) -> str:
@@ -155,9 +163,7 @@ def _stands_for(graph: ir.Graph, paths: Iterable[str], name: str) -> tuple[str, 
         for node in graph
         if node in inside
         for value in node.outputs
-        # What has fewer axes is shared conditioning, computed where it was first needed.
-        if value.shape is not None and value.shape.rank() >= 3 and value.dtype is not None
-        if value.dtype.is_floating_point() and any(user not in inside for user, _ in value.uses())
+        if _is_map(value) and any(user not in inside for user, _ in value.uses())
     ]
     if not outputs:
         raise PassError(f"{name} is to be inherited, and nothing outside of it reads what it makes")

@@ -12,10 +12,17 @@ from trimtab.errors import PassError
 from trimtab.passes.sizes import canonical, is_size
 
 
-def local_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Nodes that a part may repeat: arithmetic on sizes, and what is computed from constants alone."""
+def local_nodes(graph: ir.Graph, swapped: Container[ir.Value] = ()) -> set[ir.Node]:
+    """Nodes that a part may repeat: arithmetic on sizes, and what is computed from constants alone.
+
+    Args:
+        graph: The whole.
+        swapped: Values that some calls read others in the place of. They are nobody's own, nor is what follows.
+    """
     local: set[ir.Node] = set()
     for node in graph:
+        if any(value in swapped for value in node.outputs):
+            continue
         if all(is_size(value) for value in node.outputs) or all(
             value is None or value.is_initializer() or value.producer() in local for value in node.inputs
         ):
