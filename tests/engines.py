@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from trimtab.targets.base import BuildOptions, EngineInfo
+from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.cache import EngineCache
 from trimtab.targets.device import Device, find_device
 
@@ -63,11 +63,14 @@ class FakeBuilder:
     version: str = "1.2.3"
     backend: str = "fake"
     fails: str = ""
+    device_fields: tuple[str, ...] = tuple(f.name for f in fields(Device) if f.name != "title")
 
     def lower(self, model: ir.Model, device: Device) -> ir.Model:
         return model
 
-    def build(self, model: ir.Model, device: Device, options: BuildOptions, out: Path) -> EngineInfo:
+    def build(
+        self, model: ir.Model, device: Device, options: BuildOptions, out: Path, progress: Progress
+    ) -> EngineInfo:
         with self.counter.open("a") as stream:
             stream.write(f"{os.getpid()}\n")
         out.write_bytes(self.payload[:10])

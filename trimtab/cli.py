@@ -132,10 +132,17 @@ def _parser() -> argparse.ArgumentParser:
         "--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ..."
     )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
-    command.add_argument("--size", type=_size, metavar="WxH", help="native size in pixels")
+    command.add_argument(
+        "--size",
+        action="append",
+        type=_size,
+        metavar="WxH",
+        help="native size in pixels; given again, a further size that GPU engines are made for",
+    )
     command.add_argument("--precision", help="fp32")
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
+    _cache_arguments(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
 
     command = add(
@@ -206,6 +213,19 @@ def _devices_argument(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _cache_arguments(command: argparse.ArgumentParser) -> None:
+    where = command.add_mutually_exclusive_group()
+    where.add_argument(
+        "--cache",
+        default="~/.cache/trimtab",
+        metavar="DIR|URL",
+        help="where engines are looked for and kept (default ~/.cache/trimtab)",
+    )
+    where.add_argument(
+        "--no-cache", dest="cache", action="store_const", const=None, help="build every engine anew"
+    )
+
+
 def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--target", metavar="NAME", help="whose engines to run")
     command.add_argument(
@@ -256,12 +276,14 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             arguments.output,
             recipe=arguments.recipe,
             device_file=arguments.device_file,
+            cache=arguments.cache,
             progress=progress,
             targets=arguments.target,
             steps=arguments.steps,
             scheduler=arguments.scheduler,
             eta=arguments.eta,
-            size=arguments.size,
+            size=arguments.size[0] if arguments.size else None,
+            buckets=arguments.size[1:] if arguments.size else None,
             precision=arguments.precision,
         )
     seconds = time.perf_counter() - start

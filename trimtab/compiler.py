@@ -5,23 +5,25 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
-from trimtab.errors import InputError, TargetError
+from trimtab.errors import InputError
 from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
-from trimtab.manifest import Engine
-from trimtab.program import Program
+from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
-from trimtab.storage import GRAPHS, write_contents, write_graphs
-from trimtab.targets.device import Device, find_device, known_devices
-from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
+from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
+from trimtab.targets.device import Device, find_device
+from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
 from trimtab.weights import WeightStore
+
+if TYPE_CHECKING:
+    from trimtab.targets.cache import EngineCache
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ def compile(
     *,
     recipe: str | Path | None = None,
     device_file: str | Path | None = None,
+    cache: str | Path | None = DEFAULT_CACHE,
     progress: Progress = logger.info,
     **options: Any,
 ) -> Bundle:
@@ -45,6 +48,8 @@ def compile(
         output: The bundle's folder. An older bundle there is replaced once the new one is whole.
         recipe: A TOML file with options; keywords go before what it says.
         device_file: A TOML file with devices of one's own, for the targets.
+        cache: A folder or URL where engines are looked for and kept; None for none. Without a GPU among the targets
+            it is not touched.
         progress: Told what is being worked on.
         **options: The fields of `trimtab.recipe.Recipe`: targets, steps, scheduler, size, ...
 
@@ -55,10 +60,12 @@ def compile(
         InputError: The model, the recipe or an option cannot be used.
         ExportError: The model cannot be exported.
         TargetError: A target cannot be built for.
+        MissingDependency: A target's builder is not installed.
     """
     given = {name: value for name, value in options.items() if value is not None}
     chosen = make_recipe((read_toml(Path(recipe)) if recipe else {}) | given)
-    devices = _buildable(chosen.targets, device_file)
+    devices = [find_device(name, device_file) for name in chosen.targets]
+    check_targets(devices)
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))
@@ -72,32 +79,23 @@ def compile(
             return store.keep(name, graph)
 
         program = _export(path, chosen, keep)
+        for size in chosen.buckets:
+            check_size(size, program.size, program.size_multiple, program.fixed_size)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
-        files = write_graphs(program, stage, store)
-        builder = OnnxRuntimeBuilder()
-        engines: dict[str, list[Engine]] = {name: [] for name in program.segments}
-        for name, segment in program.segments.items():
-            for device in devices:
-                progress(f"building {name} for {device.name}")
-                lowered = builder.lower(segment.model, device)
-                engines[name].append(builder.build(lowered, device, files[name], stage))
-        write_manifest(stage, write_contents(program, stage, engines))
+        write_graphs(program, stage, store)
+        contents = write_contents(program, stage)
+        sizes = (program.size, *chosen.buckets)
+        engines = make_engines(
+            program.segments, contents, devices, sizes, store, stage, _open_cache(cache, devices), progress
+        )
+        write_manifest(stage, with_engines(contents, engines))
     return open_bundle(output)
 
 
-def _buildable(names: Iterable[str], device_file: str | Path | None) -> list[Device]:
-    """The targets; before any work, those that no builder serves are refused."""
-    able = OnnxRuntimeBuilder.backend
-    devices = [find_device(name, device_file) for name in names]
-    for device in devices:
-        if device.backend != able:
-            others = [d.name for d in known_devices(device_file).values() if d.backend == able]
-            raise TargetError(
-                f"{device.name} needs engines of {device.backend}, and only those of {able} can be built yet: "
-                f"choose {' or '.join(others)} as the target"
-            )
-    return devices
+def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCache | None:
+    needed = any(device.backend != "onnxruntime" for device in devices)
+    return open_cache(place) if needed else None
 
 
 def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:

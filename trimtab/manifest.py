@@ -6,7 +6,7 @@ Reading believes nothing: every field is checked as it is read, and no path may 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -20,19 +20,35 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Engine:
-    """What one target runs for a segment.
+    """What one target runs for a segment, at one size or at all.
 
     Attributes:
         target: A device of `trimtab.targets`, such as "cpu".
-        backend: Which runtime loads it: "onnxruntime", ...
-        path: File, relative to the bundle.
+        backend: Which runtime loads it: "onnxruntime", "tensorrt" or "tensorrt_rtx".
+        path: File, relative to the bundle: the engine, or the graph where it is not built yet.
         bytes: Size of what the backend loads, weights with it.
+        graph: The graph that it was or will be built from, relative to the bundle.
+        built: False where ``trimtab build`` has still to make it, on the device.
+        version: The backend's exact version that built it and alone loads it; empty where every version does.
+        sm: The compute capability that it was built for; None where that does not matter.
+        precision: "fp32", "fp16" or "bf16".
+        shapes: Graph input -> sizes that are fixed; empty where they are open.
+        plugins: Files to register before it is loaded, relative to the bundle.
+        activation_bytes: Device memory that it asks for beside its weights; None where nobody said.
     """
 
     target: str
     backend: str
     path: str
     bytes: int
+    graph: str
+    built: bool = True
+    version: str = ""
+    sm: str | None = None
+    precision: str = "fp32"
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    plugins: tuple[str, ...] = ()
+    activation_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,7 @@ class SegmentEntry:
         weight_bytes: Bytes of all its weights.
         inputs: The graph's inputs; open sizes are expressions over the segment's own symbols.
         outputs: The graph's outputs.
-        engines: One for each target.
+        engines: One for each target, and for each size where sizes are fixed.
     """
 
     name: str
@@ -209,10 +225,7 @@ def from_json(data: Mapping[str, Any]) -> Contents:
             weight_bytes=_of(int, entry["weight_bytes"]),
             inputs=tuple(_spec(spec) for spec in entry["inputs"]),
             outputs=tuple(_spec(spec) for spec in entry["outputs"]),
-            engines=tuple(
-                Engine(_of(str, e["target"]), _of(str, e["backend"]), _safe(e["path"]), _of(int, e["bytes"]))
-                for e in entry["engines"]
-            ),
+            engines=tuple(_engine(engine) for engine in entry["engines"]),
         )
     width, height = data["size"]
     return Contents(
@@ -244,6 +257,26 @@ def _step(data: Mapping[str, Any], chosen: Callable[[Sequence[int]], tuple[Call,
         chosen(data["calls"]),
         {_of(str, k): tuple(float(v) for v in values) for k, values in data["constants"].items()},
         tuple(_of(str, name) for name in data.get("draws", ())),
+    )
+
+
+def _engine(data: Mapping[str, Any]) -> Engine:
+    shapes = {_of(str, name): tuple(_of(int, dim) for dim in dims) for name, dims in data["shapes"].items()}
+    if any(dim < 1 for dims in shapes.values() for dim in dims):
+        raise ValueError("an engine's size is below 1")
+    return Engine(
+        target=_of(str, data["target"]),
+        backend=_of(str, data["backend"]),
+        path=_safe(data["path"]),
+        bytes=_of(int, data["bytes"]),
+        graph=_safe(data["graph"]),
+        built=_of(bool, data["built"]),
+        version=_of(str, data["version"]),
+        sm=None if data["sm"] is None else _of(str, data["sm"]),
+        precision=_of(str, data["precision"]),
+        shapes=shapes,
+        plugins=tuple(_safe(path) for path in data["plugins"]),
+        activation_bytes=None if data["activation_bytes"] is None else _of(int, data["activation_bytes"]),
     )
 
 

@@ -29,6 +29,7 @@ class Recipe:
         steps: Numbers of sampler steps, one schedule each.
         scheduler: A scheduler's name; None for the pipeline's own.
         size: Native (width, height) in pixels; None for the model's.
+        buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
         precision: Of the weights and of the arithmetic.
     """
@@ -37,6 +38,7 @@ class Recipe:
     steps: tuple[int, ...] = (DEFAULT_STEPS,)
     scheduler: str | None = None
     size: tuple[int, int] | None = None
+    buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
     precision: str = "fp32"
 
@@ -47,10 +49,14 @@ class Recipe:
             raise InputError("a number of steps or a target is given twice: give each once")
         if not self.targets:
             raise InputError("no target is given: give at least one, such as cpu")
-        if self.size is not None and (
-            len(self.size) != 2 or any(type(side) is not int or side < 1 for side in self.size)
-        ):
-            raise InputError(f"the size {_shown(self.size)} is not a width and a height in pixels")
+        sizes = (*(() if self.size is None else (self.size,)), *self.buckets)
+        for size in sizes:
+            if len(size) != 2 or any(type(side) is not int or side < 1 for side in size):
+                raise InputError(f"the size {_shown(size)} is not a width and a height in pixels")
+        if self.buckets and self.size is None:
+            raise InputError("further sizes are given without the native one: give size too")
+        if len(set(sizes)) != len(sizes):
+            raise InputError("a size is given twice: give each once")
         if self.precision not in PRECISIONS:
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
@@ -71,11 +77,18 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         if name in clean:
             value = clean[name]
             clean[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if isinstance(clean.get("size"), str):
-        clean["size"] = parse_size(clean["size"])
-    elif "size" in clean:
-        clean["size"] = tuple(clean["size"]) if isinstance(clean["size"], list | tuple) else (clean["size"],)
+    if "size" in clean:
+        clean["size"] = _size(clean["size"])
+    if "buckets" in clean:
+        given = clean["buckets"]
+        clean["buckets"] = tuple(map(_size, given if isinstance(given, list | tuple) else [given]))
     return Recipe(**clean)
+
+
+def _size(value: Any) -> Any:
+    if isinstance(value, str):
+        return parse_size(value)
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def read_toml(path: Path) -> dict[str, Any]:

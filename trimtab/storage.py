@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -17,32 +18,25 @@ GRAPHS = "graphs"
 """The folder of graphs and weights in a bundle."""
 
 
-def write_graphs(program: Program, folder: Path, store: WeightStore) -> dict[str, Path]:
+def write_graphs(program: Program, folder: Path, store: WeightStore) -> None:
     """Writes every segment's graph into the store's folder, with the weights that it does not hold yet.
 
     Args:
         program: Its graphs are edited in place: large weights become references to files.
         folder: The bundle's.
         store: Of ``folder / GRAPHS``.
-
-    Returns:
-        Segment -> the graph's file.
     """
-    files = {}
     for name, segment in program.segments.items():
         store.keep(name, segment.model)
-        files[name] = folder / GRAPHS / f"{name}.onnx"
-        ir.save(segment.model, files[name])
-    return files
+        ir.save(segment.model, folder / GRAPHS / f"{name}.onnx")
 
 
-def write_contents(program: Program, folder: Path, engines: Mapping[str, Iterable[Engine]]) -> Contents:
-    """Writes the tokenizers, and gives what bundle.json will say of a program.
+def write_contents(program: Program, folder: Path) -> Contents:
+    """Writes the tokenizers, and gives what bundle.json will say of a program, without engines.
 
     Args:
         program: Its graphs lie in ``folder / GRAPHS``.
         folder: The bundle's.
-        engines: Segment -> its engines.
     """
     entries = {
         name: SegmentEntry(
@@ -52,7 +46,7 @@ def write_contents(program: Program, folder: Path, engines: Mapping[str, Iterabl
             weight_bytes=weight_bytes(segment.model),
             inputs=_specs(segment.model.graph.inputs),
             outputs=_specs(segment.model.graph.outputs),
-            engines=tuple(engines[name]),
+            engines=(),
         )
         for name, segment in program.segments.items()
     }
@@ -70,6 +64,14 @@ def write_contents(program: Program, folder: Path, engines: Mapping[str, Iterabl
         passes=program.passes,
         version=__version__,
     )
+
+
+def with_engines(contents: Contents, engines: Mapping[str, Iterable[Engine]]) -> Contents:
+    """The contents with these engines for each segment."""
+    segments = {
+        name: replace(entry, engines=tuple(engines[name])) for name, entry in contents.segments.items()
+    }
+    return replace(contents, segments=segments)
 
 
 def read_program(bundle: Bundle) -> Program:

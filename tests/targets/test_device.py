@@ -471,17 +471,6 @@ def test_a_file_of_devices_that_cannot_be_used_is_one_line(
     assert "did you mean bandwidth_gb_s?" in captured.err
 
 
-@pytest.mark.parametrize(("target", "backend"), [("orin-nano-8gb", "tensorrt"), ("rtx-4090", "tensorrt_rtx")])
-def test_a_target_that_no_builder_serves_is_refused_before_any_work(
-    target: str, backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    output = tmp_path / "x.bundle"
-    assert main(["compile", str(tmp_path), "--target", "cpu", "--target", target, "-o", str(output)]) == 1
-    line = capsys.readouterr().err.strip()
-    assert f"{target} needs engines of {backend}" in line and "choose cpu" in line and "\n" not in line
-    assert not output.exists()
-
-
 def test_compile_knows_the_devices_of_the_given_file(
     own: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -495,7 +484,7 @@ def test_compile_knows_the_devices_of_the_given_file(
         str(tmp_path / "x.bundle"),
         "--target",
     ]
-    assert main([*arguments, "my-board"]) == 1
-    assert "choose cpu or our-cpu" in capsys.readouterr().err
+    assert main([*arguments, "my-bord"]) == 1
+    assert "did you mean my-board" in capsys.readouterr().err
     assert main([*arguments, "our-cpu"]) == 1
     assert "model_index.json" in capsys.readouterr().err

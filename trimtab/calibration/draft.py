@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from trimtab.bundle import open_bundle, write_manifest
 from trimtab.program import Program
 from trimtab.runtime.load import Pipeline
-from trimtab.storage import GRAPHS, write_contents, write_graphs
+from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.targets.device import find_device
-from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
+from trimtab.targets.engines import make_engines
 from trimtab.weights import WeightStore
+
+logger = logging.getLogger(__name__)
 
 TARGET = "cpu"
 
@@ -27,11 +30,11 @@ def draft(program: Program, folder: Path, *, threads: int = 0) -> Pipeline:
         A pipeline to draw with and to take steps of: close it, as it holds the engines.
     """
     (folder / GRAPHS).mkdir(parents=True, exist_ok=True)
-    files = write_graphs(program, folder, WeightStore(folder / GRAPHS))
-    device, builder = find_device(TARGET), OnnxRuntimeBuilder()
-    engines = {
-        name: (builder.build(segment.model, device, files[name], folder),)
-        for name, segment in program.segments.items()
-    }
-    write_manifest(folder, write_contents(program, folder, engines))
+    store = WeightStore(folder / GRAPHS)
+    write_graphs(program, folder, store)
+    contents = write_contents(program, folder)
+    engines = make_engines(
+        program.segments, contents, [find_device(TARGET)], (), store, folder, None, logger.debug
+    )
+    write_manifest(folder, with_engines(contents, engines))
     return Pipeline(open_bundle(folder), TARGET, threads)

@@ -301,7 +301,9 @@ def _choose_target(bundle: Bundle, target: str | None) -> str:
     able = [
         name
         for name in available
-        if all(any(e.target == name and e.backend in BACKENDS for e in s.engines) for s in segments)
+        if all(
+            any(e.target == name and e.built and e.backend in BACKENDS for e in s.engines) for s in segments
+        )
     ]
     if target is None and able:
         return able[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,9 @@ import onnx_ir as ir
 from trimtab.targets.device import Device
 
 Scalar = str | int | float | bool
+
+Progress = Callable[[str], None]
+"""Told what is being worked on, in a few words; called at least once a second while a build takes its time."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,9 @@ class EngineInfo:
         seconds: What the build took.
         peak_bytes: The most memory that the build held; None where nobody measured.
         backend: Which runtime loads it.
-        backend_version: The exact version that built it, and in general the only one that loads it.
+        backend_version: The exact version that built it, and alone loads it; empty where every version does.
+        activation_bytes: Device memory that the engine asks for beside its weights; None where the backend does
+            not say.
     """
 
     bytes: int
@@ -53,6 +58,7 @@ class EngineInfo:
     peak_bytes: int | None
     backend: str
     backend_version: str
+    activation_bytes: int | None = None
 
 
 class Builder(Protocol):
@@ -66,6 +72,10 @@ class Builder(Protocol):
     def version(self) -> str:
         """The backend's exact version, and whatever else of this machine or this builder changes its engines."""
 
+    @property
+    def device_fields(self) -> tuple[str, ...]:
+        """Which fields of a Device decide its engines; devices that agree in them share their engines."""
+
     def lower(self, model: ir.Model, device: Device) -> ir.Model:
         """What the backend can run of this graph. ``model`` stays as it was.
 
@@ -73,14 +83,17 @@ class Builder(Protocol):
             UnsupportedOp: The backend has no such operator.
         """
 
-    def build(self, model: ir.Model, device: Device, options: BuildOptions, out: Path) -> EngineInfo:
+    def build(
+        self, model: ir.Model, device: Device, options: BuildOptions, out: Path, progress: Progress
+    ) -> EngineInfo:
         """Builds one engine into one file.
 
         Args:
             model: A lowered graph.
             device: The target.
             options: See there.
-            out: The file to write; its folder exists and is the builder's own until it returns.
+            out: The file to write; its folder exists.
+            progress: Told what the backend is at.
 
         Raises:
             BuildFailed: The backend gave up.

@@ -21,8 +21,9 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ import onnx_ir as ir
 
 from trimtab.errors import BuildFailed, InputError, MissingDependency, TrimtabError
 from trimtab.staging import write_file
-from trimtab.targets.base import Builder, BuildOptions, EngineInfo
+from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
 from trimtab.targets.device import Device
 from trimtab.targets.entry import ENGINE, NOTE, CacheEntry, last_use, verified, write_note
 from trimtab.targets.key import EngineKey, engine_key, graph_digest
@@ -107,7 +108,7 @@ class EngineCache:
         options: BuildOptions,
         builder: Builder,
         *,
-        progress: Callable[[str], None] = logger.info,
+        progress: Progress = logger.info,
     ) -> CacheEntry:
         """The engine of a graph: found, fetched, or built.
 
@@ -205,7 +206,7 @@ class EngineCache:
         return FileLock(self.folder / "locks" / f"{name}.lock", thread_local=False)
 
     @contextlib.contextmanager
-    def _waiting(self, key: EngineKey, progress: Callable[[str], None]) -> Iterator[None]:
+    def _waiting(self, key: EngineKey, progress: Progress) -> Iterator[None]:
         """Holds the lock of one key, and says so if it has to be waited for."""
         lock = self._lock(key.digest)
         try:
@@ -265,13 +266,18 @@ class EngineCache:
         device: Device,
         options: BuildOptions,
         builder: Builder,
-        progress: Callable[[str], None],
+        progress: Progress,
     ) -> CacheEntry:
         seconds = self.expected_seconds(key)
         last = f", which took {_minutes(seconds)} the last time" if seconds is not None else ""
         progress(f"building an engine for {device.name}{last}")
+        start = time.monotonic()
+
+        def at(what: str) -> None:
+            progress(f"{device.name}: {what}, {clock(time.monotonic() - start, seconds)}")
+
         with self._staged(key.digest) as stage:
-            info = builder.build(model, device, options, stage / ENGINE)
+            info = builder.build(model, device, options, stage / ENGINE, at)
             if not (stage / ENGINE).is_file():
                 raise BuildFailed(f"{builder.backend} ended without an engine: see its log, and report this")
             write_note(stage, key, info)

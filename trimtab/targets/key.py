@@ -30,7 +30,7 @@ class EngineKey:
         graph: `graph_digest` of the lowered graph: structure and weights.
         shapes: Graph input -> sizes.
         precision: Of the arithmetic.
-        device: The fields of the device, less its title.
+        device: The fields of the device that decide the builder's engines.
         backend: Which runtime loads the engine.
         backend_version: Its exact version.
         options: All other fields of the options.
@@ -73,10 +73,7 @@ def engine_key(model: ir.Model, device: Device, options: BuildOptions, builder: 
         graph=graph_digest(model),
         shapes=_plain(rest.pop("shapes"), "shapes"),
         precision=rest.pop("precision"),
-        # The title is for people. Any other field may steer a builder: a needless rebuild beats a wrong engine.
-        device=_plain(
-            {f.name: getattr(device, f.name) for f in fields(device) if f.name != "title"}, "device"
-        ),
+        device=_plain({name: getattr(device, name) for name in builder.device_fields}, "device"),
         backend=builder.backend,
         backend_version=builder.version,
         plugins=tuple(sorted(_plugin_hash(path) for path in rest.pop("plugins"))),
@@ -206,9 +203,11 @@ class _Hasher:
     def __init__(self) -> None:
         self.digest = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return len(data)
+    def write(self, data: bytes | memoryview) -> int:
+        # Tensors hand over their buffer in its own shape, which a hash does not take.
+        flat = memoryview(data).cast("B")
+        self.digest.update(flat)
+        return flat.nbytes
 
 
 def _tensor(tensor: ir.TensorProtocol | None) -> list[Any] | None:

@@ -1,41 +1,48 @@
-"""ONNX Runtime on the CPU: the default that works everywhere, and runs the graphs as they are."""
+"""ONNX Runtime: the default that works everywhere, and runs the graphs as they are."""
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import onnx_ir as ir
 
-from trimtab.manifest import Engine
+from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.device import Device
+from trimtab.weights import weight_bytes
 
 
 class OnnxRuntimeBuilder:
-    """Its engine is the graph itself: ONNX Runtime optimises at load, for the CPU at hand."""
+    """Its engine is the graph itself: ONNX Runtime optimises at load, for the machine at hand."""
 
     backend = "onnxruntime"
+    version = ""
+    """Every version loads a graph."""
+
+    device_fields: tuple[str, ...] = ()
 
     def lower(self, model: ir.Model, device: Device) -> ir.Model:
         """Nothing to do: every operator of opset 23 that the exporter writes has a CPU kernel."""
         return model
 
-    def build(self, model: ir.Model, device: Device, graph: Path, root: Path) -> Engine:
-        """Points at the graph and its weights.
+    def build(
+        self, model: ir.Model, device: Device, options: BuildOptions, out: Path, progress: Progress
+    ) -> EngineInfo:
+        """Writes the graph.
 
         Args:
             model: The lowered graph.
             device: The target.
-            graph: The graph's file.
-            root: The bundle's folder.
+            options: Nothing here depends on them.
+            out: The file, in the folder of the graph's weights: ONNX Runtime reads none from elsewhere.
+            progress: Not needed.
         """
-        weights = sum(
-            t.nbytes
-            for v in model.graph.initializers.values()
-            if isinstance(t := v.const_value, ir.ExternalTensor)
-        )
-        return Engine(
-            target=device.name,
+        start = time.perf_counter()
+        ir.save(model, out)
+        return EngineInfo(
+            bytes=out.stat().st_size + weight_bytes(model),
+            seconds=time.perf_counter() - start,
+            peak_bytes=None,
             backend=self.backend,
-            path=graph.relative_to(root).as_posix(),
-            bytes=graph.stat().st_size + weights,
+            backend_version=self.version,
         )

@@ -1,0 +1,90 @@
+"""The sizes that every segment is given when a picture of some size is drawn.
+
+The runtime itself says it: a plan is made as for a picture, with sessions that only take note. So an engine of fixed
+sizes fits what the runtime will bind to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trimtab.errors import TargetError
+from trimtab.manifest import Contents
+from trimtab.program import Call, Schedule, Step, Task
+from trimtab.runtime.executor import make_plan
+from trimtab.runtime.sessions import Buffer, Run
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Graph input -> its sizes."""
+
+
+def segment_shapes(contents: Contents, size: tuple[int, int]) -> dict[str, tuple[Shapes, ...]]:
+    """What every segment is bound to, for one picture with the guidance that the model has by default.
+
+    Args:
+        contents: Of a bundle; engines are not looked at.
+        size: (width, height) in pixels.
+
+    Returns:
+        Segment -> the distinct shapes that it is called with; one for nearly all.
+
+    Raises:
+        TargetError: A segment that nothing calls.
+    """
+    found: dict[str, dict[Any, Shapes]] = {name: {} for name in contents.segments}
+    for task in contents.tasks.values():
+        symbols = {"batch": 1, "rows": _rows(task), "width": size[0], "height": size[1]}
+        seen = set()
+        for schedule in task.schedules.values():
+            short = _shortened(schedule)
+            look = (
+                *map(_look, short.prologue),
+                None,
+                *(_look(c) for step in short.steps for c in step.calls),
+            )
+            if look not in seen:
+                seen.add(look)
+                make_plan(contents, task, short, symbols, lambda name: _Notes(found[name]))
+    if idle := [name for name, shapes in found.items() if not shapes]:
+        raise TargetError(f"nothing calls the segment {idle[0]}, so its sizes are unknown: remove it")
+    return {name: tuple(shapes.values()) for name, shapes in found.items()}
+
+
+class _Notes:
+    """A session that notes what is bound to it."""
+
+    def __init__(self, shapes: dict[Any, Shapes]) -> None:
+        self._shapes = shapes
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
+        shapes = {name: array.shape for name, array in inputs.items()}
+        self._shapes[tuple(sorted(shapes.items()))] = shapes
+        return lambda: None
+
+    def close(self) -> None:
+        pass
+
+
+def _rows(task: Task) -> int:
+    guided = any(
+        spec.source.get("kind") == "mix" and spec.source.get("classifier_free") for spec in task.inputs
+    )
+    return 2 if guided and task.guidance is not None and task.guidance > 1 else 1
+
+
+def _shortened(schedule: Schedule) -> Schedule:
+    """The same loop with every step only once: what is bound depends on the calls and not on the numbers."""
+    steps: dict[Any, Step] = {}
+    for step in schedule.steps:
+        steps.setdefault((*map(_look, step.calls), step.draws), step)
+    return dataclasses.replace(schedule, steps=tuple(steps.values()))
+
+
+def _look(call: Call) -> Any:
+    return (call.segment, *_sorted(call.inputs.items()), *_sorted(call.outputs.items()))
+
+
+def _sorted(items: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return sorted(items)

@@ -1,0 +1,124 @@
+"""Runs `trimtab.targets.worker` and listens to it: what it says, and how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from trimtab.targets.base import Progress
+
+_BEAT_S = 1.0
+"""The clock that people see has seconds."""
+
+_CODE = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from trimtab.targets.worker import main
+main()
+"""
+# multiprocessing would import the caller's script anew, torch and all.
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a build ended.
+
+    Attributes:
+        done: What it gave; None where it failed.
+        reason: Why it failed, in one line.
+        kind: "operator", "memory" or "build".
+    """
+
+    done: Mapping[str, Any] | None = None
+    reason: str = ""
+    kind: str = "build"
+
+
+def run_worker(job: Mapping[str, Any], folder: Path, progress: Progress) -> Ending:
+    """Runs one job to its end. Whatever ends this function ends the process too.
+
+    Args:
+        job: As `trimtab.targets.worker` takes it.
+        folder: Where it runs.
+        progress: Told the phases, and the last one again every second.
+    """
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _CODE, json.dumps(sys.path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=folder,
+            text=True,
+            encoding="utf-8",
+            start_new_session=True,  # Ctrl-C comes to us first, and we end it
+        )
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+            phase = "starting"
+            for line in _lines(process.stdout):
+                answer = json.loads(line) if line else {}
+                if "done" in answer:
+                    return Ending(answer["done"])
+                if "failed" in answer:
+                    return Ending(reason=answer["failed"], kind=answer["kind"])
+                phase = answer.get("at", phase)
+                progress(phase)
+            return _crash(process.wait(), log)
+        except BrokenPipeError:
+            return _crash(process.wait(), log)
+        finally:
+            process.kill()
+            process.wait()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+def _lines(stream: IO[str]) -> Iterator[str]:
+    """Lines as they come, and an empty one for every second without."""
+    lines: queue.Queue[str | None] = queue.Queue()
+
+    def read() -> None:
+        with stream:
+            for line in stream:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=_BEAT_S)
+        except queue.Empty:
+            yield ""
+            continue
+        if line is None:
+            return
+        yield line
+
+
+def _crash(code: int, log: IO[bytes]) -> Ending:
+    """What to say of a process that ended without an answer."""
+    log.seek(0, 2)
+    log.seek(max(0, log.tell() - 4096))
+    said = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    last = f" after saying {said[-1]!r:.300}" if said else ""
+    if code == -signal.SIGKILL:
+        return Ending(reason="it was killed, as the system does when memory runs out", kind="memory")
+    if code < 0:
+        memory = "bad_alloc" in "".join(said)
+        return Ending(
+            reason=f"it crashed with {signal.Signals(-code).name}{last}", kind="memory" if memory else "build"
+        )
+    return Ending(reason=f"it ended with {code}{last}")

@@ -1,0 +1,55 @@
+"""TensorRT 10.3 to 11: engines for Jetson, built on the device itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from trimtab.errors import BuildFailed
+from trimtab.targets.device import Device
+from trimtab.targets.network import NetworkBuilder, TimingCache
+from trimtab.targets.operators import OLDEST_TENSORRT, Parser, tensorrt_parser
+
+
+class TensorRTBuilder(NetworkBuilder):
+    """Builds for the GPU of this machine, with kernels timed on it.
+
+    Lowering needs no TensorRT, so a workstation prepares what a device builds.
+
+    Args:
+        timings: Where kernel timings are kept between builds: `EngineCache.timing_cache`.
+    """
+
+    backend = "tensorrt"
+    extra = "tensorrt"
+    on_device = True
+
+    def __init__(self, timings: TimingCache | None = None) -> None:
+        self._timings = timings
+
+    @property
+    def device_fields(self) -> tuple[str, ...]:
+        """All but the title: kernels are timed, so clocks, power mode and memory steer what is chosen."""
+        return tuple(field.name for field in dataclasses.fields(Device) if field.name != "title")
+
+    def parser(self, device: Device) -> Parser:
+        """The oldest one of the device's JetPacks: what it takes, the later ones take as well."""
+        versions = [
+            (int(major), int(minor)) for major, minor in (p.tensorrt.split(".") for p in device.jetpacks)
+        ]
+        return tensorrt_parser(min(versions, default=OLDEST_TENSORRT))
+
+    def compute_capability(self, device: Device) -> None:
+        return None
+
+    @contextlib.contextmanager
+    def timing_cache(self, device: Device) -> Iterator[Path | None]:
+        if self._timings is None:
+            yield None
+            return
+        if device.sm is None:
+            raise BuildFailed(f"{device.name} has no compute capability: give it its sm")
+        with self._timings(int(device.sm.replace(".", "")), self.installed_version()) as path:
+            yield path
