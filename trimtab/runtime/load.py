@@ -384,7 +384,7 @@ def _class_number(names: Mapping[str, int], label: int | str) -> int:
         return int(label)
     if label in names:
         return names[label]
-    if label.isdecimal():
+    if label.removeprefix("-").isdecimal():
         return int(label)
     near = difflib.get_close_matches(label, names, 3, 0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else "give its number"
