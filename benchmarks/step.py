@@ -57,7 +57,7 @@ def ours(connection: Connection, bundle: str, shared: str, threads: int) -> None
 
         step(0)
         output = plan.steps[0].results["model_output"]
-        timestep = call.inputs["timestep"]
+        timestep = call.inputs["timestep"]  # of the step that ran last
         np.savez(shared, output=output, timestep=timestep, **given)
         _serve(connection, step, {"error": 0.0})
 

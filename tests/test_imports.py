@@ -61,7 +61,7 @@ def test_no_module_is_longer_than_400_lines(path: Path) -> None:
 
 
 def test_the_runtime_imports_no_stage_of_the_compiler() -> None:
-    for path in sorted((ROOT / "runtime").glob("*.py")):
+    for path in sorted((ROOT / "runtime").rglob("*.py")):
         text = path.read_text()
         for stage in ("export", "passes", "calibration", "targets"):
             assert f"trimtab.{stage}" not in text, f"{path} imports {stage}"

@@ -139,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
+    command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
     command.add_argument("--precision", help="fp32")
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     _devices_argument(command)
@@ -153,6 +154,11 @@ def _parser() -> argparse.ArgumentParser:
         render.run,
     )
     _request_arguments(command)
+    command.add_argument(
+        "--low-memory",
+        action="store_true",
+        help="hold one stage's engines at a time, and load them again for every picture",
+    )
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
     )
@@ -231,6 +237,9 @@ def _run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
     )
+    command.add_argument(
+        "--provider", metavar="NAME", help="where ONNX Runtime runs its graphs: cpu (default) or cuda"
+    )
 
 
 def _request_arguments(command: argparse.ArgumentParser) -> None:
@@ -285,6 +294,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             size=arguments.size[0] if arguments.size else None,
             buckets=arguments.size[1:] if arguments.size else None,
             precision=arguments.precision,
+            inherit=arguments.inherit,
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect
@@ -303,7 +313,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{arguments.output} is a folder: give the name of a file")
     start = time.perf_counter()
     with (
-        load(arguments.bundle, target=arguments.target, threads=arguments.threads) as pipe,
+        load(
+            arguments.bundle,
+            target=arguments.target,
+            provider=arguments.provider,
+            threads=arguments.threads,
+            low_memory=arguments.low_memory,
+        ) as pipe,
         render.bar() as on_step,
     ):
         result = pipe(
@@ -346,6 +362,7 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
             bundles,
             rounds=arguments.rounds,
             target=arguments.target,
+            provider=arguments.provider,
             threads=arguments.threads,
             progress=progress,
         )

@@ -14,6 +14,8 @@ from trimtab.errors import InputError
 from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
+from trimtab.passes.inherit import inherit
+from trimtab.passes.partition import partition
 from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
@@ -81,6 +83,7 @@ def compile(
         program = _export(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
+        program = _transform(program, chosen)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)
@@ -91,6 +94,13 @@ def compile(
         )
         write_manifest(stage, with_engines(contents, engines))
     return open_bundle(output)
+
+
+def _transform(program: Program, recipe: Recipe) -> Program:
+    """What the recipe does to the pipeline: each a function from Program to Program."""
+    if recipe.inherit is not None:
+        program = inherit(program, recipe.inherit)
+    return partition(program)
 
 
 def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCache | None:

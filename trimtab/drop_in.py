@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from trimtab.errors import InputError
 from trimtab.manifest import SegmentEntry
 from trimtab.program import STATE
 from trimtab.runtime.load import load
-from trimtab.runtime.sessions import Buffer, new_buffer
+from trimtab.runtime.sessions import Buffer
 from trimtab.shapes import bind, shape
 
 _SAMPLER = {"sample_weights", "next_weights", "clip_weights", "mix", "noise"}
@@ -50,9 +51,14 @@ class Denoiser(torch.nn.Module):
                 linear_1=SimpleNamespace(in_features=embedding.linear_1.in_features)
             )
         self._pipeline = load(bundle, target=target)
-        segment = self._pipeline.bundle.contents.segments.get("denoiser")
-        if segment is None:
-            raise InputError(f"{bundle} has no single denoiser: its parts only run under trimtab's own loop")
+        segments = self._pipeline.bundle.contents.segments
+        parts = [name for name in segments if name.startswith("denoiser")]
+        if parts != ["denoiser"]:
+            raise InputError(
+                f"{bundle} has the denoisers {', '.join(parts)}, which its own schedule calls in turn: run the bundle "
+                "itself, or compile one that skips nothing"
+            )
+        segment = segments["denoiser"]
         if getattr(self.config, "time_cond_proj_dim", None) is not None:
             raise InputError(
                 f"{bundle} reads the guidance scale, which diffusers hands to a U-Net as an embedding: "
@@ -104,35 +110,34 @@ class Denoiser(torch.nn.Module):
         assert isinstance(channels, int)
         return channels
 
-    def _predict(self, sample: Tensor, timestep: float, given: dict[str, Any]) -> Buffer:
+    def _predict(self, sample: Tensor, timestep: float, given: dict[str, Any]) -> npt.NDArray[Any]:
+        new = self._pipeline.engines.backend.new
         slots = self._pipeline.bundle.contents.slots
-        inputs: dict[str, Buffer] = {STATE: new_buffer((slots, *sample.shape), "float32")}
+        inputs: dict[str, Buffer] = {STATE: new((slots, *sample.shape), "float32")}
         inputs[STATE][0] = sample.numpy()
         symbols: dict[str, int] = {"rows": 1}
         for spec in self._segment.inputs:
             if spec.name == "timestep":
-                inputs["timestep"] = np.array(timestep, spec.dtype)
+                inputs["timestep"] = new((), spec.dtype)
+                inputs["timestep"][...] = timestep
             elif spec.name == "noise":
-                inputs["noise"] = new_buffer(tuple(sample.shape), spec.dtype)
+                inputs["noise"] = new(tuple(sample.shape), spec.dtype)
             elif spec.name in _SAMPLER:
-                inputs[spec.name] = new_buffer(shape(spec.shape, symbols), spec.dtype)
+                inputs[spec.name] = new(shape(spec.shape, symbols), spec.dtype)
             elif spec.name != STATE:
                 value = given.get(spec.name)
                 if value is None:
                     raise InputError(f"the denoiser reads {spec.name}, and the pipeline did not give it")
                 array = torch.as_tensor(value).detach().numpy()
                 array = array.reshape(-1)[:1].reshape(()) if not spec.shape else array
-                inputs[spec.name] = (
-                    np.ascontiguousarray(array, spec.dtype) if array.ndim else array.astype(spec.dtype)
-                )
+                inputs[spec.name] = new(array.shape, spec.dtype)
+                inputs[spec.name][...] = array
             bind(spec.shape, inputs[spec.name].shape, symbols)
         inputs["sample_weights"][0] = 1
         inputs["mix"][0] = 1
-        outputs = {
-            spec.name: new_buffer(shape(spec.shape, symbols), spec.dtype) for spec in self._segment.outputs
-        }
+        outputs = {spec.name: new(shape(spec.shape, symbols), spec.dtype) for spec in self._segment.outputs}
         self._pipeline.session("denoiser").bind(inputs, outputs)()
-        return outputs["model_output"]
+        return np.array(outputs["model_output"])
 
 
 def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:

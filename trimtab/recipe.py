@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.passes.inherit_plan import InheritPlan, make_plan
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -32,6 +33,7 @@ class Recipe:
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
         precision: Of the weights and of the arithmetic.
+        inherit: What steps inherit from earlier ones; None for nothing.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -41,6 +43,7 @@ class Recipe:
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
     precision: str = "fp32"
+    inherit: InheritPlan | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
@@ -82,6 +85,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if "buckets" in clean:
         given = clean["buckets"]
         clean["buckets"] = tuple(map(_size, given if isinstance(given, list | tuple) else [given]))
+    if "inherit" in clean:
+        clean["inherit"] = make_plan(clean["inherit"])
     return Recipe(**clean)
 
 

@@ -8,10 +8,11 @@ import pytest
 from trimtab.errors import BundleError
 from trimtab.program import Call
 from trimtab.runtime.executor import _Buffers, _needed, _reads
+from trimtab.runtime.sessions.onnxruntime import OnnxRuntimeCpu
 
 
 def test_a_slice_is_a_view_of_what_was_written_whole() -> None:
-    table = _Buffers(slots=2)
+    table = _Buffers(2, OnnxRuntimeCpu())
     rows = table.make("rows", (3, 4), "float32")
     numbers = table.make("numbers", (3,), "float32")
     row, number = table.get("rows[2]"), table.get("numbers[1]")
@@ -23,7 +24,7 @@ def test_a_slice_is_a_view_of_what_was_written_whole() -> None:
 
 
 def test_the_state_has_the_slots_of_its_bundle() -> None:
-    table = _Buffers(slots=2)
+    table = _Buffers(2, OnnxRuntimeCpu())
     slot = table.make("state[1]", (1, 4), "float32")
     slot[...] = 3
     assert table.get("state").shape == (2, 1, 4) and (table.get("state")[1] == 3).all()
@@ -33,7 +34,7 @@ def test_the_state_has_the_slots_of_its_bundle() -> None:
 
 @pytest.mark.parametrize("name", ["rows[3]", "scalar[0]", "other[0]", "other"])
 def test_what_is_not_there_cannot_be_read(name: str) -> None:
-    table = _Buffers(slots=2)
+    table = _Buffers(2, OnnxRuntimeCpu())
     table.make("rows", (3, 4), "float32")
     table.make("scalar", (), "float32")
     with pytest.raises(BundleError, match="compile again"):

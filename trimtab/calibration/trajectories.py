@@ -88,8 +88,7 @@ def record(
         for index, step in enumerate(plan.steps):
             if index > max(wanted):
                 break
-            for buffer in step.draws:
-                buffer[...] = request.noise.normal(buffer.shape)
+            step.begin(request)
             calls = [call for call in step.calls if call.segment.startswith("denoiser")]
             # The engine may write the state that it reads, so what it read is kept before it runs.
             before = [

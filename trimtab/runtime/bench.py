@@ -22,6 +22,7 @@ def bench(
     *,
     rounds: int = 3,
     target: str | None = None,
+    provider: str | None = None,
     threads: int = 0,
     progress: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def bench(
         bundles: Folders.
         rounds: Pictures of each that count, after one that does not.
         target: Whose engines to run.
+        provider: Where ONNX Runtime runs its graphs: "cpu" or "cuda".
         threads: CPU threads; 0 for one a core.
         progress: Told what is being measured.
 
@@ -53,7 +55,9 @@ def bench(
     try:
         for bundle in bundles:
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, str(bundle), target, threads), daemon=True)
+            process = context.Process(
+                target=_work, args=(theirs, str(bundle), target, provider, threads), daemon=True
+            )
             process.start()
             theirs.close()
             workers.append((process, ours))
@@ -91,12 +95,14 @@ def _receive(connection: Connection, bundle: Path) -> dict[str, Any]:
     return answer
 
 
-def _work(connection: Connection, bundle: str, target: str | None, threads: int) -> None:
+def _work(
+    connection: Connection, bundle: str, target: str | None, provider: str | None, threads: int
+) -> None:
     """Draws a picture for every message, and answers with the times of its parts."""
     from trimtab.runtime.load import load
 
     try:
-        with load(bundle, target=target, threads=threads) as pipe:
+        with load(bundle, target=target, provider=provider, threads=threads) as pipe:
             sources = [spec.source.get("kind") for spec in pipe.bundle.contents.tasks[pipe.tasks[0]].inputs]
             options: dict[str, Any] = {"seed": 0}
             if "tokens" in sources:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,8 +17,9 @@ import numpy as np
 from trimtab.errors import BundleError, InputError
 from trimtab.manifest import Contents, SegmentEntry
 from trimtab.program import STATE, Call, Schedule, Task, TensorSpec
+from trimtab.runtime.constants import Constants
 from trimtab.runtime.inputs import Request, make_input
-from trimtab.runtime.sessions import Buffer, Run, Session, new_buffer
+from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session, in_turn
 from trimtab.shapes import bind, shape
 
 _SLICE = re.compile(r"^(\w+)\[(\d+)\]$")
@@ -32,11 +33,32 @@ OnCall = Callable[[str, float], None]
 
 
 class BoundCall(NamedTuple):
-    """An engine call ready to run, and the buffers that it reads."""
+    """An engine call ready to run, and the buffers that it reads and writes."""
 
     segment: str
     run: Run
     inputs: Mapping[str, Buffer]
+    outputs: Mapping[str, Buffer]
+
+
+class BoundCalls(NamedTuple):
+    """Calls in order, one by one or all at once. Steps that call the same on the same buffers share them."""
+
+    calls: tuple[BoundCall, ...]
+    run_all: Run
+    wait: Run
+
+    def run(self, on_call: OnCall | None) -> None:
+        """Runs the calls; returns once they are queued, or done where their times are wanted."""
+        if on_call is None:
+            self.run_all()
+            return
+        for segment, run, _, _ in self.calls:
+            self.wait()
+            start = time.perf_counter()
+            run()
+            self.wait()
+            on_call(segment, time.perf_counter() - start)
 
 
 @dataclass(frozen=True)
@@ -45,19 +67,33 @@ class BoundStep:
 
     Attributes:
         draws: Noise buffers to fill, in order.
-        calls: Engine calls, in order.
+        constants: All of this step's, packed, in the memory of the device.
+        place: Where the calls read them.
+        bound: Engine calls, in order.
         results: Graph output -> buffer, over all calls.
     """
 
     draws: tuple[Buffer, ...]
-    calls: tuple[BoundCall, ...]
+    constants: Buffer
+    place: Buffer
+    bound: BoundCalls
     results: Mapping[str, Buffer]
 
-    def run(self, request: Request, on_call: OnCall | None = None) -> None:
-        """Draws the step's noise and runs its calls."""
+    @property
+    def calls(self) -> tuple[BoundCall, ...]:
+        """Engine calls, in order; what they read of this step is in place after `begin`."""
+        return self.bound.calls
+
+    def begin(self, request: Request) -> None:
+        """Draws the step's noise, and puts its constants where the calls read them."""
         for buffer in self.draws:
             buffer[...] = request.noise.normal(buffer.shape)
-        _run(self.calls, on_call)
+        self.place[...] = self.constants
+
+    def run(self, request: Request, on_call: OnCall | None = None) -> None:
+        """Begins the step and runs its calls."""
+        self.begin(request)
+        self.bound.run(on_call)
 
 
 @dataclass(frozen=True)
@@ -74,9 +110,9 @@ class Plan:
 
     inputs: tuple[TensorSpec, ...]
     buffers: Mapping[str, Buffer]
-    prologue: tuple[BoundCall, ...]
+    prologue: BoundCalls
     steps: tuple[BoundStep, ...]
-    epilogue: tuple[BoundCall, ...]
+    epilogue: BoundCalls
 
     def run(self, request: Request, on_step: OnStep | None = None, on_call: OnCall | None = None) -> None:
         """Fills the inputs and runs everything; results are in ``buffers``.
@@ -94,22 +130,19 @@ class Plan:
         for index, step in enumerate(self.steps):
             step.run(request, on_call)
             if on_step is not None:
+                step.bound.wait()
                 on_step(index + 1, len(self.steps))
-        _run(self.epilogue, on_call)
+        self.epilogue.run(on_call)
 
     def begin(self, request: Request, on_call: OnCall | None = None) -> None:
         """Fills the inputs and runs the prologue: what `run` does before the first step."""
+        self.fill(request)
+        self.prologue.run(on_call)
+
+    def fill(self, request: Request) -> None:
+        """Fills the inputs."""
         for spec in self.inputs:
             self.buffers[spec.name][...] = make_input(spec, request)
-        _run(self.prologue, on_call)
-
-
-def _run(calls: tuple[BoundCall, ...], on_call: OnCall | None) -> None:
-    for segment, run, _ in calls:
-        start = time.perf_counter()
-        run()
-        if on_call is not None:
-            on_call(segment, time.perf_counter() - start)
 
 
 def make_plan(
@@ -117,7 +150,8 @@ def make_plan(
     task: Task,
     schedule: Schedule,
     symbols: Mapping[str, int],
-    session: Callable[[str], Session],
+    session: Callable[[str, Mapping[str, Buffer]], Session],
+    backend: Backend,
 ) -> Plan:
     """Allocates and binds all buffers of a task.
 
@@ -126,7 +160,8 @@ def make_plan(
         task: What to do.
         schedule: One of the task's.
         symbols: "batch", "rows", "width" and "height".
-        session: Gives the loaded engine of a segment.
+        session: Gives the loaded engine of a segment for what it will read.
+        backend: Whose engines they are: buffers lie in its memory.
 
     Raises:
         BundleError: The calls do not fit together.
@@ -137,20 +172,25 @@ def make_plan(
     prologue = _needed([*task.prologue, *schedule.prologue], [*calls, *contents.epilogue])
     read = {name for call in (*prologue, *calls) for name in call.inputs.values()}
     inputs = tuple(spec for spec in task.inputs if spec.source.get("always") or _reads(read, spec.name))
-    table = _Buffers(contents.slots)
+    table = _Buffers(contents.slots, backend)
+    constants = Constants(contents, steps, backend)
     for spec in inputs:
         table.make(spec.name, shape(spec.shape, symbols), spec.dtype)
 
-    def bound(call: Call, constants: Mapping[str, tuple[float, ...]] = {}) -> BoundCall:
+    def bound(call: Call, fixed: Mapping[str, tuple[float, ...]] = {}) -> BoundCall:
         segment = contents.segments[call.segment]
         arrays = {
-            spec.name: _constant(spec, constants[call.inputs[spec.name]])
-            if call.inputs[spec.name] in constants
-            else table.get(call.inputs[spec.name], call)
+            spec.name: constants.buffer(name, spec, fixed[name])
+            if (name := call.inputs[spec.name]) in fixed
+            else table.get(name, call)
             for spec in segment.inputs
         }
         results = _outputs(segment, call, arrays, table, symbols)
-        return BoundCall(call.segment, session(call.segment).bind(arrays, results), arrays)
+        return BoundCall(call.segment, session(call.segment, arrays).bind(arrays, results), arrays, results)
+
+    def together(calls: Iterable[BoundCall], fuse: Callable[[Sequence[Run]], Run] = in_turn) -> BoundCalls:
+        calls = tuple(calls)
+        return BoundCalls(calls, fuse([call.run for call in calls]), backend.synchronize)
 
     draw = next(
         (spec for spec in task.inputs if spec.source.get("kind") == "noise" and "batch" in spec.shape), None
@@ -165,24 +205,29 @@ def make_plan(
         # Schedules without noise share their graph with those that have it: theirs has the weight 0.
         table.make("noise", shape(draw.shape, symbols), draw.dtype)
 
-    first = tuple(bound(call) for call in prologue)
-    bound_steps = tuple(
-        BoundStep(
-            tuple(table.get(name) for name in step.draws),
-            tuple(bound(call, step.constants) for call in step.calls),
-            {name: table.get(tensor) for call in step.calls for name, tensor in call.outputs.items()},
-        )
-        for step in steps
-    )
-    return Plan(inputs, table.buffers, first, bound_steps, tuple(bound(call) for call in contents.epilogue))
+    first = together(bound(call) for call in prologue)
+    shared: dict[str, BoundCalls] = {}
+    bound_steps = []
+    for step, row in zip(steps, constants.rows, strict=True):
+        # Steps differ in their constants alone, as a rule: what else they have in common is bound once.
+        key = repr((step.calls, [(name, len(step.constants[name])) for name in sorted(step.constants)]))
+        if key not in shared:
+            again = (bound(call, step.constants) for call in step.calls)
+            shared[key] = together(again, backend.fused)
+        draws = tuple(table.get(name) for name in step.draws)
+        results = {name: buffer for call in shared[key].calls for name, buffer in call.outputs.items()}
+        bound_steps.append(BoundStep(draws, row, constants.place, shared[key], results))
+    last = together(bound(call) for call in contents.epilogue)
+    return Plan(inputs, table.buffers, first, tuple(bound_steps), last)
 
 
 class _Buffers:
     """Buffers by name; ``name[k]`` is a slice of ``name``."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, backend: Backend) -> None:
         self.buffers: dict[str, Buffer] = {}
         self._slots = slots
+        self._backend = backend
 
     def make(self, name: str, sizes: tuple[int, ...], dtype: str) -> Buffer:
         """The buffer of this name, new unless it is there.
@@ -196,7 +241,7 @@ class _Buffers:
                 self.make(match[1], (self._slots, *sizes), dtype)
                 self.buffers[name] = self._slice(match)
             else:
-                self.buffers[name] = new_buffer(sizes, dtype)
+                self.buffers[name] = self._backend.new(sizes, dtype)
         buffer = self.buffers[name]
         if buffer.shape != sizes or buffer.dtype != np.dtype(dtype):
             raise BundleError(
@@ -245,11 +290,6 @@ def _reads(read: set[str], name: str) -> bool:
     if name in read or (match is not None and match[1] in read):
         return True
     return any(name == part[1] for part in map(_SLICE.match, read) if part is not None)
-
-
-def _constant(spec: TensorSpec, values: tuple[float, ...]) -> Buffer:
-    array = np.array(values, spec.dtype)
-    return array.reshape(()) if not spec.shape and len(values) == 1 else array
 
 
 def _outputs(

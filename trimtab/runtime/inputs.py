@@ -7,7 +7,7 @@ is in the options beside the kind.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,14 +67,65 @@ class Noise:
     """
 
     def __init__(self, seeds: tuple[int, ...]) -> None:
+        self.seeds = seeds
         self._generators = [NoiseGenerator(seed) for seed in seeds]
 
-    def normal(self, shape: tuple[int, ...]) -> Array:
-        """Draws (n, ...) float32."""
+    def normal(self, shape: tuple[int, ...], shared: bool = False) -> Array:
+        """Draws (n, ...) float32.
+
+        Args:
+            shape: What to draw.
+            shared: All pictures share it, as the noise of the one picture that they start from.
+        """
         if len(self._generators) == 1 or shape[0] == 1:
             return self._generators[0].normal(shape)
         rows = [generator.normal((1, *shape[1:])) for generator in self._generators]
         return np.concatenate(rows)
+
+    def again(self) -> Noise:
+        """The same numbers from the beginning."""
+        return Noise(self.seeds)
+
+
+class NoiseTape:
+    """What a batch draws, for parts of it that are made one after the other: each sees its own rows.
+
+    All parts draw the same things in the same order. The first one to ask draws for all.
+
+    Args:
+        noise: The batch's.
+        batch: How many pictures it has.
+    """
+
+    def __init__(self, noise: Noise, batch: int) -> None:
+        self._noise, self._batch = noise, batch
+        self._drawn: list[Array] = []
+
+    def part(self, pictures: Sequence[int]) -> Noise:
+        """The noise of some of the pictures."""
+        return _Part(self, tuple(pictures))
+
+    def draw(self, number: int, shape: tuple[int, ...], shared: bool) -> Array:
+        """The rows of all pictures in the draw of this number, or what they share."""
+        if number == len(self._drawn):
+            whole = shape if shared else (self._batch, *shape[1:])
+            self._drawn.append(self._noise.normal(whole, shared))
+        return self._drawn[number]
+
+
+class _Part(Noise):
+    """The rows of some pictures on a tape."""
+
+    def __init__(self, tape: NoiseTape, pictures: tuple[int, ...]) -> None:
+        self._tape, self._pictures, self._count = tape, pictures, 0
+
+    def normal(self, shape: tuple[int, ...], shared: bool = False) -> Array:
+        drawn = self._tape.draw(self._count, shape, shared)
+        self._count += 1
+        return drawn if shared else drawn[list(self._pictures)]
+
+    def again(self) -> Noise:
+        return _Part(self._tape, self._pictures)
 
 
 def make_input(spec: TensorSpec, request: Request) -> Array:
@@ -156,7 +207,8 @@ def _guidance(spec: TensorSpec, request: Request) -> Array:
 
 
 def _noise(spec: TensorSpec, request: Request) -> Array:
-    return request.noise.normal(shape(spec.shape, request.symbols))
+    sizes = shape(spec.shape, request.symbols)
+    return request.noise.normal(sizes, shared="batch" not in spec.shape)
 
 
 def _image(spec: TensorSpec, request: Request) -> Array:

@@ -7,6 +7,7 @@ sizes fits what the runtime will bind to it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from trimtab.errors import TargetError
 from trimtab.manifest import Contents
 from trimtab.program import Call, Schedule, Step, Task
 from trimtab.runtime.executor import make_plan
-from trimtab.runtime.sessions import Buffer, Run
+from trimtab.runtime.sessions import Buffer, Run, Session, open_backend
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Graph input -> its sizes."""
@@ -46,10 +47,21 @@ def segment_shapes(contents: Contents, size: tuple[int, int]) -> dict[str, tuple
             )
             if look not in seen:
                 seen.add(look)
-                make_plan(contents, task, short, symbols, lambda name: _Notes(found[name]))
+                make_plan(
+                    contents,
+                    task,
+                    short,
+                    symbols,
+                    functools.partial(_noting, found),
+                    open_backend("onnxruntime"),
+                )
     if idle := [name for name, shapes in found.items() if not shapes]:
         raise TargetError(f"nothing calls the segment {idle[0]}, so its sizes are unknown: remove it")
     return {name: tuple(shapes.values()) for name, shapes in found.items()}
+
+
+def _noting(found: Mapping[str, dict[Any, Shapes]], segment: str, inputs: Mapping[str, Buffer]) -> Session:
+    return _Notes(found[segment])
 
 
 class _Notes:

@@ -124,6 +124,7 @@ class NetworkBuilder(abc.ABC):
                 "graph": str(write_graph(model, folder)),
                 "out": str(folder / "engine"),
                 "operators": sorted({node.op_type for node in model.graph.all_nodes() if node.domain == ""}),
+                "packed": any(node.domain == "trimtab" for node in model.graph.all_nodes()),
                 "compute_capability": self.compute_capability(device),
                 "workspace_bytes": options.workspace_bytes,
                 "optimization_level": options.optimization_level,

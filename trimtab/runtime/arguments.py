@@ -1,0 +1,164 @@
+"""From loose arguments to the fields of a request: what a model takes, what it needs, and what is left out."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trimtab.errors import InputError
+from trimtab.program import Schedule, Task, TensorSpec
+from trimtab.runtime.images import Pixels
+from trimtab.runtime.inputs import class_names
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The arguments of `trimtab.runtime.load.Pipeline.__call__`, which explains them."""
+
+    prompt: str | Sequence[str] | None
+    negative_prompt: str | Sequence[str] | None
+    label: int | str | Sequence[int | str] | None
+    guidance: float | None
+    seed: int | Sequence[int] | None
+    count: int
+    size: tuple[int, int] | None
+    schedule: str | int | None
+    image: str | Path | Image | Pixels | None
+    mask: str | Path | Image | Pixels | None
+    strength: float | None
+
+
+def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | None) -> tuple[float, int]:
+    """The guidance scale and the number of rows that it takes."""
+    if task.guidance is None:
+        if guidance is not None:
+            raise InputError("a guidance scale was given and this model has no guidance: leave it out")
+        return 1.0, 1
+    scale = float(task.guidance if guidance is None else guidance)
+    if not np.isfinite(scale):
+        raise InputError(f"the guidance scale {scale} is not a finite number")
+    # As in diffusers, a scale of 1 or less turns classifier-free guidance off.
+    mix = kinds.get("mix")
+    rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > 1 else 1
+    return scale, rows
+
+
+def choose_schedule(
+    names: Sequence[str], task: Task, schedule: str | int | None, strength: float | None
+) -> tuple[str, Schedule]:
+    """The schedule of a task, and its name.
+
+    Args:
+        names: Of the bundle's schedules; the first is the default.
+        task: What to do.
+        schedule: A name or a number of steps.
+        strength: For tasks that start from a picture.
+    """
+    if schedule is None:
+        name = names[0]
+    else:
+        matches = [n for n in names if n == str(schedule) or n.rpartition("-")[2] == str(schedule)]
+        if not matches:
+            raise InputError(f"there is no schedule {schedule!r} in this bundle: it has {', '.join(names)}")
+        name = matches[0]
+    if task.strength is None:
+        if strength is not None:
+            raise InputError("a strength was given without a picture: give image= (--image FILE) too")
+        return name, task.schedules[name]
+    share = task.strength if strength is None else strength
+    if not 0 < share <= 1:
+        raise InputError(f"the strength {share} is not above 0 and at most 1")
+    if share == 1 and name in task.schedules:
+        return name, task.schedules[name]  # nothing of the picture is left in the start noise
+    total = int(name.rpartition("-")[2])
+    start = int(total - total * share) if task.strength_rounds_up else total - int(total * share)
+    started = f"{name}/from-{start}"
+    if started not in task.schedules:
+        starts = [int(n.rpartition("-")[2]) for n in task.schedules if n.startswith(f"{name}/from-")]
+        if start >= total:
+            raise InputError(
+                f"the strength {share} leaves none of {total} steps: use at least {1 / total:.2g}"
+            )
+        near = min(starts, key=lambda k: abs(k - start))
+        raise InputError(f"{name} cannot start at step {start}: use strength {1 - near / total:.3g}")
+    return started, task.schedules[started]
+
+
+def all_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
+    """One seed for all pictures, or one for each; a random one for None."""
+    if seed is None:
+        return (secrets.randbelow(2**32),)
+    if isinstance(seed, int | np.integer):
+        return (int(seed),)
+    if len(seed) != batch:
+        raise InputError(f"{len(seed)} seeds were given for {batch} pictures: give one, or one for each")
+    return tuple(seed)
+
+
+def all_texts(
+    kinds: Mapping[str, TensorSpec], prompt: str | Sequence[str] | None, count: int
+) -> tuple[str, ...]:
+    """A prompt for each picture; none for a model that reads none."""
+    if "tokens" not in kinds:
+        if prompt is not None:
+            raise InputError("a prompt was given and this model does not read any: leave it out")
+        return ()
+    if prompt is None or (len(prompt) == 0 and not isinstance(prompt, str)):
+        raise InputError("no prompt was given and this model needs one: give prompt= (--prompt TEXT)")
+    texts = [prompt] if isinstance(prompt, str) else list(prompt)
+    return tuple(text for text in texts for _ in range(count))
+
+
+def all_negatives(kinds: Mapping[str, TensorSpec], value: str | Sequence[str], batch: int) -> tuple[str, ...]:
+    """A negative prompt for each picture."""
+    if "tokens" not in kinds:
+        raise InputError("a negative prompt was given and this model does not read any: leave it out")
+    if isinstance(value, str):
+        return (value,) * batch
+    if not value or batch % len(value):
+        raise InputError(
+            f"{len(value)} negative prompts were given for {batch} pictures: give one, or one for each prompt"
+        )
+    return tuple(text for text in value for _ in range(batch // len(value)))
+
+
+def all_labels(
+    kinds: Mapping[str, TensorSpec], label: int | str | Sequence[int | str] | None, count: int
+) -> tuple[int, ...]:
+    """A class number for each picture; none for a model without classes."""
+    if "label" not in kinds:
+        if label is not None:
+            raise InputError("a class was given and this model has none: leave it out")
+        return ()
+    if label is None or (not isinstance(label, int) and len(label) == 0):
+        raise InputError("no class was given and this model needs one: give label= (--class N)")
+    labels = [label] if isinstance(label, int | str) else list(label)
+    names = class_names(kinds["label"])
+    return tuple(number for value in labels for number in [_class_number(names, value)] * count)
+
+
+def _class_number(names: Mapping[str, int], label: int | str) -> int:
+    if not isinstance(label, str):
+        return int(label)
+    if label in names:
+        return names[label]
+    with contextlib.suppress(ValueError):
+        return int(label)
+    near = difflib.get_close_matches(label, names, 3, 0.4)
+    hint = f"did you mean {' or '.join(near)}?" if near else "give its number"
+    raise InputError(f"there is no class {label!r} in this model: {hint}")
+
+
+def plain(value: Any) -> Any:
+    """An argument as JSON takes it."""
+    return value if isinstance(value, str | int | None) else list(value)

@@ -1,0 +1,192 @@
+"""The engines of one target of a bundle: chosen for this machine, checked, loaded when they are first needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from trimtab.bundle import Bundle
+from trimtab.errors import BundleError, InputError, TrimtabError, WrongDevice
+from trimtab.manifest import Contents, Engine
+from trimtab.runtime.sessions import Backend, Buffer, Run, Session, open_backend
+
+
+class Engines:
+    """Loaded engines, in the order in which they are asked for.
+
+    Args:
+        bundle: From `trimtab.bundle.open_bundle`.
+        target: Whose engines; None for those that were built for this machine, else the first that it can run.
+        provider: Where ONNX Runtime runs its graphs: "cpu" or "cuda"; None for "cpu".
+        threads: CPU threads for one operator; 0 for one a core.
+        low_memory: Hold the engines of one stage at a time: each part of the prologue, then those of the steps,
+            then the decoder. They are loaded again for every picture.
+
+    Raises:
+        WrongDevice: No target that this machine can run, or not the one that was asked for.
+        MissingDependency: Its backend is not installed.
+        TargetError: It needs a GPU, and there is none.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: str | None = None,
+        provider: str | None = None,
+        threads: int = 0,
+        low_memory: bool = False,
+    ) -> None:
+        self._bundle = bundle
+        self.target, self.backend = _choose(bundle, target, provider, threads)
+        self._loaded: dict[str, tuple[str, Session]] = {}
+        self._stages = _stages(bundle.contents) if low_memory else None
+
+    def session(self, segment: str, inputs: Mapping[str, Buffer] | None = None) -> Session:
+        """The engine of a segment: loaded, or with ``low_memory`` one that is loaded whenever it runs.
+
+        Args:
+            segment: Its name.
+            inputs: What it will read; of engines for several sizes it is the one for theirs.
+
+        Raises:
+            InputError: There are engines for other sizes only.
+            BundleError: A file is missing or was changed.
+            WrongDevice, TargetError: The engine cannot run here.
+        """
+        engine = self._engine(segment, inputs or {})
+        return _Deferred(self, segment, engine) if self._stages else self.loaded(segment, engine)
+
+    def loaded(self, segment: str, engine: Engine) -> Session:
+        """The session of an engine, for those that load it late."""
+        if engine.path not in self._loaded:
+            if self._stages is not None:
+                stage = self._stages[segment]
+                self._close(path for path, (name, _) in self._loaded.items() if self._stages[name] != stage)
+            # Every file beside the engine is verified with it: a graph reads weights that others wrote.
+            folder = engine.path.rpartition("/")[0] + "/"
+            weights = [f.path for f in self._bundle.contents.files if f.path.endswith(".weights")]
+            self._bundle.verify(
+                [engine.path, *engine.plugins, *(path for path in weights if path.startswith(folder))]
+            )
+            plugins = [self._bundle.path(path) for path in engine.plugins]
+            session = self.backend.load(engine, self._bundle.path(engine.path), plugins)
+            self._loaded[engine.path] = (segment, session)
+        return self._loaded[engine.path][1]
+
+    def precision(self, segment: str) -> str:
+        """What the engines of a segment compute in."""
+        return _engines(self._bundle.contents, segment, self.target)[0].precision
+
+    def _engine(self, segment: str, inputs: Mapping[str, Buffer]) -> Engine:
+        engines = _engines(self._bundle.contents, segment, self.target)
+        for engine in engines:
+            if all(inputs[name].shape == shape for name, shape in engine.shapes.items() if name in inputs):
+                return engine
+        name, shape = next((n, s) for n, s in engines[0].shapes.items() if inputs[n].shape != s)
+        raise InputError(
+            f"the engines of {segment} for {self.target} take {name} of {shape} and {inputs[name].shape} is asked "
+            "for: ask for a size that they were built for, or compile with this one as well"
+        )
+
+    def close(self) -> None:
+        """Lets go of the engines and of the device."""
+        self._close(self._loaded)
+        self.backend.close()
+
+    def _close(self, paths: Iterable[str]) -> None:
+        for path in list(paths):
+            self._loaded.pop(path)[1].close()
+
+
+class _Deferred:
+    """A session that is loaded whenever it runs and is not there."""
+
+    def __init__(self, engines: Engines, segment: str, engine: Engine) -> None:
+        self._engines, self._segment, self._engine = engines, segment, engine
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
+        bound: tuple[Session, Run] | None = None
+
+        def run() -> None:
+            nonlocal bound
+            session = self._engines.loaded(self._segment, self._engine)
+            if bound is None or bound[0] is not session:
+                bound = None  # what it held of the old session goes first
+                bound = (session, session.bind(inputs, outputs))
+            bound[1]()
+
+        return run
+
+    def close(self) -> None:
+        """The engine belongs to `Engines`."""
+
+
+def _stages(contents: Contents) -> dict[str, str]:
+    """Segment -> its stage: all that some step calls are one, as they take turns; any other is its own."""
+    stages = {name: name for name in contents.segments}
+    for task in contents.tasks.values():
+        for schedule in task.schedules.values():
+            for step in schedule.steps:
+                stages.update((call.segment, "steps") for call in step.calls)
+    return stages
+
+
+def _engines(contents: Contents, segment: str, target: str) -> list[Engine]:
+    return [engine for engine in contents.segments[segment].engines if engine.target == target]
+
+
+def _choose(bundle: Bundle, target: str | None, provider: str | None, threads: int) -> tuple[str, Backend]:
+    """The target to run and its backend, opened; every engine is checked against this machine."""
+    contents = bundle.contents
+    known = {e.target: e.backend for segment in contents.segments.values() for e in segment.engines}
+    if target is not None and target not in known:
+        raise WrongDevice(
+            f"{bundle.folder} has no engines for {target}: it has {', '.join(known) or 'none'}; compile with "
+            f"--target {target}"
+        )
+    if provider is not None and target is not None and known[target] != "onnxruntime":
+        raise InputError(
+            f"a provider is ONNX Runtime's, and {target} runs on {known[target]}: leave --provider or --target out"
+        )
+    # What was built for one GPU is the better choice where it runs at all.
+    wanted = [target] if target is not None else sorted(known, key=lambda name: known[name] == "onnxruntime")
+    reasons = []
+    for name in wanted:
+        if provider is not None and known[name] != "onnxruntime":
+            continue
+        try:
+            return name, _open(bundle, name, provider or "cpu", threads)
+        except TrimtabError as error:
+            if target is not None:
+                raise
+            reasons.append(f"{name}: {error}")
+    said = "; ".join(reasons)
+    raise WrongDevice(
+        f"{bundle.folder} has no engines that this machine can run: it has {', '.join(known) or 'none'}"
+        f"{f' ({said})' if said else ''}; compile with --target cpu"
+    )
+
+
+def _open(bundle: Bundle, target: str, provider: str, threads: int) -> Backend:
+    engines: list[Engine] = []
+    for name in bundle.contents.segments:
+        made = _engines(bundle.contents, name, target)
+        if not made or not all(engine.built for engine in made):
+            raise WrongDevice(
+                f"{bundle.folder} has no engine of {name} for {target} yet: run trimtab build {bundle.folder} "
+                f"--target {target} on the device"
+            )
+        engines += made
+    backends = {engine.backend for engine in engines}
+    if len(backends) > 1:
+        raise BundleError(
+            f"the engines for {target} are of {' and '.join(sorted(backends))}, whose buffers do not lie in one "
+            "memory: compile again"
+        )
+    backend = open_backend(backends.pop(), provider=provider, threads=threads)
+    try:
+        for engine in engines:
+            backend.check(engine)
+    except BaseException:
+        backend.close()
+        raise
+    return backend

@@ -1,0 +1,68 @@
+"""Loaded engines. Each backend is imported in one file here, when it is first used, and nowhere else.
+
+base           what the executor knows: Buffer, Session, Backend
+onnxruntime    the CPU, and CUDA
+tensorrt       TensorRT and TensorRT for RTX
+cuda           the NVIDIA driver: memory, a stream, CUDA graphs
+device_array   tensors in a GPU's memory
+check          whether an engine fits this machine
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trimtab.errors import BundleError, InputError
+from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session
+from trimtab.runtime.sessions.cuda import Driver
+from trimtab.runtime.sessions.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda, OnnxRuntimeSession
+from trimtab.runtime.sessions.tensorrt import TensorRT, import_backend
+
+__all__ = [
+    "BACKENDS",
+    "PROVIDERS",
+    "Backend",
+    "Buffer",
+    "OnnxRuntimeSession",
+    "Run",
+    "Session",
+    "new_buffer",
+    "open_backend",
+]
+
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+"""Which runtimes can load an engine."""
+
+PROVIDERS = ("cpu", "cuda")
+"""Where ONNX Runtime may run its graphs."""
+
+
+def open_backend(name: str, *, provider: str = "cpu", threads: int = 0) -> Backend:
+    """A backend, ready to load engines.
+
+    Args:
+        name: One of `BACKENDS`.
+        provider: For "onnxruntime": one of `PROVIDERS`.
+        threads: CPU threads for one operator; 0 for one a core.
+
+    Raises:
+        InputError: No such provider.
+        BundleError: No such backend.
+        MissingDependency: It is not installed.
+        TargetError: It needs a GPU, and there is none.
+    """
+    if provider not in PROVIDERS:
+        raise InputError(f"there is no provider {provider!r}: choose {' or '.join(PROVIDERS)}")
+    if name not in BACKENDS:
+        raise BundleError(
+            f"this trimtab knows no backend {name!r}, and has {', '.join(BACKENDS)}: upgrade it"
+        )
+    if name == "onnxruntime":
+        return OnnxRuntimeCuda(Driver()) if provider == "cuda" else OnnxRuntimeCpu(threads)
+    module = import_backend(name)  # what is not installed is said before what is not plugged in
+    return TensorRT(name, Driver(), module)
+
+
+def new_buffer(shape: tuple[int, ...], dtype: str) -> Buffer:
+    """A buffer of zeros on the CPU."""
+    return np.zeros(shape, dtype)

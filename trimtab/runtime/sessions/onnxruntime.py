@@ -1,0 +1,189 @@
+"""ONNX Runtime, on the CPU and on CUDA. Its engines are the graphs themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.errors import BundleError, MissingDependency, TargetError
+from trimtab.manifest import Engine
+from trimtab.runtime.sessions.base import Buffer, Run, in_turn
+from trimtab.runtime.sessions.cuda import Driver
+from trimtab.runtime.sessions.device_array import DeviceArray
+
+Provider = str | tuple[str, Mapping[str, str]]
+
+
+def cuda_provider(stream: int) -> Provider:
+    """ONNX Runtime's CUDA provider on a stream of ours.
+
+    TF32 is off, as a bundle of fp32 promises fp32: it keeps 10 bits of 23. The arena grows by what is asked for
+    and not to the next power of two, which may be twice as much.
+    """
+    return (
+        "CUDAExecutionProvider",
+        {
+            "device_id": "0",
+            "user_compute_stream": str(stream),
+            "use_tf32": "0",
+            "arena_extend_strategy": "kSameAsRequested",
+        },
+    )
+
+
+class OnnxRuntimeSession:
+    """An ONNX graph on one of ONNX Runtime's providers.
+
+    Args:
+        graph: The file; its weights lie beside it.
+        threads: CPU threads for one operator; 0 for one a core.
+        provider: Who runs it.
+        device: ONNX Runtime's name of the memory that buffers lie in: "cpu" or "cuda".
+
+    Raises:
+        MissingDependency: onnxruntime is not installed.
+        TargetError: The provider cannot be used on this machine.
+        BundleError: The graph cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        graph: Path,
+        threads: int = 0,
+        provider: Provider = "CPUExecutionProvider",
+        device: str = "cpu",
+    ) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingDependency("onnxruntime", "gpu") from error
+        name = provider if isinstance(provider, str) else provider[0]
+        if name not in onnxruntime.get_available_providers():
+            raise TargetError(
+                f"onnxruntime {onnxruntime.__version__} has no {name}: run pip uninstall onnxruntime, then "
+                "pip install 'trimtab[gpu]'"
+            )
+        if name == "CUDAExecutionProvider" and hasattr(onnxruntime, "preload_dlls"):
+            onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where those are installed
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4  # its errors are raised below, and are not printed as well
+        providers = [provider] if device == "cpu" else [provider, "CPUExecutionProvider"]
+        try:
+            self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
+        except Exception as error:  # onnxruntime's errors share no base
+            reason = str(error).strip().splitlines()[0]
+            raise BundleError(
+                f"{graph} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason}"
+            ) from error
+        # Where a provider's libraries are missing, onnxruntime goes on without it and says nothing.
+        if name not in self._session.get_providers():
+            raise TargetError(
+                f"onnxruntime {onnxruntime.__version__} cannot start its {name}: install the CUDA and cuDNN that "
+                "it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+            )
+        self._device = device
+
+    def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
+        """See `trimtab.runtime.sessions.Session`."""
+        session = self._session
+        binding = session.io_binding()
+        for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
+            for name, buffer in buffers.items():
+                bind(name, self._device, 0, buffer.dtype.type, buffer.shape, _address(buffer))
+        held = (tuple(inputs.values()), tuple(outputs.values()))  # the binding only knows addresses
+
+        def run(_held: Any = held) -> None:
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:
+                reason = str(error).strip().splitlines()[0]
+                raise TargetError(f"onnxruntime failed: {reason}") from error
+
+        return run
+
+    def close(self) -> None:
+        """Lets go of the graph and its weights."""
+        del self._session
+
+
+def _address(buffer: Buffer) -> int:
+    if isinstance(buffer, np.ndarray):
+        return int(buffer.ctypes.data)
+    assert isinstance(buffer, DeviceArray)
+    return buffer.address
+
+
+class OnnxRuntimeCpu:
+    """The default that works everywhere. Buffers are numpy arrays.
+
+    Args:
+        threads: Threads for one operator; 0 for one a core.
+    """
+
+    def __init__(self, threads: int = 0) -> None:
+        self._threads = threads
+
+    def new(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """See `trimtab.runtime.sessions.Backend`."""
+        return np.zeros(shape, dtype)
+
+    def check(self, engine: Engine) -> None:
+        """A graph is bound to no device and no version."""
+
+    def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
+        """See `trimtab.runtime.sessions.Backend`."""
+        return OnnxRuntimeSession(path, self._threads)
+
+    def fused(self, runs: Sequence[Run]) -> Run:
+        """See `trimtab.runtime.sessions.Backend`."""
+        return in_turn(runs)
+
+    def synchronize(self) -> None:
+        """Every run has ended when it returns."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class OnnxRuntimeCuda:
+    """The same graphs on an NVIDIA GPU. Buffers stay in its memory from call to call.
+
+    Its runs are not captured as CUDA graphs: ONNX Runtime waits at the end of each, which a capture forbids.
+
+    Args:
+        driver: The GPU.
+        provider: ONNX Runtime's; `cuda_provider` on the driver's stream by default.
+        device: ONNX Runtime's name of the driver's memory.
+    """
+
+    def __init__(self, driver: Driver, provider: Provider | None = None, device: str = "cuda") -> None:
+        self._driver = driver
+        self._provider = provider or cuda_provider(driver.stream)
+        self._device = device
+
+    def new(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """See `trimtab.runtime.sessions.Backend`."""
+        return DeviceArray(self._driver, shape, dtype)
+
+    def check(self, engine: Engine) -> None:
+        """A graph is bound to no device and no version."""
+
+    def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
+        """See `trimtab.runtime.sessions.Backend`."""
+        return OnnxRuntimeSession(path, 0, self._provider, self._device)
+
+    def fused(self, runs: Sequence[Run]) -> Run:
+        """See `trimtab.runtime.sessions.Backend`."""
+        return in_turn(runs)
+
+    def synchronize(self) -> None:
+        """See `trimtab.runtime.sessions.Backend`."""
+        self._driver.synchronize()
+
+    def close(self) -> None:
+        """Lets go of the GPU."""
+        self._driver.close()
