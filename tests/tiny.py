@@ -169,6 +169,17 @@ def sd15(folder: Path) -> Any:
     return _stable_diffusion(folder, DDIMScheduler(**SD_BETAS))
 
 
+def sd_below(folder: Path) -> Any:
+    """Stable Diffusion with the levels of SDXL: no attention at the top."""
+    return _stable_diffusion(
+        folder,
+        DDIMScheduler(**SD_BETAS),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+    )
+
+
 def sd21_v(folder: Path) -> Any:
     betas = {k: v for k, v in SD_BETAS.items() if k not in ("clip_sample", "set_alpha_to_one")}
     return _stable_diffusion(
@@ -345,6 +356,7 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
     make.__name__: make
     for make in (
         sd15,
+        sd_below,
         sd21_v,
         inpaint9,
         lcm,
