@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
 from trimtab.passes.partition import partition
 from trimtab.program import Program
@@ -28,6 +29,8 @@ def transform(program: Program, recipe: Recipe, progress: Callable[[str], None])
     """
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, progress)
+    if recipe.hidiffusion:
+        program = hidiffusion(program)
     if recipe.inherit is not None:
         program = inherit(program, recipe.inherit)
     return partition(program)
