@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ Decode = Callable[..., np.ndarray]
 
 
 def decoder(module: nn.Module) -> Decode:
-    """A decoder, as ``decode(latents, side=None)``; torch runs it here, and engines are none of this file's business."""
+    """A decoder, as ``decode(latents, side=None)``; torch runs it, as no engine matters here."""
     shapes: list[tuple[int, ...]] = []
 
     class Session:
@@ -115,7 +116,7 @@ def test_weights_add_up_to_one_and_neighbours_share_a_quarter(tile: int) -> None
         assert np.allclose(total, 1, atol=1e-6)
         first = [start for start, _ in placed]
         assert first[0] == 0 and first[-1] + tile == whole
-        assert all(a + tile - b >= tile // OVERLAP for a, b in zip(first, first[1:], strict=False))
+        assert all(a + tile - b >= tile // OVERLAP for a, b in pairwise(first))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (17, 40), (40, 40), (10, 33)])
@@ -185,7 +186,7 @@ def test_a_pipeline_decodes_on_tiles(bundle_folder: Callable[[str], Path]) -> No
         plan.run(request)
         assert np.array_equal(np.asarray(plan.buffers["picture"]), tiled)
     assert tiled.shape == whole.pixels.shape
-    assert 0 < np.abs(tiled - whole.pixels).max()
+    assert np.abs(tiled - whole.pixels).max() > 0
 
 
 @pytest.mark.xdist_group("dit")

@@ -73,8 +73,8 @@ def load(
         threads: Threads for one operator on the CPU; 0 for one a core.
         low_memory: Hold the engines of one stage at a time, and load them again for every picture.
         tile: Decode in overlapping tiles of so many pixels along a side, which takes the memory of one tile. The
-            picture differs a little from that of the whole (docs/memory.md). Engines of fixed sizes are needed at this size
-            too.
+            picture differs a little from that of the whole (docs/memory.md). Engines of fixed sizes must have been
+            built for this size too.
 
     Raises:
         InputError: No such folder, or no such provider.
@@ -83,7 +83,9 @@ def load(
         MissingDependency: The target's backend is not installed.
         TargetError: The target needs a GPU, and there is none.
     """
-    return Pipeline(open_bundle(Path(path)), target, threads, provider=provider, low_memory=low_memory, tile=tile)
+    return Pipeline(
+        open_bundle(Path(path)), target, threads, provider=provider, low_memory=low_memory, tile=tile
+    )
 
 
 class Pipeline:

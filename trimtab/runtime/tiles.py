@@ -117,6 +117,6 @@ def _factor(segment: SegmentEntry, inputs: Mapping[str, Buffer], outputs: Mappin
             if picture.shape[1:3] == whole and sides == (OVERLAP * factor,) * 2:
                 return factor
     raise InputError(
-        f"{segment.name} cannot be run on tiles, as it does not turn latents (batch, channels, h, w) of any size into a "
-        "picture (batch, height, width, colors): ask without a tile"
+        f"{segment.name} cannot be run on tiles, as it does not turn latents (batch, channels, h, w) of any size into "
+        "a picture (batch, height, width, colors): ask without a tile"
     )
