@@ -1,6 +1,7 @@
 """What --low-memory and --tile save: the peak memory of one picture, each in a process of its own.
 
-    python benchmarks/memory.py BUNDLE [--size WxH] [--tile N] [--target NAME] [--provider NAME] [--json]
+    python benchmarks/memory.py BUNDLE [--size WxH] [--tile N] [--schedule NAME] [--target NAME]
+        [--provider NAME] [--json]
 
 Resident pages of the process at their most, once all steps are done and once the picture is: the difference is the
 decoder's. How far the tiled picture is from the whole one is printed too. With weights that were not trained, as
@@ -20,7 +21,13 @@ from typing import Any
 import numpy as np
 
 
-def draw(connection: Connection, bundle: Path, size: tuple[int, int] | None, options: dict[str, Any]) -> None:
+def draw(
+    connection: Connection,
+    bundle: Path,
+    size: tuple[int, int] | None,
+    schedule: str | None,
+    options: dict[str, Any],
+) -> None:
     """Draws one picture and says what it took."""
     from trimtab.runtime.bench import peak_bytes
     from trimtab.runtime.load import load
@@ -34,7 +41,7 @@ def draw(connection: Connection, bundle: Path, size: tuple[int, int] | None, opt
         kinds = {spec.source.get("kind") for spec in pipe.bundle.contents.tasks[pipe.tasks[0]].inputs}
         what = {"prompt": "a red circle"} if "tokens" in kinds else {"label": 0} if "label" in kinds else {}
         start = time.perf_counter()
-        pixels = pipe(**what, seed=0, size=size, on_step=on_step).pixels
+        pixels = pipe(**what, seed=0, size=size, schedule=schedule, on_step=on_step).pixels
         end = time.perf_counter()
     connection.send(
         {
@@ -47,7 +54,13 @@ def draw(connection: Connection, bundle: Path, size: tuple[int, int] | None, opt
     )
 
 
-def measure(bundle: Path, size: tuple[int, int] | None, tile: int | None, options: dict[str, Any]) -> Any:
+def measure(
+    bundle: Path,
+    size: tuple[int, int] | None,
+    schedule: str | None,
+    tile: int | None,
+    options: dict[str, Any],
+) -> Any:
     """One row for each way to run it."""
     ways: dict[str, dict[str, Any]] = {"as it is": {}, "--low-memory": {"low_memory": True}}
     if tile is not None:
@@ -57,7 +70,7 @@ def measure(bundle: Path, size: tuple[int, int] | None, tile: int | None, option
     whole = None
     for name, way in ways.items():
         ours, theirs = context.Pipe()
-        process = context.Process(target=draw, args=(theirs, bundle, size, options | way))
+        process = context.Process(target=draw, args=(theirs, bundle, size, schedule, options | way))
         process.start()
         theirs.close()
         row = ours.recv()
@@ -76,6 +89,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--size", metavar="WxH", help="size in pixels (default: the native one)")
     parser.add_argument("--tile", type=int, metavar="N", help="side of a tile in pixels")
+    parser.add_argument("--schedule", metavar="NAME", help="one of the bundle, or its number of steps")
     parser.add_argument("--target", metavar="NAME")
     parser.add_argument("--provider", metavar="NAME")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -83,7 +97,7 @@ def main() -> None:
     width, _, height = (arguments.size or "").partition("x")
     size = (int(width), int(height)) if arguments.size else None
     options = {"target": arguments.target, "provider": arguments.provider}
-    result = measure(arguments.bundle, size, arguments.tile, options)
+    result = measure(arguments.bundle, size, arguments.schedule, arguments.tile, options)
     if arguments.json:
         print(json.dumps(result))
         return
