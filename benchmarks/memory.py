@@ -64,6 +64,7 @@ def measure(
     """One row for each way to run it."""
     ways: dict[str, dict[str, Any]] = {"as it is": {}, "--low-memory": {"low_memory": True}}
     if tile is not None:
+        ways |= {f"--tile {tile}": {"tile": tile}}
         ways |= {f"--low-memory --tile {tile}": {"low_memory": True, "tile": tile}}
     context = multiprocessing.get_context("spawn")  # a fork would count this process's memory too
     rows: list[dict[str, Any]] = []
