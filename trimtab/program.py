@@ -20,6 +20,9 @@ from trimtab.errors import InputError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+PRECISION = "trimtab.precision"
+"""On a model that computes in a half precision: which."""
+
 Dim = int | str
 """A size, or an expression over symbols such as ``"rows*batch"`` or ``"height//8"`` (see `trimtab.shapes`)."""
 
@@ -86,10 +89,15 @@ class Schedule:
     Attributes:
         steps: In the order in which they run.
         prologue: Calls that only this schedule needs before its first step, after the task's own.
+        least_pixels: Of the schedules ``NAME``, ``NAME/2x``, ... the one with the largest of these areas that a
+            picture reaches is walked.
+        size_multiple: What both sides of a picture must be multiples of, in pixels.
     """
 
     steps: tuple[Step, ...]
     prologue: tuple[Call, ...] = ()
+    least_pixels: int = 0
+    size_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -125,6 +133,11 @@ class Segment:
     name: str
     model: ir.Model
 
+    @property
+    def precision(self) -> str:
+        """What it computes in: "fp32", "fp16" or "bf16"."""
+        return self.model.metadata_props.get(PRECISION, "fp32")
+
 
 @dataclass(frozen=True)
 class PassEntry:
@@ -153,6 +166,7 @@ class Program:
         epilogue: Latents -> image.
         outputs: What the program gives.
         size: Native (width, height) in pixels.
+        trained_size: What the model itself says of its size, where the user chose another as the native one.
         size_multiple: What both must be multiples of.
         fixed_size: Why no other size can be drawn, or None.
         slots: First axis of the tensor `STATE`.
@@ -169,6 +183,7 @@ class Program:
     size_multiple: int
     fixed_size: str | None
     slots: int
+    trained_size: tuple[int, int] | None = None
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     passes: tuple[PassEntry, ...] = ()

@@ -20,6 +20,7 @@ from trimtab.runtime.arguments import (
     all_seeds,
     all_texts,
     choose_schedule,
+    for_size,
     guidance_scale,
     plain,
 )
@@ -62,6 +63,7 @@ def load(
     threads: int = 0,
     low_memory: bool = False,
     tile: int | None = None,
+    fast: bool = False,
 ) -> Pipeline:
     """Opens a bundle. Engines are loaded when they are first needed.
 
@@ -75,6 +77,7 @@ def load(
         tile: Decode in overlapping tiles of so many pixels along a side, which takes the memory of one tile. The
             picture differs a little from that of the whole (docs/memory.md). Engines of fixed sizes must have been
             built for this size too.
+        fast: On the CPU, decode packed weights once, at load: as fast as dense ones, and as large.
 
     Raises:
         InputError: No such folder, or no such provider.
@@ -84,7 +87,13 @@ def load(
         TargetError: The target needs a GPU, and there is none.
     """
     return Pipeline(
-        open_bundle(Path(path)), target, threads, provider=provider, low_memory=low_memory, tile=tile
+        open_bundle(Path(path)),
+        target,
+        threads,
+        provider=provider,
+        low_memory=low_memory,
+        tile=tile,
+        fast=fast,
     )
 
 
@@ -98,6 +107,7 @@ class Pipeline:
         provider: As in `load`.
         low_memory: As in `load`.
         tile: As in `load`.
+        fast: As in `load`.
     """
 
     def __init__(
@@ -109,10 +119,11 @@ class Pipeline:
         provider: str | None = None,
         low_memory: bool = False,
         tile: int | None = None,
+        fast: bool = False,
     ) -> None:
         self.bundle = bundle
         self._tile = tile
-        self.engines = Engines(bundle, target, provider, threads, low_memory)
+        self.engines = Engines(bundle, target, provider, threads, low_memory, fast)
         self._sizes = fixed_sizes(bundle.contents, self.engines.target)
         self._tokenizers: dict[str, Tokenizer] | None = None
         self._plan: tuple[tuple[Any, ...], Plan] | None = None
@@ -254,7 +265,8 @@ class Pipeline:
             tokenizers=self._load_tokenizers(),
         )
         requests = fit(whole, self._sizes, contents)
-        chosen, loop = choose_schedule(self.schedules, task, asked.schedule, asked.strength)
+        loop_name = choose_schedule(self.schedules, task, asked.schedule, asked.strength)
+        chosen, loop = for_size(task, loop_name, size)
         symbols = requests[0].symbols
         key = (name, chosen, *symbols.values())
         if self._plan is None or self._plan[0] != key:
