@@ -164,10 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.request_arguments(command)
     command.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="hold one stage's engines at a time, and load them again for every picture",
+        "--low-memory", action="store_true", help="load one stage's engines at a time, for every picture"
     )
+    command.add_argument("--tile", type=int, metavar="N", help="decode in overlapping tiles of N x N pixels")
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
     )
@@ -281,6 +280,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             provider=arguments.provider,
             threads=arguments.threads,
             low_memory=arguments.low_memory,
+            tile=arguments.tile,
             fast=arguments.fast,
         ) as pipe,
         render.bar() as on_step,
