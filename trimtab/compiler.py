@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
+from trimtab.calibration.drift import search
 from trimtab.errors import InputError
 from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
@@ -83,7 +84,7 @@ def compile(
         program = _export(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
-        program = _transform(program, chosen)
+        program = _transform(program, chosen, stage, progress)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)
@@ -96,10 +97,13 @@ def compile(
     return open_bundle(output)
 
 
-def _transform(program: Program, recipe: Recipe) -> Program:
+def _transform(program: Program, recipe: Recipe, stage: Path, progress: Progress) -> Program:
     """What the recipe does to the pipeline: each a function from Program to Program."""
-    if recipe.inherit is not None:
-        program = inherit(program, recipe.inherit)
+    plan = recipe.inherit
+    if plan is not None:
+        if plan.speed is not None:
+            plan = search(program, plan, stage, progress=progress)
+        program = inherit(program, plan)
     return partition(program)
 
 
