@@ -21,7 +21,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from trimtab.errors import BundleError, InputError
-from trimtab.manifest import SCHEMA, Contents, FileEntry, from_json, to_json
+from trimtab.manifest import (
+    OPERATORS,
+    OPERATORS_DOMAIN,
+    SCHEMA,
+    Contents,
+    FileEntry,
+    from_json,
+    to_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +145,13 @@ def open_bundle(folder: Path) -> Bundle:
         raise BundleError(
             f"{manifest} is not as trimtab writes it ({type(error).__name__}: {error}): compile again"
         ) from None
+    for segment in contents.segments.values():
+        version = segment.domains.get(OPERATORS_DOMAIN, OPERATORS)
+        if version > OPERATORS:
+            raise BundleError(
+                f"{folder}: {segment.name} has version {version} of trimtab's operators and this trimtab knows "
+                f"{OPERATORS}: upgrade trimtab, or compile again"
+            )
     _check_wiring(folder, contents)
     return Bundle(folder, contents)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab import __version__, render
+from trimtab import __version__, options, render
 from trimtab.errors import InputError, MissingDependency, TrimtabError
 
 EXIT_FAILED = 1
@@ -135,15 +135,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--size",
         action="append",
-        type=_size,
+        type=options.size,
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
     command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
-    command.add_argument("--precision", help="fp32")
+    command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
+    options.packing_arguments(command)
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
-    _devices_argument(command)
-    _cache_arguments(command)
+    options.devices_argument(command)
+    options.cache_arguments(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
 
     command = add(
@@ -153,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
         _run,
         render.run,
     )
-    _request_arguments(command)
+    options.request_arguments(command)
     command.add_argument(
         "--low-memory",
         action="store_true",
@@ -161,6 +162,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
+    )
+    command.add_argument(
+        "--fast",
+        action="store_true",
+        help="on the CPU, decode packed weights once: faster, and as large as dense",
     )
 
     command = add(
@@ -170,10 +176,10 @@ def _parser() -> argparse.ArgumentParser:
         _bench,
         render.bench,
     )
-    _bundle_argument(command)
+    options.bundle_argument(command)
     command.add_argument("--against", type=Path, metavar="BUNDLE", help="a second bundle, measured in turn")
     command.add_argument("--rounds", type=int, default=3, metavar="N", help="pictures that count (default 3)")
-    _run_options(command)
+    options.run_options(command)
 
     command = add(
         "compare",
@@ -192,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, render.inspect
     )
-    _bundle_argument(command)
+    options.bundle_argument(command)
 
     command = add(
         "devices",
@@ -201,75 +207,8 @@ def _parser() -> argparse.ArgumentParser:
         _devices,
         render.devices,
     )
-    _devices_argument(command)
+    options.devices_argument(command)
     return parser
-
-
-def _bundle_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument("bundle", type=Path, metavar="BUNDLE")
-
-
-def _devices_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--devices",
-        type=Path,
-        dest="device_file",
-        metavar="FILE",
-        help="a TOML file with devices of your own (docs/devices.md)",
-    )
-
-
-def _cache_arguments(command: argparse.ArgumentParser) -> None:
-    where = command.add_mutually_exclusive_group()
-    where.add_argument(
-        "--cache",
-        default="~/.cache/trimtab",
-        metavar="DIR|URL",
-        help="where engines are looked for and kept (default ~/.cache/trimtab)",
-    )
-    where.add_argument(
-        "--no-cache", dest="cache", action="store_const", const=None, help="build every engine anew"
-    )
-
-
-def _run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--target", metavar="NAME", help="whose engines to run")
-    command.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
-    )
-    command.add_argument(
-        "--provider", metavar="NAME", help="where ONNX Runtime runs its graphs: cpu (default) or cuda"
-    )
-
-
-def _request_arguments(command: argparse.ArgumentParser) -> None:
-    _bundle_argument(command)
-    what = command.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="what to draw")
-    what.add_argument("--class", dest="label", metavar="N", help="the class to draw: its number or name")
-    command.add_argument("--negative", metavar="TEXT", help="what not to draw")
-    command.add_argument("--guidance", type=float, metavar="G", help="guidance scale")
-    command.add_argument(
-        "--schedule", metavar="NAME", help="a schedule of the bundle, or its number of steps"
-    )
-    command.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
-    command.add_argument("--mask", type=Path, metavar="FILE", help="where to draw anew (white)")
-    command.add_argument("--strength", type=float, metavar="S", help="how much of --image is lost, 0 to 1")
-    command.add_argument(
-        "--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it"
-    )
-    command.add_argument("-n", "--count", type=int, default=1, metavar="COUNT", help="pictures")
-    command.add_argument("--size", type=_size, metavar="WxH", help="size in pixels")
-    _run_options(command)
-
-
-def _size(text: str) -> tuple[int, int]:
-    from trimtab.recipe import parse_size
-
-    try:
-        return parse_size(text)
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 # ---- commands: arguments -> one JSON-able object ----
@@ -295,6 +234,10 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             buckets=arguments.size[1:] if arguments.size else None,
             precision=arguments.precision,
             inherit=arguments.inherit,
+            vq=arguments.vq,
+            vq_rules=arguments.vq_rule,
+            vq_scale=arguments.vq_scale,
+            vq_codebooks=arguments.vq_codebooks,
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect
@@ -319,6 +262,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             provider=arguments.provider,
             threads=arguments.threads,
             low_memory=arguments.low_memory,
+            fast=arguments.fast,
         ) as pipe,
         render.bar() as on_step,
     ):

@@ -17,8 +17,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
+VQ_BITS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,13 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
-        precision: Of the weights and of the arithmetic.
+        precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
         inherit: What steps inherit from earlier ones; None for nothing.
+        vq: Bits of a packed weight of the denoiser, 2, 3 or 4; None for weights as they are.
+        vq_rules: Pattern of module paths -> bits or "keep", before the rule that a layer of a repeated block is
+            packed; the first that fits decides.
+        vq_scale: Whether every output channel of a packed weight has a factor of its own.
+        vq_codebooks: A folder where codebooks are kept, and found again when the work is cut off.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -42,8 +48,12 @@ class Recipe:
     size: tuple[int, int] | None = None
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
-    precision: str = "fp32"
+    precision: str | None = None
     inherit: InheritPlan | None = None
+    vq: int | None = None
+    vq_rules: tuple[tuple[str, int | str], ...] = ()
+    vq_scale: bool = False
+    vq_codebooks: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
@@ -60,10 +70,16 @@ class Recipe:
             raise InputError("further sizes are given without the native one: give size too")
         if len(set(sizes)) != len(sizes):
             raise InputError("a size is given twice: give each once")
-        if self.precision not in PRECISIONS:
+        if self.precision not in (None, *PRECISIONS):
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")
+        if self.vq is not None and self.vq not in VQ_BITS:
+            raise InputError(f"vq {self.vq!r}: weights are packed to 2, 3 or 4 bits")
+        if any(bits not in (*VQ_BITS, "keep") for _, bits in self.vq_rules):
+            raise InputError('a vq rule gives neither 2, 3 or 4 bits nor "keep": write PATTERN=BITS')
+        if self.vq is None and (self.vq_rules or self.vq_scale or self.vq_codebooks):
+            raise InputError("something is said about packed weights and none are asked for: give vq as well")
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -87,7 +103,21 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         clean["buckets"] = tuple(map(_size, given if isinstance(given, list | tuple) else [given]))
     if "inherit" in clean:
         clean["inherit"] = make_plan(clean["inherit"])
+    if "vq_rules" in clean:
+        rules = clean["vq_rules"]
+        pairs = rules.items() if isinstance(rules, Mapping) else [_rule(rule) for rule in rules]
+        clean["vq_rules"] = tuple((str(pattern), bits) for pattern, bits in pairs)
+    if "vq_codebooks" in clean:
+        clean["vq_codebooks"] = Path(clean["vq_codebooks"])
     return Recipe(**clean)
+
+
+def _rule(rule: Any) -> tuple[str, int | str]:
+    """``"PATTERN=BITS"``, or a pair already."""
+    if not isinstance(rule, str):
+        return tuple(rule)
+    pattern, _, bits = rule.rpartition("=")
+    return pattern, int(bits) if bits.isdecimal() else bits
 
 
 def _size(value: Any) -> Any:

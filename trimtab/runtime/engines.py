@@ -20,6 +20,7 @@ class Engines:
         threads: CPU threads for one operator; 0 for one a core.
         low_memory: Hold the engines of one stage at a time: each part of the prologue, then those of the steps,
             then the decoder. They are loaded again for every picture.
+        fast: On the CPU, decode packed weights once, at load.
 
     Raises:
         WrongDevice: No target that this machine can run, or not the one that was asked for.
@@ -34,9 +35,10 @@ class Engines:
         provider: str | None = None,
         threads: int = 0,
         low_memory: bool = False,
+        fast: bool = False,
     ) -> None:
         self._bundle = bundle
-        self.target, self.backend = _choose(bundle, target, provider, threads)
+        self.target, self.backend = _choose(bundle, target, provider, threads, fast)
         self._loaded: dict[str, tuple[str, Session]] = {}
         self._stages = _stages(bundle.contents) if low_memory else None
 
@@ -134,7 +136,9 @@ def _engines(contents: Contents, segment: str, target: str) -> list[Engine]:
     return [engine for engine in contents.segments[segment].engines if engine.target == target]
 
 
-def _choose(bundle: Bundle, target: str | None, provider: str | None, threads: int) -> tuple[str, Backend]:
+def _choose(
+    bundle: Bundle, target: str | None, provider: str | None, threads: int, fast: bool
+) -> tuple[str, Backend]:
     """The target to run and its backend, opened; every engine is checked against this machine."""
     contents = bundle.contents
     known = {e.target: e.backend for segment in contents.segments.values() for e in segment.engines}
@@ -154,7 +158,7 @@ def _choose(bundle: Bundle, target: str | None, provider: str | None, threads: i
         if provider is not None and known[name] != "onnxruntime":
             continue
         try:
-            return name, _open(bundle, name, provider or "cpu", threads)
+            return name, _open(bundle, name, provider or "cpu", threads, fast)
         except TrimtabError as error:
             if target is not None:
                 raise
@@ -166,7 +170,7 @@ def _choose(bundle: Bundle, target: str | None, provider: str | None, threads: i
     )
 
 
-def _open(bundle: Bundle, target: str, provider: str, threads: int) -> Backend:
+def _open(bundle: Bundle, target: str, provider: str, threads: int, fast: bool) -> Backend:
     engines: list[Engine] = []
     for name in bundle.contents.segments:
         made = _engines(bundle.contents, name, target)
@@ -182,7 +186,7 @@ def _open(bundle: Bundle, target: str, provider: str, threads: int) -> Backend:
             f"the engines for {target} are of {' and '.join(sorted(backends))}, whose buffers do not lie in one "
             "memory: compile again"
         )
-    backend = open_backend(backends.pop(), provider=provider, threads=threads)
+    backend = open_backend(backends.pop(), provider=provider, threads=threads, fast=fast)
     try:
         for engine in engines:
             backend.check(engine)

@@ -118,7 +118,7 @@ class NetworkBuilder(abc.ABC):
             tempfile.TemporaryDirectory(prefix="build-", dir=out.parent) as scratch,
             self.timing_cache(device) as timings,
         ):
-            folder = Path(scratch)
+            folder = Path(scratch).resolve()  # the worker runs in it
             job: dict[str, Any] = {
                 "package": self.backend,
                 "graph": str(write_graph(model, folder)),
