@@ -24,7 +24,7 @@ from trimtab.storage import read_program, write_contents, write_graphs
 from trimtab.targets.device import find_device
 from trimtab.targets.engines import make_engines
 from trimtab.transforms import transform
-from trimtab.weights import WeightStore
+from trimtab.weights import INLINE_BYTES, WeightStore
 
 BundleFolder = Callable[[str], Path]
 
@@ -46,7 +46,7 @@ def test_compare_measures_a_denoiser_of_several_parts(bundle_folder: BundleFolde
     assert max(full, again) < 1e-5 < inheriting  # steps 0 and 2 run in full
     assert result["picture"] > 0
     names = {module["name"] for module in result["modules"]}
-    assert {"transformer_blocks.0.attn1", "transformer_blocks.1.ff"} <= names
+    assert {"transformer_blocks.0.attn1", "transformer_blocks.1.attn1"} <= names
     assert max(module["error"] for module in result["modules"]) < 1e-5
 
 
@@ -57,15 +57,22 @@ def test_packed_weights_inherit_and_stand_once(bundle_folder: BundleFolder, tmp_
     )
     with draft(packed, tmp_path / "packed") as pipe:
         expected = pipe(**OPTIONS).pixels
-        plain = pipe.bundle.contents.segments["denoiser"]
-    once = InheritPlan(skip=PLAN.skip, full=(0, 1, 2, *range(3, 20)))
+    once = InheritPlan(skip=PLAN.skip, full=tuple(range(20)))
     with draft(partition(inherit(packed, once)), tmp_path / "once") as pipe:
         np.testing.assert_allclose(pipe(**OPTIONS).pixels, expected, rtol=0, atol=1e-5)
     with draft(partition(inherit(packed, PLAN)), tmp_path / "ours") as pipe:
         assert np.abs(pipe(**OPTIONS).pixels - expected).max() > 1e-5
-        parts = [s for name, s in pipe.bundle.contents.segments.items() if name.startswith("denoiser.")]
-    assert len(parts) > 1 and sum(part.parameters for part in parts) == plain.parameters
-    assert any("trimtab" in part.domains for part in parts)
+        segments = read_program(pipe.bundle).segments
+    parts = [segment.model.graph for name, segment in segments.items() if name.startswith("denoiser.")]
+    # Small constants are repeated where they are needed; what weighs something is not.
+    large = [
+        name
+        for graph in parts
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes >= INLINE_BYTES
+    ]
+    assert len(parts) > 1 and len(large) == len(set(large)) > 0
+    assert any("trimtab" in graph.opset_imports for graph in parts)
 
 
 def test_a_plan_that_asks_for_a_speed_is_searched_by_the_transforms(
