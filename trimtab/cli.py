@@ -139,6 +139,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
+    command.add_argument(
+        "--hidiffusion",
+        action="store_true",
+        default=None,
+        help="for pictures larger than a U-Net was trained for (docs/hidiffusion.md)",
+    )
     command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
     command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
     options.packing_arguments(command)
@@ -238,6 +244,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             vq_rules=arguments.vq_rule,
             vq_scale=arguments.vq_scale,
             vq_codebooks=arguments.vq_codebooks,
+            hidiffusion=arguments.hidiffusion,
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect

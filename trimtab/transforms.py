@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
@@ -31,6 +32,8 @@ def transform(program: Program, recipe: Recipe, folder: Path, progress: Callable
     """
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, progress)
+    if recipe.hidiffusion:
+        program = hidiffusion(program)
     if recipe.inherit is not None:
         program = inherit(program, _searched(program, recipe.inherit, folder, progress))
     return partition(program)

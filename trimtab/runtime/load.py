@@ -20,6 +20,7 @@ from trimtab.runtime.arguments import (
     all_seeds,
     all_texts,
     choose_schedule,
+    for_size,
     guidance_scale,
     plain,
 )
@@ -251,7 +252,8 @@ class Pipeline:
             tokenizers=self._load_tokenizers(),
         )
         requests = fit(whole, self._sizes, contents)
-        chosen, loop = choose_schedule(self.schedules, task, asked.schedule, asked.strength)
+        loop_name = choose_schedule(self.schedules, task, asked.schedule, asked.strength)
+        chosen, loop = for_size(task, loop_name, size)
         symbols = requests[0].symbols
         key = (name, chosen, *symbols.values())
         if self._plan is None or self._plan[0] != key:
