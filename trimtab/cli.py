@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import signal
 import sys
 import time
@@ -17,9 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab import __version__, removal_commands, render
-from trimtab.arguments import size as size_argument
-from trimtab.errors import InputError, MissingDependency, TrimtabError
+from trimtab import __version__, options, removal_commands, render
+from trimtab.errors import MissingDependency, TrimtabError
 
 EXIT_FAILED = 1
 
@@ -34,7 +32,10 @@ _COMPILE_PACKAGES = (
     "huggingface_hub",
 )
 
-_RECIPE = ("steps", "scheduler", "eta", "precision", "inherit", *removal_commands.RECIPE)
+_RECIPE = (
+    *("steps", "scheduler", "eta", "precision", "inherit", "vq", "vq_scale", "vq_codebooks", "hidiffusion"),
+    *removal_commands.RECIPE,
+)
 """Options of compile that are fields of a recipe, by the same name."""
 
 
@@ -45,13 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A polite kill cleans up as Ctrl-C does.
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.debug else logging.WARNING, handlers=[handler], force=True
-    )
-    if not arguments.debug:  # what takes hours says so at its start
-        logging.getLogger("trimtab.calibration").setLevel(logging.INFO)
+    render.logs(arguments.debug)
     try:
         result = arguments.command(arguments)
         if arguments.json:
@@ -60,39 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in arguments.show(result):
                 print(line)
         return 0
-    except KeyboardInterrupt:
-        message = "interrupted: nothing was written"
-        if arguments.debug:
-            raise
-    except TrimtabError as error:
-        message = str(error)
-        if arguments.debug:
-            raise
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if arguments.debug or package not in _COMPILE_PACKAGES:
-            raise
-        message = str(MissingDependency(package, "compile"))
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED
-    except MemoryError:
-        message = "memory ran out: choose a smaller size or batch"
+    except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
             raise
-    except Exception as error:
-        if arguments.debug:
-            raise
-        line = str(error).strip().partition("\n")[0]
-        message = f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
+        message = _message(error, arguments.interrupted)
     print(f"trimtab: error: {message}", file=sys.stderr)
     return EXIT_FAILED
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = f"trimtab: {record.levelname.lower()}: {record.getMessage()}"
-        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+def _message(error: BaseException, interrupted: str) -> str:
+    """What to say of an error, in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return interrupted
+    if isinstance(error, TrimtabError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "memory ran out: choose a smaller size or batch"
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in _COMPILE_PACKAGES:
+            return str(MissingDependency(package, "compile"))
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
 
 
 # ---- arguments ----
@@ -117,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         command.add_argument("--debug", action="store_true", help="log everything; show tracebacks")
-        command.set_defaults(command=run, show=show)
+        command.set_defaults(command=run, show=show, interrupted="interrupted: nothing was written")
         return command
 
     command = add(
@@ -141,17 +128,39 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--size",
         action="append",
-        type=size_argument,
+        type=options.size,
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
+    )
+    command.add_argument(
+        "--hidiffusion",
+        action="store_true",
+        default=None,
+        help="for pictures larger than a U-Net was trained for (docs/hidiffusion.md)",
     )
     command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
     removal_commands.add_options(command)
     command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
+    options.packing_arguments(command)
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
-    _devices_argument(command)
-    _cache_arguments(command)
+    options.devices_argument(command)
+    options.cache_arguments(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
+
+    command = add(
+        "build",
+        "finish or refresh the engines of a bundle on this machine",
+        "trimtab build sd15.bundle --target orin-nano-8gb",
+        _build,
+        render.build,
+    )
+    options.bundle_argument(command)
+    command.add_argument(
+        "--target", action="append", metavar="NAME", help="a new one is added (default: all)"
+    )
+    options.devices_argument(command)
+    options.cache_arguments(command)
+    command.set_defaults(interrupted="interrupted: finished engines are kept, and the next build goes on")
 
     command = add(
         "run",
@@ -160,14 +169,18 @@ def _parser() -> argparse.ArgumentParser:
         _run,
         render.run,
     )
-    _request_arguments(command)
+    options.request_arguments(command)
     command.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="hold one stage's engines at a time, and load them again for every picture",
+        "--low-memory", action="store_true", help="load one stage's engines at a time, for every picture"
     )
+    command.add_argument("--tile", type=int, metavar="N", help="decode in overlapping tiles of N x N pixels")
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
+    )
+    command.add_argument(
+        "--fast",
+        action="store_true",
+        help="on the CPU, decode packed weights once: faster, and as large as dense",
     )
 
     removal_commands.add_commands(add)
@@ -179,10 +192,10 @@ def _parser() -> argparse.ArgumentParser:
         _bench,
         render.bench,
     )
-    _bundle_argument(command)
+    options.bundle_argument(command)
     command.add_argument("--against", type=Path, metavar="BUNDLE", help="a second bundle, measured in turn")
     command.add_argument("--rounds", type=int, default=3, metavar="N", help="pictures that count (default 3)")
-    _run_options(command)
+    options.run_options(command)
 
     command = add(
         "compare",
@@ -201,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(
         "inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, render.inspect
     )
-    _bundle_argument(command)
+    options.bundle_argument(command)
 
     command = add(
         "devices",
@@ -210,66 +223,8 @@ def _parser() -> argparse.ArgumentParser:
         _devices,
         render.devices,
     )
-    _devices_argument(command)
+    options.devices_argument(command)
     return parser
-
-
-def _bundle_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument("bundle", type=Path, metavar="BUNDLE")
-
-
-def _devices_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--devices",
-        type=Path,
-        dest="device_file",
-        metavar="FILE",
-        help="a TOML file with devices of your own (docs/devices.md)",
-    )
-
-
-def _cache_arguments(command: argparse.ArgumentParser) -> None:
-    where = command.add_mutually_exclusive_group()
-    where.add_argument(
-        "--cache",
-        default="~/.cache/trimtab",
-        metavar="DIR|URL",
-        help="where engines are looked for and kept (default ~/.cache/trimtab)",
-    )
-    where.add_argument(
-        "--no-cache", dest="cache", action="store_const", const=None, help="build every engine anew"
-    )
-
-
-def _run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--target", metavar="NAME", help="whose engines to run")
-    command.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
-    )
-    command.add_argument(
-        "--provider", metavar="NAME", help="where ONNX Runtime runs its graphs: cpu (default) or cuda"
-    )
-
-
-def _request_arguments(command: argparse.ArgumentParser) -> None:
-    _bundle_argument(command)
-    what = command.add_mutually_exclusive_group()
-    what.add_argument("--prompt", metavar="TEXT", help="what to draw")
-    what.add_argument("--class", dest="label", metavar="N", help="the class to draw: its number or name")
-    command.add_argument("--negative", metavar="TEXT", help="what not to draw")
-    command.add_argument("--guidance", type=float, metavar="G", help="guidance scale")
-    command.add_argument(
-        "--schedule", metavar="NAME", help="a schedule of the bundle, or its number of steps"
-    )
-    command.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
-    command.add_argument("--mask", type=Path, metavar="FILE", help="where to draw anew (white)")
-    command.add_argument("--strength", type=float, metavar="S", help="how much of --image is lost, 0 to 1")
-    command.add_argument(
-        "--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it"
-    )
-    command.add_argument("-n", "--count", type=int, default=1, metavar="COUNT", help="pictures")
-    command.add_argument("--size", type=size_argument, metavar="WxH", help="size in pixels")
-    _run_options(command)
 
 
 # ---- commands: arguments -> one JSON-able object ----
@@ -290,6 +245,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             targets=arguments.target,
             size=arguments.size[0] if arguments.size else None,
             buckets=arguments.size[1:] if arguments.size else None,
+            vq_rules=arguments.vq_rule,
             **{name: getattr(arguments, name) for name in _RECIPE},
         )
     seconds = time.perf_counter() - start
@@ -298,15 +254,25 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"bundle": str(arguments.output), "seconds": round(seconds, 2), **inspect(bundle)}
 
 
+def _build(arguments: argparse.Namespace) -> dict[str, Any]:
+    from trimtab.targets.finish import build
+
+    with render.status() as progress:
+        report = build(
+            arguments.bundle,
+            arguments.target or (),
+            device_file=arguments.device_file,
+            cache=arguments.cache,
+            progress=progress,
+        )
+    return {"bundle": str(arguments.bundle), **dataclasses.asdict(report)}
+
+
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trimtab.runtime.images import save_npy, save_png
+    from trimtab.runtime.images import check_name, save
     from trimtab.runtime.load import load
 
-    suffix = arguments.output.suffix.lower()
-    if suffix not in (".png", ".npy"):
-        raise InputError(f"{arguments.output} does not end in .png or .npy: choose one of them")
-    if arguments.output.is_dir():
-        raise InputError(f"{arguments.output} is a folder: give the name of a file")
+    check_name(arguments.output)
     start = time.perf_counter()
     with (
         load(
@@ -315,6 +281,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             provider=arguments.provider,
             threads=arguments.threads,
             low_memory=arguments.low_memory,
+            tile=arguments.tile,
+            fast=arguments.fast,
         ) as pipe,
         render.bar() as on_step,
     ):
@@ -332,19 +300,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             strength=arguments.strength,
             on_step=on_step,
         )
-    paths = []
-    if suffix == ".npy":
-        paths.append(arguments.output)
-        save_npy(result.pixels, arguments.output)
-    else:
-        images = result.images
-        for index, image in enumerate(images):
-            path = arguments.output
-            if len(images) > 1:
-                path = path.with_name(f"{path.stem}-{index}{path.suffix}")
-            settings = result.settings | ({"index": index, "count": len(images)} if len(images) > 1 else {})
-            save_png(image, path, settings)
-            paths.append(path)
+    paths = save(result.pixels, result.settings, arguments.output)
     seconds = round(time.perf_counter() - start, 3)
     return {"images": [str(path) for path in paths], "settings": result.settings, "seconds": seconds}
 

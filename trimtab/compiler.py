@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
-from trimtab.calibration.choice import Wish
-from trimtab.calibration.planning import Calibration, plan_removal
 from trimtab.calibration.ranges import FILE as RANGES
 from trimtab.calibration.ranges import measure_ranges
 from trimtab.errors import InputError
@@ -20,10 +18,6 @@ from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
-from trimtab.passes.inherit import inherit
-from trimtab.passes.partition import partition
-from trimtab.passes.removal import DENOISER, PLAN, load_plan, remove_layers
-from trimtab.passes.student import WEIGHTS, put_back
 from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
@@ -31,6 +25,7 @@ from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
 from trimtab.targets.precision import by_precision, in_precision
+from trimtab.transforms import transform
 from trimtab.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -93,8 +88,7 @@ def compile(
         program = export_model(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
-        program = _remove(program, chosen, stage, progress)
-        program = _transform(program, chosen)
+        program = transform(program, chosen, stage, progress)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)
@@ -116,13 +110,6 @@ def compile(
             engines = {name: engines[name] + made[name] for name in engines}
         write_manifest(stage, with_engines(contents, engines))
     return open_bundle(output)
-
-
-def _transform(program: Program, recipe: Recipe) -> Program:
-    """What the recipe does to the pipeline: each a function from Program to Program."""
-    if recipe.inherit is not None:
-        program = inherit(program, recipe.inherit)
-    return partition(program)
 
 
 def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCache | None:
@@ -164,27 +151,3 @@ def export_model(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.
         size=recipe.size,
         step_options=options,
     )
-
-
-def _remove(program: Program, recipe: Recipe, stage: Path, progress: Progress) -> Program:
-    """The program with layers removed, where the recipe says so; the plan lies in the bundle."""
-    student = Path(recipe.removal_plan) if recipe.removal_plan is not None else None
-    if student is not None:
-        plan = load_plan(student)
-    elif recipe.remove is not None:
-        calibration = Calibration(log=Path(recipe.scores) if recipe.scores else None)
-        plan = plan_removal(
-            program,
-            Wish(recipe.remove, recipe.keep, recipe.drop),
-            method=recipe.remove_by,
-            calibration=calibration,
-            folder=stage,
-            progress=lambda done, total: progress(f"scored {done} of {total} removals"),
-        )
-    else:
-        return program
-    plan.save(stage / PLAN)
-    program = remove_layers(program, plan)
-    if student is not None and (student / WEIGHTS).exists():
-        put_back(program.segments[DENOISER].model, student)
-    return program

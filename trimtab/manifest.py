@@ -15,6 +15,10 @@ from trimtab.program import Call, PassEntry, Schedule, Step, Task, TensorSpec
 SCHEMA = 1
 """Goes up when an older trimtab could misread a bundle."""
 
+OPERATORS_DOMAIN = "trimtab"
+OPERATORS = 1
+"""Version of the operators in that domain. Goes up when what a node of a graph means changes."""
+
 T = TypeVar("T")
 
 
@@ -35,6 +39,7 @@ class Engine:
         shapes: Graph input -> sizes that are fixed; empty where they are open.
         plugins: Files to register before it is loaded, relative to the bundle.
         activation_bytes: Device memory that it asks for beside its weights; None where nobody said.
+        packed: Its graph decodes weights whenever it runs.
     """
 
     target: str
@@ -49,6 +54,7 @@ class Engine:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     plugins: tuple[str, ...] = ()
     activation_bytes: int | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class SegmentEntry:
         inputs: The graph's inputs; open sizes are expressions over the segment's own symbols.
         outputs: The graph's outputs.
         engines: One for each target, and for each size where sizes are fixed.
+        domains: Operator domain beside ONNX's own -> version, as far as the graph names them.
     """
 
     name: str
@@ -72,6 +79,7 @@ class SegmentEntry:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     engines: tuple[Engine, ...]
+    domains: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,8 @@ def to_json(contents: Contents) -> dict[str, Any]:
                     "name": schedule_name,
                     "prologue": [number(call) for call in schedule.prologue],
                     "steps": [_step_json(step, number) for step in schedule.steps],
+                    "least_pixels": schedule.least_pixels,
+                    "size_multiple": schedule.size_multiple,
                 }
                 for schedule_name, schedule in task.schedules.items()
             ],
@@ -181,6 +191,7 @@ def _segment_json(segment: SegmentEntry) -> dict[str, Any]:
         "inputs": [_spec_json(spec) for spec in segment.inputs],
         "outputs": [_spec_json(spec) for spec in segment.outputs],
         "engines": [vars(engine) for engine in segment.engines],
+        "domains": dict(segment.domains),
     }
 
 
@@ -205,6 +216,8 @@ def from_json(data: Mapping[str, Any]) -> Contents:
             _of(str, schedule["name"]): Schedule(
                 steps=tuple(_step(step, chosen) for step in schedule["steps"]),
                 prologue=chosen(schedule["prologue"]),
+                least_pixels=_of(int, schedule.get("least_pixels", 0)),
+                size_multiple=max(1, _of(int, schedule.get("size_multiple", 1))),
             )
             for schedule in task["schedules"]
         }
@@ -226,6 +239,7 @@ def from_json(data: Mapping[str, Any]) -> Contents:
             inputs=tuple(_spec(spec) for spec in entry["inputs"]),
             outputs=tuple(_spec(spec) for spec in entry["outputs"]),
             engines=tuple(_engine(engine) for engine in entry["engines"]),
+            domains={_of(str, k): _of(int, v) for k, v in entry.get("domains", {}).items()},
         )
     width, height = data["size"]
     return Contents(
@@ -277,6 +291,7 @@ def _engine(data: Mapping[str, Any]) -> Engine:
         shapes=shapes,
         plugins=tuple(_safe(path) for path in data["plugins"]),
         activation_bytes=None if data["activation_bytes"] is None else _of(int, data["activation_bytes"]),
+        packed=_of(bool, data["packed"]),
     )
 
 

@@ -19,6 +19,7 @@ else:
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
+VQ_BITS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Recipe:
         removal_plan: A saved plan, or a student's folder of `trimtab distill`, in the place of the five above.
         precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
         inherit: What steps inherit from earlier ones; None for nothing.
+        vq: Bits of a packed weight of the denoiser, 2, 3 or 4; None for weights as they are.
+        vq_rules: Pattern of module paths -> bits or "keep", before the rule that a layer of a repeated block is
+            packed; the first that fits decides.
+        vq_scale: Whether every output channel of a packed weight has a factor of its own.
+        vq_codebooks: A folder where codebooks are kept, and found again when the work is cut off.
+        hidiffusion: Draw pictures larger than the model was trained for by HiDiffusion.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -56,6 +63,11 @@ class Recipe:
     removal_plan: str | None = None
     precision: str | None = None
     inherit: InheritPlan | None = None
+    vq: int | None = None
+    vq_rules: tuple[tuple[str, int | str], ...] = ()
+    vq_scale: bool = False
+    vq_codebooks: Path | None = None
+    hidiffusion: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
@@ -84,6 +96,12 @@ class Recipe:
             raise InputError(
                 "what to keep, drop or score is given, and no share to remove: give remove as well"
             )
+        if self.vq is not None and self.vq not in VQ_BITS:
+            raise InputError(f"vq {self.vq!r}: weights are packed to 2, 3 or 4 bits")
+        if any(bits not in (*VQ_BITS, "keep") for _, bits in self.vq_rules):
+            raise InputError('a vq rule gives neither 2, 3 or 4 bits nor "keep": write PATTERN=BITS')
+        if self.vq is None and (self.vq_rules or self.vq_scale or self.vq_codebooks):
+            raise InputError("something is said about packed weights and none are asked for: give vq as well")
 
 
 def make_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -107,7 +125,21 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
         clean["buckets"] = tuple(map(_size, given if isinstance(given, list | tuple) else [given]))
     if "inherit" in clean:
         clean["inherit"] = make_plan(clean["inherit"])
+    if "vq_rules" in clean:
+        rules = clean["vq_rules"]
+        pairs = rules.items() if isinstance(rules, Mapping) else [_rule(rule) for rule in rules]
+        clean["vq_rules"] = tuple((str(pattern), bits) for pattern, bits in pairs)
+    if "vq_codebooks" in clean:
+        clean["vq_codebooks"] = Path(clean["vq_codebooks"])
     return Recipe(**clean)
+
+
+def _rule(rule: Any) -> tuple[str, int | str]:
+    """``"PATTERN=BITS"``, or a pair already."""
+    if not isinstance(rule, str):
+        return tuple(rule)
+    pattern, _, bits = rule.rpartition("=")
+    return pattern, int(bits) if bits.isdecimal() else bits
 
 
 def _size(value: Any) -> Any:

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trimtab import render
-from trimtab.arguments import size as size_argument
+from trimtab import options, render
 
 RECIPE = ("remove", "remove_by", "keep", "drop", "scores", "removal_plan")
 """Options of `add_options` that are fields of a recipe."""
@@ -52,7 +51,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--prompt", action="append", metavar="TEXT", help="of the trajectories; repeatable")
     command.add_argument("--steps", type=int, metavar="N", help="of the trajectories (default 20)")
     command.add_argument("--scheduler", metavar="NAME")
-    command.add_argument("--size", type=size_argument, metavar="WxH")
+    command.add_argument("--size", type=options.size, metavar="WxH")
     command.add_argument("--processes", type=int, default=1, metavar="N")
     command.add_argument("--threads", type=int, default=1, metavar="N", help="of each process (default 1)")
     command.add_argument("--ray", metavar="ADDRESS", help="of a Ray cluster, or local")
@@ -78,7 +77,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--prompt", action="append", metavar="TEXT", help="of the trajectories; repeatable")
     command.add_argument("--guidance", type=float, metavar="G", help="of the trajectories")
     command.add_argument("--scheduler", metavar="NAME")
-    command.add_argument("--size", type=size_argument, metavar="WxH")
+    command.add_argument("--size", type=options.size, metavar="WxH")
 
 
 def _score(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -92,9 +91,9 @@ def _score(arguments: argparse.Namespace) -> dict[str, Any]:
         workers=Workers(arguments.processes, arguments.threads, arguments.ray),
         log=arguments.output,
     )
-    options = {"scheduler": arguments.scheduler, "size": arguments.size, "steps": arguments.steps}
+    recipe = {"scheduler": arguments.scheduler, "size": arguments.size, "steps": arguments.steps}
     with render.bar() as progress:
-        return score(arguments.model, calibration, progress=progress, **options)
+        return score(arguments.model, calibration, progress=progress, **recipe)
 
 
 def _distill(arguments: argparse.Namespace) -> dict[str, Any]:

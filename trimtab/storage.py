@@ -54,6 +54,7 @@ def write_contents(program: Program, folder: Path) -> Contents:
             inputs=_specs(segment.model.graph.inputs),
             outputs=_specs(segment.model.graph.outputs),
             engines=(),
+            domains={domain: version for domain, version in segment.model.opset_imports.items() if domain},
         )
         for name, segment in program.segments.items()
     }

@@ -6,10 +6,13 @@ Graphs and weight files share one folder, since ONNX Runtime refuses external da
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
+from trimtab.passes.vq_op import is_packed
 
 INLINE_BYTES = 1024
 """Smaller tensors stay in the graph: shapes and axes must be readable there by every parser."""
@@ -115,12 +118,17 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview:
 
 
 def parameter_count(model: ir.Model) -> int:
-    """Elements of all floating-point initializers with more than one element."""
+    """Elements of all floating-point weights with more than one element; packed ones count as what they decode to."""
+    packed = [node for node in model.graph if is_packed(node)]
+    parts = {value for node in packed for value in node.inputs}
     return sum(
         v.const_value.size
         for v in model.graph.initializers.values()
-        if v.const_value is not None and v.const_value.dtype.is_floating_point() and v.const_value.size > 1
-    )
+        if v.const_value is not None
+        and v.const_value.dtype.is_floating_point()
+        and v.const_value.size > 1
+        and v not in parts
+    ) + sum(math.prod(node.attributes.get_ints("shape", ())) for node in packed)
 
 
 def weight_bytes(model: ir.Model) -> int:

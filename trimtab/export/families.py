@@ -14,6 +14,7 @@ import torch
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export import encoders, modules
+from trimtab.export.denoisers import denoiser_module, denoiser_name, latent_space
 from trimtab.export.parts import (
     ROWS,
     TOKENS,
@@ -40,19 +41,15 @@ def measure(parts: PipelineParts) -> None:
         InputError: A configuration cannot be read.
     """
     source = parts.source
-    name = "unet" if source.has("unet") else "transformer"
+    name = denoiser_name(source)
     config = source.config(name)
+    parts.channels, parts.factor = latent_space(source)
     try:
         if source.has("vae"):
-            vae = source.config("vae")
-            parts.channels = int(vae["latent_channels"])
-            parts.factor = 2 ** (len(vae["block_out_channels"]) - 1)
             # A transformer's patches; Flux packs 2x2 latents before its model sees them.
             patch = 2 if source.pipeline_class.startswith("Flux") else int(config.get("patch_size", 1))
             parts.multiple = parts.factor * patch
         else:
-            parts.channels = int(config["in_channels"])
-            parts.factor = 1
             # Its upsamplers double, so that a side must halve at every level.
             parts.multiple = 2 ** (len(config["block_out_channels"]) - 1)
         # Flux's configuration says no size; its pipeline's default is 128 latents.
@@ -61,7 +58,7 @@ def measure(parts: PipelineParts) -> None:
         parts.size = (int(width) * parts.factor, int(height) * parts.factor)
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
-            f"{source.folder} has a {name} or vae configuration that lacks {error}: copy the pipeline again"
+            f"{source.folder} has a {name} configuration that lacks {error}: copy the pipeline again"
         ) from None
     if source.pipeline_class == "DiTPipeline":
         parts.fixed_size = "the model's position embeddings are fixed"
@@ -104,17 +101,15 @@ def stable_diffusion(parts: PipelineParts) -> None:
     """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
     source = parts.source
     _clip(parts, "", "last", None)
-    unet = source.load("unet")
+    wrapper = denoiser_module(source)
     inputs = {
         "sample": sample_example(parts.channels),
         "timestep": timestep_example(),
-        "encoder_hidden_states": hidden_example(unet.config.cross_attention_dim),
+        "encoder_hidden_states": hidden_example(wrapper.model.config.cross_attention_dim),
     }
     parts.conditioning = {"encoder_hidden_states": "hidden"}
     parts.strength = {"image-to-image": 0.8, "inpainting": 1.0}
-    wrapper: modules.Denoiser
-    if unet.config.time_cond_proj_dim is not None:
-        wrapper = modules.GuidedUNet(unet, unet.config.time_cond_proj_dim)
+    if isinstance(wrapper, modules.GuidedUNet):
         inputs["guidance"] = Example(torch.tensor(7.5))
         parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
         parts.conditioning["guidance"] = "guidance"
@@ -123,16 +118,11 @@ def stable_diffusion(parts: PipelineParts) -> None:
         parts.strength = {}
         if source.pipeline_class == "LatentConsistencyModelPipeline":
             parts.guidance = 8.5
-    elif unet.config.in_channels == parts.channels:
-        wrapper = modules.ConditionalUNet(unet)
-    elif unet.config.in_channels == 2 * parts.channels + 1:
-        wrapper = modules.InpaintingUNet(unet)
+    elif isinstance(wrapper, modules.InpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
-    else:
-        raise _channels(parts, unet)
     parts.denoiser(wrapper, inputs)
-    del unet, wrapper
+    del wrapper
     parts.vae(encoder=bool(parts.strength))
     if parts.strength:
         parts.masks()
@@ -149,11 +139,10 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     _clip(parts, "_2", "penultimate", "projected")
     zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
     parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
-    unet = source.load("unet")
-    width = int(unet.config.cross_attention_dim)
-    pooled = int(unet.config.projection_class_embeddings_input_dim) - 6 * int(
-        unet.config.addition_time_embed_dim
-    )
+    wrapper = denoiser_module(source)
+    config = wrapper.model.config
+    width = int(config.cross_attention_dim)
+    pooled = int(config.projection_class_embeddings_input_dim) - 6 * int(config.addition_time_embed_dim)
     parts.add(
         "text_join",
         encoders.JoinXLText(),
@@ -175,17 +164,11 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.guidance = 5.0
     parts.strength = {"image-to-image": 0.3, "inpainting": 0.9999}
     parts.task_guidance = {"inpainting": 7.5}
-    wrapper: modules.Denoiser
-    if unet.config.in_channels == parts.channels:
-        wrapper = modules.XLUNet(unet, parts.factor)
-    elif unet.config.in_channels == 2 * parts.channels + 1:
-        wrapper = modules.XLInpaintingUNet(unet, parts.factor)
+    if isinstance(wrapper, modules.XLInpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
-    else:
-        raise _channels(parts, unet)
     parts.denoiser(wrapper, inputs)
-    del unet, wrapper
+    del wrapper
     parts.vae()
     parts.masks()
 
@@ -198,8 +181,8 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     with_t5 = source.has("text_encoder_3")
     if with_t5:
         _t5(parts, "_3", T5_LENGTH_SD3)
-    transformer = source.load("transformer")
-    width = int(transformer.config.joint_attention_dim)
+    wrapper = denoiser_module(source)
+    width = int(wrapper.model.config.joint_attention_dim)
     names = ["hidden", "hidden_2", *(["hidden_3"] if with_t5 else []), "pooled", "pooled_2"]
     join = encoders.JoinSD3Text() if with_t5 else encoders.JoinSD3TextWithoutT5(T5_LENGTH_SD3, width)
     examples = {}
@@ -220,15 +203,15 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     parts.strength = {"image-to-image": 0.6}
     parts.strength_rounds_up = True
     parts.denoiser(
-        modules.SD3Transformer(transformer),
+        wrapper,
         {
             "sample": sample_example(parts.channels, even=True),
             "timestep": timestep_example(),
             "encoder_hidden_states": hidden_example(width),
-            "pooled_projections": pooled_example(transformer.config.pooled_projection_dim),
+            "pooled_projections": pooled_example(wrapper.model.config.pooled_projection_dim),
         },
     )
-    del transformer
+    del wrapper
     parts.vae()
 
 
@@ -237,17 +220,18 @@ def flux(parts: PipelineParts) -> None:
     source = parts.source
     _clip(parts, "", None, "pooler")
     _t5(parts, "_2", T5_LENGTH_FLUX)
-    transformer = source.load("transformer")
+    wrapper = denoiser_module(source)
+    config = wrapper.model.config
     parts.conditioning = {"encoder_hidden_states": "hidden_2", "pooled_projections": "pooled"}
     inputs = {
         "sample": sample_example(parts.channels, even=True),
         "timestep": timestep_example(),
-        "encoder_hidden_states": hidden_example(transformer.config.joint_attention_dim),
-        "pooled_projections": pooled_example(transformer.config.pooled_projection_dim),
+        "encoder_hidden_states": hidden_example(config.joint_attention_dim),
+        "pooled_projections": pooled_example(config.pooled_projection_dim),
     }
     parts.classifier_free = False
     parts.guidance = None
-    if transformer.config.guidance_embeds:
+    if config.guidance_embeds:
         inputs["guidance"] = Example(torch.tensor(3.5))
         parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
         parts.conditioning["guidance"] = "guidance"
@@ -255,8 +239,8 @@ def flux(parts: PipelineParts) -> None:
         parts.task_guidance = {"image-to-image": 7.0}
     parts.strength = {"image-to-image": 0.6}
     parts.strength_rounds_up = True
-    parts.denoiser(modules.FluxTransformer(transformer), inputs)
-    del transformer
+    parts.denoiser(wrapper, inputs)
+    del wrapper
     parts.vae()
 
 
@@ -277,26 +261,26 @@ def pixart(parts: PipelineParts) -> None:
         {"tokens": "tokens", "attention_mask": "tokens_mask"},
         {"hidden": "hidden", "mask": "hidden_mask"},
     )
-    transformer = source.load("transformer")
+    wrapper = denoiser_module(source)
     parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
     parts.guidance = 4.5
     parts.denoiser(
-        modules.PixArtTransformer(transformer, parts.factor),
+        wrapper,
         {
             "sample": sample_example(parts.channels, even=True),
             "timestep": timestep_example(),
-            "encoder_hidden_states": hidden_example(transformer.config.caption_channels),
+            "encoder_hidden_states": hidden_example(wrapper.model.config.caption_channels),
             "encoder_attention_mask": Example(_example_mask().float(), ("prompts", "tokens")),
         },
     )
-    del transformer
+    del wrapper
     parts.vae(encoder=False)
 
 
 def dit(parts: PipelineParts) -> None:
     """DiT: class labels, at the size it was trained for."""
     source = parts.source
-    transformer = source.load("transformer")
+    wrapper = denoiser_module(source)
     # The null class is the one behind the last; diffusers' pipeline writes it as 1000.
     parts.inputs.append(
         TensorSpec(
@@ -306,7 +290,7 @@ def dit(parts: PipelineParts) -> None:
             {
                 "kind": "label",
                 "null": 1000,
-                "classes": int(transformer.config.num_embeds_ada_norm),
+                "classes": int(wrapper.model.config.num_embeds_ada_norm),
                 "names": json.dumps(_class_names(source.index.get("id2label"))),
             },
         )
@@ -314,16 +298,16 @@ def dit(parts: PipelineParts) -> None:
     parts.conditioning = {"class_labels": "class_labels"}
     parts.step_options = {}
     parts.guidance = 4.0
-    side = int(transformer.config.sample_size)
+    side = int(wrapper.model.config.sample_size)
     parts.denoiser(
-        modules.ClassTransformer(transformer),
+        wrapper,
         {
             "sample": Example(torch.randn(ROWS, parts.channels, side, side), ("prompts", None, None, None)),
             "timestep": timestep_example(),
             "class_labels": Example(torch.tensor([1, 2]), ("prompts",)),
         },
     )
-    del transformer
+    del wrapper
     parts.vae(encoder=False)
 
 
@@ -341,16 +325,12 @@ def _class_names(id2label: Any) -> dict[str, int]:
 
 def unconditional(parts: PipelineParts) -> None:
     """DDPM and DDIM pipelines: a U-Net over pixels, no condition."""
-    unet = parts.source.load("unet")
     parts.guidance = None
     parts.classifier_free = False
     sides = (3 * parts.multiple, 2 * parts.multiple) if parts.multiple > 1 else (6, 4)
     open_sizes = ("latent_height", "latent_width")
     sample = Example(torch.randn(ROWS, parts.channels, *sides), ("prompts", None, *open_sizes))
-    parts.denoiser(
-        modules.PixelUNet(unet),
-        {"sample": sample, "timestep": timestep_example()},
-    )
+    parts.denoiser(denoiser_module(parts.source), {"sample": sample, "timestep": timestep_example()})
     latents = Example(sample.tensor, ("batch", None, *open_sizes))
     parts.add("pixels", encoders.PixelDecoder(), {"latents": latents}, ["image"])
 
@@ -368,14 +348,6 @@ def _example_mask() -> torch.Tensor:
     mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
     mask[0, TOKENS // 2 :] = 0
     return mask
-
-
-def _channels(parts: PipelineParts, unet: Any) -> ExportError:
-    c = parts.channels
-    return ExportError(
-        f"the U-Net takes {unet.config.in_channels} channels, and {c} (plain) or {2 * c + 1} (inpainting) are "
-        "supported: depth, upscaling and instruction models are not"
-    )
 
 
 FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {

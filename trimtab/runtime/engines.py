@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from trimtab.bundle import Bundle
 from trimtab.errors import BundleError, InputError, TrimtabError, WrongDevice
 from trimtab.manifest import Contents, Engine
 from trimtab.runtime.sessions import Backend, Buffer, Run, Session, open_backend
+
+
+class _Loaded(NamedTuple):
+    """A loaded engine, and what deferred sessions bound of it: a run holds its engine, so both go together."""
+
+    segment: str
+    session: Session
+    runs: dict[object, Run]
 
 
 class Engines:
@@ -20,6 +29,7 @@ class Engines:
         threads: CPU threads for one operator; 0 for one a core.
         low_memory: Hold the engines of one stage at a time: each part of the prologue, then those of the steps,
             then the decoder. They are loaded again for every picture.
+        fast: On the CPU, decode packed weights once, at load.
 
     Raises:
         WrongDevice: No target that this machine can run, or not the one that was asked for.
@@ -34,10 +44,11 @@ class Engines:
         provider: str | None = None,
         threads: int = 0,
         low_memory: bool = False,
+        fast: bool = False,
     ) -> None:
         self._bundle = bundle
-        self.target, self.backend = _choose(bundle, target, provider, threads)
-        self._loaded: dict[str, tuple[str, Session]] = {}
+        self.target, self.backend = _choose(bundle, target, provider, threads, fast)
+        self._loaded: dict[str, _Loaded] = {}
         self._stages = _stages(bundle.contents) if low_memory else None
 
     def session(self, segment: str, inputs: Mapping[str, Buffer] | None = None) -> Session:
@@ -53,14 +64,14 @@ class Engines:
             WrongDevice, TargetError: The engine cannot run here.
         """
         engine = self._engine(segment, inputs or {})
-        return _Deferred(self, segment, engine) if self._stages else self.loaded(segment, engine)
+        return _Deferred(self, segment, engine) if self._stages else self.loaded(segment, engine).session
 
-    def loaded(self, segment: str, engine: Engine) -> Session:
-        """The session of an engine, for those that load it late."""
+    def loaded(self, segment: str, engine: Engine) -> _Loaded:
+        """An engine, loaded if it is not; those of other stages go first where memory is low."""
         if engine.path not in self._loaded:
             if self._stages is not None:
                 stage = self._stages[segment]
-                self._close(path for path, (name, _) in self._loaded.items() if self._stages[name] != stage)
+                self._close(p for p, loaded in self._loaded.items() if self._stages[loaded.segment] != stage)
             # Every file beside the engine is verified with it: a graph reads weights that others wrote.
             folder = engine.path.rpartition("/")[0] + "/"
             weights = [f.path for f in self._bundle.contents.files if f.path.endswith(".weights")]
@@ -69,8 +80,8 @@ class Engines:
             )
             plugins = [self._bundle.path(path) for path in engine.plugins]
             session = self.backend.load(engine, self._bundle.path(engine.path), plugins)
-            self._loaded[engine.path] = (segment, session)
-        return self._loaded[engine.path][1]
+            self._loaded[engine.path] = _Loaded(segment, session, {})
+        return self._loaded[engine.path]
 
     def precision(self, segment: str) -> str:
         """What the engines of a segment compute in."""
@@ -94,7 +105,9 @@ class Engines:
 
     def _close(self, paths: Iterable[str]) -> None:
         for path in list(paths):
-            self._loaded.pop(path)[1].close()
+            loaded = self._loaded.pop(path)
+            loaded.runs.clear()
+            loaded.session.close()
 
 
 class _Deferred:
@@ -104,15 +117,13 @@ class _Deferred:
         self._engines, self._segment, self._engine = engines, segment, engine
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
-        bound: tuple[Session, Run] | None = None
+        key = object()
 
         def run() -> None:
-            nonlocal bound
-            session = self._engines.loaded(self._segment, self._engine)
-            if bound is None or bound[0] is not session:
-                bound = None  # what it held of the old session goes first
-                bound = (session, session.bind(inputs, outputs))
-            bound[1]()
+            loaded = self._engines.loaded(self._segment, self._engine)
+            if key not in loaded.runs:
+                loaded.runs[key] = loaded.session.bind(inputs, outputs)
+            loaded.runs[key]()
 
         return run
 
@@ -134,7 +145,9 @@ def _engines(contents: Contents, segment: str, target: str) -> list[Engine]:
     return [engine for engine in contents.segments[segment].engines if engine.target == target]
 
 
-def _choose(bundle: Bundle, target: str | None, provider: str | None, threads: int) -> tuple[str, Backend]:
+def _choose(
+    bundle: Bundle, target: str | None, provider: str | None, threads: int, fast: bool
+) -> tuple[str, Backend]:
     """The target to run and its backend, opened; every engine is checked against this machine."""
     contents = bundle.contents
     known = {e.target: e.backend for segment in contents.segments.values() for e in segment.engines}
@@ -154,7 +167,7 @@ def _choose(bundle: Bundle, target: str | None, provider: str | None, threads: i
         if provider is not None and known[name] != "onnxruntime":
             continue
         try:
-            return name, _open(bundle, name, provider or "cpu", threads)
+            return name, _open(bundle, name, provider or "cpu", threads, fast)
         except TrimtabError as error:
             if target is not None:
                 raise
@@ -166,7 +179,7 @@ def _choose(bundle: Bundle, target: str | None, provider: str | None, threads: i
     )
 
 
-def _open(bundle: Bundle, target: str, provider: str, threads: int) -> Backend:
+def _open(bundle: Bundle, target: str, provider: str, threads: int, fast: bool) -> Backend:
     engines: list[Engine] = []
     for name in bundle.contents.segments:
         made = _engines(bundle.contents, name, target)
@@ -182,7 +195,7 @@ def _open(bundle: Bundle, target: str, provider: str, threads: int) -> Backend:
             f"the engines for {target} are of {' and '.join(sorted(backends))}, whose buffers do not lie in one "
             "memory: compile again"
         )
-    backend = open_backend(backends.pop(), provider=provider, threads=threads)
+    backend = open_backend(backends.pop(), provider=provider, threads=threads, fast=fast)
     try:
         for engine in engines:
             backend.check(engine)

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 import onnx_ir as ir
 
 from trimtab.errors import InputError, TrimtabError
-from trimtab.manifest import Contents, Engine
-from trimtab.passes.specialize import Specialize
+from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine
 from trimtab.program import Segment
 from trimtab.storage import GRAPHS, graph_path
 from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
@@ -84,6 +83,9 @@ def open_cache(place: Place) -> EngineCache | None:
 
 def specialized(model: ir.Model, shapes: Shapes) -> ir.Model:
     """A copy of a segment's graph with fixed sizes."""
+    # It needs onnxscript, which a device that builds has no use for: its graphs are lowered, and of fixed sizes.
+    from trimtab.passes.specialize import Specialize
+
     model = model.clone()
     Specialize(shapes)(model)
     return model
@@ -160,7 +162,16 @@ class _Maker:
         builder, path = builder_for(device), graph_path(segment)
         model = builder.lower(segment.model, device)
         info = builder.build(model, device, BuildOptions(), self._folder / path, self._progress)
-        return Engine(device.name, info.backend, path, info.bytes, graph=path, precision=segment.precision)
+        packed = OPERATORS_DOMAIN in segment.model.opset_imports
+        return Engine(
+            device.name,
+            info.backend,
+            path,
+            info.bytes,
+            graph=path,
+            precision=segment.precision,
+            packed=packed,
+        )
 
     def fixed(
         self, segment: Segment, devices: Sequence[Device], shapes: Shapes, label: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trimtab.errors import TargetError
+from trimtab.passes.vq_int8 import DecodeFromInt8
 from trimtab.targets.device import Device
 from trimtab.targets.network import NetworkBuilder
 from trimtab.targets.operators import RTX, Parser
@@ -20,6 +21,7 @@ class TensorRTRTXBuilder(NetworkBuilder):
 
     backend = "tensorrt_rtx"
     extra = "rtx"
+    forms = (DecodeFromInt8(),)
 
     @property
     def device_fields(self) -> tuple[str, ...]:

@@ -37,13 +37,14 @@ PROVIDERS = ("cpu", "cuda")
 """Where ONNX Runtime may run its graphs."""
 
 
-def open_backend(name: str, *, provider: str = "cpu", threads: int = 0) -> Backend:
+def open_backend(name: str, *, provider: str = "cpu", threads: int = 0, fast: bool = False) -> Backend:
     """A backend, ready to load engines.
 
     Args:
         name: One of `BACKENDS`.
         provider: For "onnxruntime": one of `PROVIDERS`.
         threads: CPU threads for one operator; 0 for one a core.
+        fast: On the CPU, decode packed weights once, at load.
 
     Raises:
         InputError: No such provider.
@@ -58,7 +59,7 @@ def open_backend(name: str, *, provider: str = "cpu", threads: int = 0) -> Backe
             f"this trimtab knows no backend {name!r}, and has {', '.join(BACKENDS)}: upgrade it"
         )
     if name == "onnxruntime":
-        return OnnxRuntimeCuda(Driver()) if provider == "cuda" else OnnxRuntimeCpu(threads)
+        return OnnxRuntimeCuda(Driver()) if provider == "cuda" else OnnxRuntimeCpu(threads, fast)
     module = import_backend(name)  # what is not installed is said before what is not plugged in
     return TensorRT(name, Driver(), module)
 

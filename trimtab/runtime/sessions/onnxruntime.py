@@ -42,6 +42,8 @@ class OnnxRuntimeSession:
         threads: CPU threads for one operator; 0 for one a core.
         provider: Who runs it.
         device: ONNX Runtime's name of the memory that buffers lie in: "cpu" or "cuda".
+        fold: Compute once, at load, what depends on nothing but weights. Packed weights would be decoded then, and
+            take the memory of dense ones.
         lean: Take less memory and more time: weights are used where they lie, and not laid out anew.
 
     Raises:
@@ -56,6 +58,7 @@ class OnnxRuntimeSession:
         threads: int = 0,
         provider: Provider = "CPUExecutionProvider",
         device: str = "cpu",
+        fold: bool = True,
         *,
         lean: bool = False,
     ) -> None:
@@ -80,7 +83,12 @@ class OnnxRuntimeSession:
         options.log_severity_level = 4  # its errors are raised below, and are not printed as well
         providers = [provider] if device == "cpu" else [provider, "CPUExecutionProvider"]
         try:
-            self._session = onnxruntime.InferenceSession(graph, options, providers=providers)
+            self._session = onnxruntime.InferenceSession(
+                graph,
+                options,
+                providers=providers,
+                disabled_optimizers=None if fold else ["ConstantFolding"],
+            )
         except Exception as error:  # onnxruntime's errors share no base
             reason = str(error).strip().splitlines()[0]
             raise BundleError(
@@ -129,10 +137,12 @@ class OnnxRuntimeCpu:
 
     Args:
         threads: Threads for one operator; 0 for one a core.
+        fast: Decode packed weights once, at load.
     """
 
-    def __init__(self, threads: int = 0) -> None:
+    def __init__(self, threads: int = 0, fast: bool = False) -> None:
         self._threads = threads
+        self._fast = fast
 
     def new(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `trimtab.runtime.sessions.Backend`."""
@@ -143,7 +153,7 @@ class OnnxRuntimeCpu:
 
     def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
         """See `trimtab.runtime.sessions.Backend`."""
-        return OnnxRuntimeSession(path, self._threads)
+        return OnnxRuntimeSession(path, self._threads, fold=self._fast or not engine.packed)
 
     def fused(self, runs: Sequence[Run]) -> Run:
         """See `trimtab.runtime.sessions.Backend`."""

@@ -1,0 +1,95 @@
+"""Claim: at 2 bits an engine of a DiT-XL/2 has at most 1/14 of the bytes of its FP32 one, 1/7 of its FP16 one.
+
+    python benchmarks/vq_size.py GRAPH [--device rtx-4090] [--work FOLDER]
+
+GRAPH is the denoiser of a compiled bundle. Builds TensorRT for RTX engines of it, dense and packed, which needs no
+GPU. The codes are random: sizes do not depend on them, and k-means of so large a model takes minutes. FP16's engine
+is counted as half of FP32's: its weights are half, and an engine is nearly nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from trimtab.calibration.codebooks import FORMATS, Codebooks, PackedWeight
+from trimtab.calibration.kmeans import Settings, choose
+from trimtab.passes import vq_op
+from trimtab.passes.specialize import specialized
+from trimtab.passes.vq import PackWeights, Site, sites
+from trimtab.shapes import shape
+from trimtab.targets.base import BuildOptions
+from trimtab.targets.device import find_device
+from trimtab.targets.engines import builder_for
+from trimtab.weights import weight_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("graph", type=Path)
+    parser.add_argument("--device", default="rtx-4090")
+    parser.add_argument("--bits", type=int, nargs="+", default=[2])
+    parser.add_argument("--symbols", nargs="*", default=["batch=1", "rows=1"], help="sizes for open ones")
+    parser.add_argument("--dense-bytes", type=int, help="of an FP32 engine that was built before")
+    options = parser.parse_args()
+    sizes = {name: int(size) for name, _, size in (pair.partition("=") for pair in options.symbols)}
+    print(
+        f"{'weights':<10}{'graph bytes':>15}{'engine bytes':>15}{'of FP32':>10}{'of FP16':>10}{'peak GB':>9}"
+    )
+    dense = options.dense_bytes
+    for bits in ([] if dense else [None]) + options.bits:
+        model = ir.load(options.graph)
+        if bits is not None:
+            PackWeights(_random_codes(list(sites(model)), bits))(model)
+        held = weight_bytes(model)
+        size, peak = _built(model, options.device, sizes)
+        dense = dense or size
+        name = "FP32" if bits is None else f"{bits} bits"
+        print(
+            f"{name:<10}{held:>15,}{size:>15,}{'1/%.2f' % (dense / size):>10}{'1/%.2f' % (dense / size / 2):>10}"
+            f"{peak / 1e9:>9.2f}",
+            flush=True,
+        )
+
+
+def _built(model: ir.Model, name: str, sizes: dict[str, int]) -> tuple[int, int]:
+    """Bytes of the engine, and the build's most memory."""
+    device = find_device(name)
+    builder = builder_for(device)
+    shapes = {
+        value.name: shape([d if isinstance(d, int) else str(d.value) for d in value.shape], sizes)
+        for value in model.graph.inputs
+    }
+    fixed = specialized(model, shapes, "fp32")
+    lowered = builder.lower(fixed, device)
+    with tempfile.TemporaryDirectory() as folder:
+        info = builder.build(
+            lowered, device, BuildOptions(shapes=shapes), Path(folder) / "engine", lambda text: None
+        )
+    return info.bytes, info.peak_bytes or 0
+
+
+def _random_codes(found: list[Site], bits: int) -> Codebooks:
+    random, form, layers = np.random.default_rng(0), FORMATS[bits], {}
+    shapes = {site.name: site.shape for site in found}
+    for name, choice in choose(found, Settings(bits)).items():
+        if isinstance(choice, str):
+            continue
+        columns = math.prod(shapes[name][1:])
+        count = -(-columns // form.length)
+        codes = random.integers(0, choice[1], (shapes[name][0], count), np.uint8, endpoint=False)
+        codebook = random.standard_normal((choice[1], form.length)).astype(np.float32) * 0.02
+        packed = vq_op.pack_indices(codes, form.index_bits)
+        layers[name] = PackedWeight(bits, packed, codebook, None, columns, 0.0)
+    return Codebooks("", layers)
+
+
+if __name__ == "__main__":
+    main()

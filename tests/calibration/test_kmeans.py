@@ -1,0 +1,209 @@
+"""k-means codebooks: what is packed, how well, and what is found before anything runs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from trimtab.calibration.codebooks import FORMATS, PackedWeight
+from trimtab.calibration.kmeans import Settings, choose, cluster, make_codebooks, nearest, pack, rounded
+from trimtab.errors import CalibrationError, InputError
+from trimtab.passes.vq import sites
+
+
+def model(**weights: Any) -> ir.Model:
+    """A chain of MatMuls, one for each weight (O, I); dots in names are written as double underscores."""
+    x = ir.Value(name="x", shape=ir.Shape([1, 64]), type=ir.TensorType(ir.DataType.FLOAT))
+    nodes, initializers, last = [], [], x
+    for name, weight in weights.items():
+        name = name.replace("__", ".") + ".weight.T"
+        array = np.ascontiguousarray(weight.T)
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=ir.Shape(array.shape), const_value=tensor)
+        value.type = ir.TensorType(tensor.dtype)
+        initializers.append(value)
+        nodes.append(ir.node("MatMul", [last, value]))
+        last = nodes[-1].outputs[0]
+    graph = ir.Graph([x], [last], nodes=nodes, initializers=initializers, opset_imports={"": 23})
+    return ir.Model(graph, ir_version=11)
+
+
+def weight(seed: int = 0, shape: tuple[int, int] = (64, 64)) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_layers_of_repeated_blocks_are_packed_and_the_rest_says_why_not() -> None:
+    graph = model(
+        conv_in=weight(),
+        blocks__0__attn__to_q=weight(),
+        blocks__0__time_emb_proj=weight(),
+        blocks__0__norm1__emb__linear_1=weight(),
+        blocks__0__tiny=weight(shape=(64, 64))[:, :64],
+        proj_out=weight(),
+    )
+    choices = choose(sites(graph), Settings())
+    assert choices == {
+        "conv_in.weight.T": "it lies outside of the repeated blocks",
+        "blocks.0.attn.to_q.weight.T": (2, 128),  # 1024 sub-vectors, 8 for each codeword
+        "blocks.0.time_emb_proj.weight.T": (2, 128),
+        "blocks.0.norm1.emb.linear_1.weight.T": "it is an embedder",
+        "blocks.0.tiny.weight.T": (2, 128),
+        "proj_out.weight.T": "it lies outside of the repeated blocks",
+    }
+
+
+def test_the_first_rule_that_fits_decides_and_an_idle_one_is_refused() -> None:
+    graph = model(conv_in=weight(), blocks__0__to_q=weight(), blocks__1__to_q=weight())
+    rules = (("conv_in", 4), ("blocks.0.*", "keep"), ("blocks.*", 3))
+    assert choose(sites(graph), Settings(rules=rules)) == {
+        "conv_in.weight.T": (4, 256),
+        "blocks.0.to_q.weight.T": "a rule keeps it",
+        "blocks.1.to_q.weight.T": (3, 64),
+    }
+    with pytest.raises(InputError, match=r"the rule 'up\.\*' fits no layer"):
+        choose(sites(graph), Settings(rules=(("up.*", 4),)))
+    with pytest.raises(InputError, match="5 bits were asked for"):
+        Settings(bits=5)
+
+
+def test_a_weight_with_too_few_sub_vectors_stays() -> None:
+    graph = model(blocks__0__a=weight(shape=(7, 64)), blocks__0__b=weight(shape=(64, 7)))
+    assert choose(sites(graph), Settings()) == {
+        "blocks.0.a.weight.T": "it is too small: 7 x 64",  # 112 sub-vectors
+        "blocks.0.b.weight.T": (2, 16),  # 128
+    }
+
+
+def test_fewer_sub_vectors_than_codewords_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="16 sub-vectors were given for 64 codewords"):
+        pack(weight(shape=(4, 16)), 2, 64)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name() -> None:
+    broken = weight()
+    broken[3, 5] = np.inf
+    with pytest.raises(
+        CalibrationError, match=r"blocks\.1\.to_k\.weight\.T holds numbers that are not finite"
+    ):
+        make_codebooks({"denoiser": model(blocks__0__to_q=weight(), blocks__1__to_k=broken)}, Settings())
+
+
+def test_clusters_are_found_again() -> None:
+    random = np.random.default_rng(0)
+    centres = random.uniform(-1, 1, (16, 4)).astype(np.float32)
+    members = random.integers(0, 16, 4000)
+    vectors = centres[members] + random.standard_normal((4000, 4)).astype(np.float32) * 1e-3
+    codebook = cluster(vectors, 16, iterations=(60, 40))
+    lost = np.square(vectors - codebook[nearest(vectors, codebook)]).mean()
+    # A start may merge two centres; a random codebook of this size loses 50 times as much.
+    assert lost < 0.2 * np.square(vectors - vectors.mean(0)).mean()
+
+
+def test_steps_on_everything_mend_what_a_sample_misses() -> None:
+    vectors = np.random.default_rng(0).standard_t(5, (20000, 4)).astype(np.float32)
+
+    def lost(iterations: tuple[int, int]) -> float:
+        codebook = cluster(vectors, 64, iterations=iterations, sample=4)
+        return float(np.square(vectors - codebook[nearest(vectors, codebook)]).mean())
+
+    assert lost((20, 20)) < 0.95 * lost((20, 0))
+
+
+def test_a_scale_for_every_row_helps_where_rows_differ() -> None:
+    rows = weight(shape=(64, 128)) * np.geomspace(0.01, 1, 64, dtype=np.float32)[:, None]
+    plain, scaled = pack(rows, 2, 64), pack(rows, 2, 64, scaled=True)
+    relative = [
+        float((np.square(p.rows() - rows).sum(1) / np.square(rows).sum(1)).mean()) for p in (plain, scaled)
+    ]
+    assert relative[1] < 0.5 * relative[0]
+
+
+def test_a_row_of_zeros_stays_zero_under_a_scale() -> None:
+    rows = weight(shape=(64, 128))
+    rows[5] = 0
+    assert np.isfinite(pack(rows, 2, 64, scaled=True).rows()).all()
+
+
+def test_codewords_are_numbers_of_fp16_unless_that_would_cost_them() -> None:
+    packed = pack(weight(), 2, 64)
+    np.testing.assert_array_equal(packed.codebook, packed.codebook.astype(np.float16))
+    tiny = weight() * np.float32(1e-9)
+    np.testing.assert_array_equal(rounded(tiny), tiny)
+    huge = weight() * np.float32(1e9)
+    np.testing.assert_array_equal(rounded(huge), huge)
+
+
+def test_more_bits_lose_less_and_the_error_is_what_it_says() -> None:
+    rows = weight(shape=(128, 256))
+    errors = []
+    for bits in (2, 3, 4):
+        packed = pack(rows, bits, FORMATS[bits].codewords)
+        assert packed.error == pytest.approx(
+            np.square(packed.rows() - rows).sum() / np.square(rows).sum(), 1e-4
+        )
+        errors.append(packed.error)
+    assert errors == sorted(errors, reverse=True) and errors[0] < 0.2
+
+
+def same(first: PackedWeight, second: PackedWeight) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(vars(first).values(), vars(second).values(), strict=True))
+
+
+def test_work_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    models = {"denoiser": model(blocks__0__to_q=weight(0), blocks__1__to_q=weight(1))}
+    whole = make_codebooks(models, Settings())
+    done: list[str] = []
+
+    def stop(text: str) -> None:
+        done.append(text)
+        if len(done) == 1:
+            raise KeyboardInterrupt  # as the progress of a thread that works when Ctrl-C comes
+
+    with pytest.raises(KeyboardInterrupt):
+        make_codebooks(models, Settings(), tmp_path / "books", threads=1, progress=stop)
+    kept = len(list((tmp_path / "books").glob("*.safetensors")))
+    assert kept == len(done) >= 1
+    again = make_codebooks(models, Settings(), tmp_path / "books", progress=done.append)
+    assert len(done) == len(whole.layers), "what was there was made again"
+    third = make_codebooks(models, Settings(), tmp_path / "books", progress=done.append)
+    assert len(done) == len(whole.layers)
+    for name, packed in whole.layers.items():
+        assert same(packed, again.layers[name]) and same(packed, third.layers[name])
+
+
+def test_a_store_of_another_model_or_other_settings_is_refused(tmp_path: Path) -> None:
+    store = tmp_path / "books"
+    make_codebooks({"denoiser": model(blocks__0__to_q=weight(0))}, Settings(), store)
+    with pytest.raises(CalibrationError, match="holds the codebooks of another model"):
+        make_codebooks({"denoiser": model(blocks__0__to_q=weight(1))}, Settings(), store)
+    with pytest.raises(CalibrationError, match=r"other settings \(seed 0 and not 7\)"):
+        make_codebooks({"denoiser": model(blocks__0__to_q=weight(0))}, Settings(seed=7), store)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "diary.txt").write_text("mine")
+    with pytest.raises(CalibrationError, match=r"holds no codebooks\.json: name an empty folder"):
+        make_codebooks({"denoiser": model(blocks__0__to_q=weight(0))}, Settings(), tmp_path / "other")
+
+
+def test_a_damaged_file_of_a_store_is_found(tmp_path: Path) -> None:
+    models, store = {"denoiser": model(blocks__0__to_q=weight(0))}, tmp_path / "books"
+    make_codebooks(models, Settings(), store)
+    (file,) = store.glob("*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(data[:-100])
+    with pytest.raises(CalibrationError, match=r"to_q\.weight\.T\.safetensors is damaged"):
+        make_codebooks(models, Settings(), store)
+
+
+def test_a_code_without_a_codeword_is_damage(tmp_path: Path) -> None:
+    from trimtab.calibration.codebooks import CodebookStore
+
+    store = CodebookStore(tmp_path, "f", {})
+    packed = pack(weight(), 2, 64)
+    store.put("w", dataclasses.replace(packed, codes=packed.codes + 64))
+    with pytest.raises(CalibrationError, match="is damaged"):
+        store.get("w")

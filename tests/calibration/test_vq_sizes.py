@@ -1,0 +1,73 @@
+"""Bytes of a packed DiT-XL/2, against what VQ4DiT reports. Nothing of it is allocated."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+
+from trimtab.calibration.codebooks import FORMATS
+from trimtab.calibration.kmeans import Settings, choose
+from trimtab.passes.vq import Site
+
+MIB = 2**20
+
+WEIGHTS = 668_860_416
+BIASES = 483_840
+"""Of the Linears in the 28 blocks, adaLN's among them."""
+
+
+@pytest.fixture(scope="module")
+def shapes() -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape."""
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(
+            num_attention_heads=16,
+            attention_head_dim=72,
+            in_channels=4,
+            out_channels=8,
+            num_layers=28,
+            sample_size=32,
+            patch_size=2,
+            num_embeds_ada_norm=1000,
+            norm_type="ada_norm_zero",
+            norm_elementwise_affine=False,
+            activation_fn="gelu-approximate",
+            attention_bias=True,
+        )
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def site(name: str, shape: tuple[int, ...]) -> Site:
+    def never() -> ir.Tensor:
+        raise AssertionError("a size was asked for, and the weight was read")
+
+    tensor = ir.LazyTensor(never, dtype=ir.DataType.FLOAT, shape=ir.Shape(shape), name=name)
+    return Site(name, ir.Value(name=name, const_value=tensor), inputs_first=False)
+
+
+@pytest.mark.parametrize(("bits", "codes"), [(2, WEIGHTS // 4), (3, WEIGHTS * 3 // 8), (4, WEIGHTS // 2)])
+def test_dit_xl_2_packs_to_the_papers_bytes(
+    shapes: dict[str, tuple[int, ...]], bits: int, codes: int
+) -> None:
+    linear = {
+        name: shape for name, shape in shapes.items() if len(shape) == 2 and "embedding_table" not in name
+    }
+    choices = choose((site(*item) for item in linear.items()), Settings(bits))
+    packed = {name: choice for name, choice in choices.items() if not isinstance(choice, str)}
+    assert len(packed) == 28 * 7
+    form, total, books = FORMATS[bits], 0, 0
+    for name, (chosen, codewords) in packed.items():
+        outputs, inputs = linear[name]
+        assert chosen == bits and inputs % form.length == 0
+        total += outputs * (inputs // form.length) * form.index_bits // 8
+        books += codewords * form.length * 4
+    assert sum(linear[name][0] * linear[name][1] for name in packed) == WEIGHTS
+    assert total == codes
+    biases = [name for name in shapes if name.removesuffix(".bias") + ".weight" in packed]
+    assert sum(shapes[name][0] for name in biases if name.endswith(".bias")) == BIASES
+    if bits == 2:
+        # The paper's figure, 162.08 MB, is codes, codebooks and biases in MiB.
+        assert f"{codes / MIB:.2f} {books / MIB:.2f} {4 * BIASES / MIB:.2f}" == "159.47 0.77 1.85"
+        assert f"{(codes + books + 4 * BIASES) / MIB:.2f}" == "162.08"

@@ -1,0 +1,125 @@
+"""Bundles with packed weights: compiled, opened, run, and refused when they are too new."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import trimtab
+from trimtab.bundle import Bundle
+from trimtab.calibration.codebooks import Codebooks
+from trimtab.calibration.draft import draft
+from trimtab.calibration.kmeans import Settings, make_codebooks
+from trimtab.errors import BundleError
+from trimtab.inspection import inspect
+from trimtab.passes.vq import pack_weights, sites
+from trimtab.storage import read_program
+
+BundleFolder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def codebooks(bundle_folder: BundleFolder) -> Codebooks:
+    program = read_program(trimtab.load(bundle_folder("dit")).bundle)
+    return make_codebooks({"denoiser": program.segments["denoiser"].model}, Settings())
+
+
+@pytest.fixture(scope="module")
+def packed_folder(
+    bundle_folder: BundleFolder, codebooks: Codebooks, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    folder = tmp_path_factory.mktemp("packed")
+    program = pack_weights(read_program(trimtab.load(bundle_folder("dit")).bundle), codebooks)
+    draft(program, folder).close()
+    return folder
+
+
+def test_inspect_says_what_was_packed_and_bytes_fall(
+    bundle_folder: BundleFolder, codebooks: Codebooks, packed_folder: Path
+) -> None:
+    before, after = (
+        next(s for s in inspect(trimtab.load(f).bundle)["segments"] if s["name"] == "denoiser")
+        for f in (bundle_folder("dit"), packed_folder)
+    )
+    dense = sum(4 * len(layer.codes) * layer.columns for layer in codebooks.layers.values())
+    small = sum(layer.nbytes for layer in codebooks.layers.values())
+    assert before["weight_bytes"] - after["weight_bytes"] == dense - small > 0
+    assert before["parameters"] == after["parameters"]
+    entry = inspect(trimtab.load(packed_folder).bundle)["passes"][-1]
+    assert entry == {
+        "name": "PackWeights",
+        "segment": "denoiser",
+        "applied": len(codebooks.layers),
+        "refused": len(codebooks.kept),
+    }
+
+
+def test_a_packed_bundle_draws_what_the_decoded_weights_draw(
+    bundle_folder: BundleFolder, codebooks: Codebooks, packed_folder: Path, tmp_path: Path
+) -> None:
+    program = read_program(trimtab.load(bundle_folder("dit")).bundle)
+    for site in list(sites(program.segments["denoiser"].model)):
+        if site.name in codebooks.layers:
+            site.replace(codebooks.layers[site.name].rows())
+    options: dict[str, Any] = {"label": 1, "seed": 0, "schedule": 3}
+    with draft(program, tmp_path) as dense:
+        expected = dense(**options).pixels
+    for fast in (False, True):
+        with trimtab.load(packed_folder, fast=fast) as pipe:
+            assert np.abs(pipe(**options).pixels - expected).max() <= 1e-5
+
+
+def test_a_bundle_with_newer_operators_is_refused_when_it_is_opened(
+    packed_folder: Path, tmp_path: Path
+) -> None:
+    manifest = json.loads((packed_folder / "bundle.json").read_text())
+    segment = next(s for s in manifest["segments"] if s["name"] == "denoiser")
+    assert segment["domains"] == {"trimtab": 1}
+    segment["domains"]["trimtab"] = 2
+    text = json.dumps(manifest).encode()
+    (tmp_path / "bundle.json").write_bytes(text)
+    (tmp_path / "bundle.sha256").write_text(hashlib.sha256(text).hexdigest())
+    with pytest.raises(
+        BundleError, match="denoiser has version 2 of trimtab's operators and this trimtab knows 1"
+    ):
+        trimtab.load(tmp_path)
+
+
+def _weight_file(bundle: Bundle) -> int:
+    return next(f.bytes for f in bundle.contents.files if f.path == "graphs/denoiser.weights")
+
+
+def test_compile_packs_on_request(
+    pipeline_folder: Callable[[str], Path], bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    from trimtab.cli import main
+
+    output = tmp_path / "small.bundle"
+    rule = ["--vq-rule", "transformer_blocks.0.attn1.*=keep"]
+    arguments = [
+        "compile",
+        str(pipeline_folder("dit")),
+        "--vq",
+        "3",
+        *rule,
+        "-o",
+        str(output),
+        "--steps",
+        "3",
+    ]
+    assert main(arguments) == 0
+    bundle = trimtab.load(output).bundle
+    (entry,) = [p for p in bundle.contents.passes if p.name == "PackWeights"]
+    assert entry.applied > 0 and bundle.contents.segments["denoiser"].domains == {"trimtab": 1}
+    kept = read_program(bundle).segments["denoiser"].model.graph.initializers
+    assert "transformer_blocks.0.attn1.to_q.weight.T" in kept
+    dense = trimtab.load(bundle_folder("dit")).bundle
+    assert _weight_file(bundle) < _weight_file(dense), "the file still holds what was packed"
+    with trimtab.load(output) as pipe:
+        assert np.isfinite(pipe(label=1, seed=0).pixels).all()
