@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab import __version__, options, render
+from trimtab import __version__, options, removal_commands, render
 from trimtab.errors import MissingDependency, TrimtabError
 
 EXIT_FAILED = 1
@@ -31,6 +31,12 @@ _COMPILE_PACKAGES = (
     "scipy",
     "huggingface_hub",
 )
+
+_RECIPE = (
+    *("steps", "scheduler", "eta", "precision", "inherit", "vq", "vq_scale", "vq_codebooks", "hidiffusion"),
+    *removal_commands.RECIPE,
+)
+"""Options of compile that are fields of a recipe, by the same name."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,6 +139,7 @@ def _parser() -> argparse.ArgumentParser:
         help="for pictures larger than a U-Net was trained for (docs/hidiffusion.md)",
     )
     command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
+    removal_commands.add_options(command)
     command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
     options.packing_arguments(command)
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
@@ -175,6 +182,8 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="on the CPU, decode packed weights once: faster, and as large as dense",
     )
+
+    removal_commands.add_commands(add)
 
     command = add(
         "bench",
@@ -234,18 +243,10 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             cache=arguments.cache,
             progress=progress,
             targets=arguments.target,
-            steps=arguments.steps,
-            scheduler=arguments.scheduler,
-            eta=arguments.eta,
             size=arguments.size[0] if arguments.size else None,
             buckets=arguments.size[1:] if arguments.size else None,
-            precision=arguments.precision,
-            inherit=arguments.inherit,
-            vq=arguments.vq,
             vq_rules=arguments.vq_rule,
-            vq_scale=arguments.vq_scale,
-            vq_codebooks=arguments.vq_codebooks,
-            hidiffusion=arguments.hidiffusion,
+            **{name: getattr(arguments, name) for name in _RECIPE},
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect

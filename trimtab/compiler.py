@@ -85,7 +85,7 @@ def compile(
             progress(f"exported {name}")
             return store.keep(name, graph)
 
-        program = _export(path, chosen, keep)
+        program = export_model(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
         program = transform(program, chosen, stage, progress)
@@ -117,7 +117,14 @@ def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCa
     return open_cache(place) if needed else None
 
 
-def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:
+def export_model(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:
+    """The whole model as a Program.
+
+    Args:
+        path: A diffusers folder, or a TOML file that names .onnx files.
+        recipe: Steps, scheduler and size.
+        keep: Writes a segment's weights to disk as soon as they are traced.
+    """
     options: dict[str, Any] = {} if recipe.eta is None else {"eta": recipe.eta}
     if path.suffix == ".onnx" and path.is_file():
         raise InputError(

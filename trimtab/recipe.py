@@ -33,6 +33,12 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
+        remove: The share of the denoiser's parameters to remove, in 0..1.
+        remove_by: How they are chosen: one of `trimtab.calibration.planning.METHODS`.
+        keep: Globs of modules that are not removed.
+        drop: Globs of modules that are removed in any case.
+        scores: A file of losses that `trimtab score` wrote; what it lacks is measured and added.
+        removal_plan: A saved plan, or a student's folder of `trimtab distill`, in the place of the five above.
         precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
         inherit: What steps inherit from earlier ones; None for nothing.
         vq: Bits of a packed weight of the denoiser, 2, 3 or 4; None for weights as they are.
@@ -49,6 +55,12 @@ class Recipe:
     size: tuple[int, int] | None = None
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
+    remove: float | None = None
+    remove_by: str = "output-loss"
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+    scores: str | None = None
+    removal_plan: str | None = None
     precision: str | None = None
     inherit: InheritPlan | None = None
     vq: int | None = None
@@ -76,6 +88,14 @@ class Recipe:
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")
+        if self.remove is not None and not 0 < self.remove < 1:
+            raise InputError(f"the share {self.remove} of layers to remove is not between 0 and 1")
+        if self.remove is not None and self.removal_plan is not None:
+            raise InputError("both a share to remove and a removal plan are given: give one of them")
+        if self.remove is None and (self.keep or self.drop or self.scores):
+            raise InputError(
+                "what to keep, drop or score is given, and no share to remove: give remove as well"
+            )
         if self.vq is not None and self.vq not in VQ_BITS:
             raise InputError(f"vq {self.vq!r}: weights are packed to 2, 3 or 4 bits")
         if any(bits not in (*VQ_BITS, "keep") for _, bits in self.vq_rules):
@@ -94,7 +114,7 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if unknown := sorted(set(values) - known):
         raise InputError(f"a recipe has no {unknown[0]!r}: known are {', '.join(sorted(known))}")
     clean = {name: value for name, value in values.items() if value is not None}
-    for name in ("targets", "steps"):
+    for name in ("targets", "steps", "keep", "drop"):
         if name in clean:
             value = clean[name]
             clean[name] = tuple(value) if isinstance(value, list | tuple) else (value,)

@@ -17,6 +17,8 @@ def logs(debug: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], force=True)
+    if not debug:  # what takes hours says so at its start
+        logging.getLogger("trimtab.calibration.sensitivity").setLevel(logging.INFO)
 
 
 class _Formatter(logging.Formatter):
@@ -51,6 +53,24 @@ def run(result: Result) -> Iterator[str]:
     """Pictures' files and the seed."""
     yield from result["images"]
     yield f"seed {result['settings']['seed']}, {result['seconds']:.2f} s"
+
+
+def score(result: Result) -> Iterator[str]:
+    """Candidates, the cheapest first."""
+    rows = [
+        [c["name"], c["kind"], f"{c['parameters']:,}", f"{c['loss']:.3e}", f"{c['error']:.1e}"]
+        for c in sorted(result["candidates"], key=lambda c: c["loss"])
+    ]
+    yield _table(["layer", "kind", "parameters", "output loss", "error"], rows)
+    yield f"{result['scores']}: {len(rows)} layers on {result['samples']} samples, {result['seconds']:.1f} s"
+
+
+def distill(result: Result) -> Iterator[str]:
+    """What was trained, and how far."""
+    before, after = result["parameters"]
+    first, last = result["losses"]
+    yield f"{result['student']}: {after:,} of {before:,} parameters"
+    yield f"{result['steps']} steps in {result['seconds']:.1f} s, loss {first:.4g} to {last:.4g}"
 
 
 def bench(result: Result) -> Iterator[str]:

@@ -9,15 +9,18 @@ from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
+from trimtab.passes.removal import DENOISER, PLAN, load_plan, remove_layers
+from trimtab.passes.student import WEIGHTS, put_back
 from trimtab.program import Program
 from trimtab.recipe import Recipe
 
 
 def transform(program: Program, recipe: Recipe, folder: Path, progress: Callable[[str], None]) -> Program:
-    """Packs and skips, as the recipe says.
+    """Removes, packs and skips, as the recipe says.
 
-    Each step is a function from Program to Program. Weights are packed before anything names values inside of
-    the graph, and the graph is cut at those values at the very end, once for all.
+    Each step is a function from Program to Program. Layers are removed from the whole model, as it was scored.
+    Weights are packed before anything names values inside of the graph, and the graph is cut at those values at
+    the very end, once for all.
 
     Args:
         program: As it was exported. Its graphs are edited.
@@ -30,6 +33,7 @@ def transform(program: Program, recipe: Recipe, folder: Path, progress: Callable
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
+    program = _remove(program, recipe, folder, progress)
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, progress)
     if recipe.hidiffusion:
@@ -60,3 +64,30 @@ def _packed(program: Program, recipe: Recipe, bits: int, progress: Callable[[str
         name: segment.model for name, segment in program.segments.items() if name.startswith("denoiser")
     }
     return pack_weights(program, make_codebooks(models, settings, recipe.vq_codebooks, progress=progress))
+
+
+def _remove(program: Program, recipe: Recipe, folder: Path, progress: Callable[[str], None]) -> Program:
+    """The program with layers removed, where the recipe says so; the plan lies in the bundle."""
+    student = Path(recipe.removal_plan) if recipe.removal_plan is not None else None
+    if student is not None:
+        plan = load_plan(student)
+    elif recipe.remove is not None:
+        from trimtab.calibration.choice import Wish
+        from trimtab.calibration.planning import Calibration, plan_removal
+
+        calibration = Calibration(log=Path(recipe.scores) if recipe.scores else None)
+        plan = plan_removal(
+            program,
+            Wish(recipe.remove, recipe.keep, recipe.drop),
+            method=recipe.remove_by,
+            calibration=calibration,
+            folder=folder,
+            progress=lambda done, total: progress(f"scored {done} of {total} removals"),
+        )
+    else:
+        return program
+    plan.save(folder / PLAN)
+    program = remove_layers(program, plan)
+    if student is not None and (student / WEIGHTS).exists():
+        put_back(program.segments[DENOISER].model, student)
+    return program

@@ -44,6 +44,7 @@ class OnnxRuntimeSession:
         device: ONNX Runtime's name of the memory that buffers lie in: "cpu" or "cuda".
         fold: Compute once, at load, what depends on nothing but weights. Packed weights would be decoded then, and
             take the memory of dense ones.
+        lean: Take less memory and more time: weights are used where they lie, and not laid out anew.
 
     Raises:
         MissingDependency: onnxruntime is not installed.
@@ -58,6 +59,8 @@ class OnnxRuntimeSession:
         provider: Provider = "CPUExecutionProvider",
         device: str = "cpu",
         fold: bool = True,
+        *,
+        lean: bool = False,
     ) -> None:
         try:
             import onnxruntime
@@ -73,6 +76,10 @@ class OnnxRuntimeSession:
             onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where those are installed
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        if lean:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+            options.enable_mem_pattern = False
         options.log_severity_level = 4  # its errors are raised below, and are not printed as well
         providers = [provider] if device == "cpu" else [provider, "CPUExecutionProvider"]
         try:

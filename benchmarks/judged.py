@@ -1,0 +1,57 @@
+"""Pictures of the shipped shapes model, drawn through a pipeline in batches and read back by its judge."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trimtab.runtime.load import Pipeline
+
+SAMPLE = Path(__file__).parents[1] / "samples" / "01_shapes"
+MODEL = SAMPLE / "models" / "shapes-sd"
+GUIDANCE = 5.0
+"""What the model's own evaluation uses."""
+
+sys.path.insert(0, str(SAMPLE))
+
+
+def scenes(number: int) -> list[Any]:
+    """Scenes with one, two and three objects in equal parts, from seeds that no training saw."""
+    from shapes import sample_scenes
+
+    third = -(-number // 3)
+    kinds = [sample_scenes(9100 + count, third, count) for count in (1, 2, 3)]
+    return [scene for trio in zip(*kinds, strict=True) for scene in trio][:number]
+
+
+def draw(pipeline: Pipeline, stated: list[Any], schedule: str | None = None, batch: int = 50) -> np.ndarray:
+    """(N, 64, 64, 3) float32 in 0..1; picture k has the seed k, whatever the batch."""
+    parts = []
+    for start in range(0, len(stated), batch):
+        part = stated[start : start + batch]
+        result = pipeline(
+            [scene.caption for scene in part],
+            guidance=GUIDANCE,
+            seed=list(range(start, start + len(part))),
+            schedule=schedule,
+        )
+        parts.append(result.pixels)
+    return np.concatenate(parts)
+
+
+def score(pictures: np.ndarray, stated: list[Any]) -> dict[str, float]:
+    """The share of stated attributes that the judge finds, with its standard error, and the exact counts' share."""
+    import judge
+
+    found = judge.score(judge.load(), pictures, stated)
+    count = found.by_attribute["count"]
+    return {
+        "pictures": len(pictures),
+        "overall": found.overall.value,
+        "error": found.overall.error,
+        "count": count.value,
+        "count_error": count.error,
+    }

@@ -1,0 +1,90 @@
+"""Claim: distillation brings back what removing half of a denoiser costs, and normalised features do it best.
+
+    python benchmarks/removal_distill.py --work FOLDER [--steps 250] [--pictures 1002] [--only PLAN:FEATURES ...]
+
+FOLDER is that of removal_quality.py, whose plans are trained. All rows have the same number of optimizer steps, the
+same batches and no pictures: captions and the teacher's own trajectories. Prints the share of stated attributes
+that the judge finds before and after, with standard errors; rows are kept in FOLDER/distilled.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import judged
+import numpy as np
+import torch
+
+import trimtab
+from trimtab.calibration.distill import Budget, distill
+from trimtab.calibration.draft import draft
+from trimtab.calibration.trajectories import own_requests, record
+from trimtab.passes.removal import load_plan, remove_layers
+from trimtab.passes.student import put_back, save_weights
+from trimtab.storage import read_program
+
+ROWS = ("output-loss-0.5:normalized", "output-loss-0.5:plain", "bk-sdm-small-0.43:normalized")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rate", type=float, default=5e-4)
+    parser.add_argument("--trajectories", type=int, default=32)
+    parser.add_argument("--pictures", type=int, default=1002)
+    parser.add_argument("--only", nargs="*", default=ROWS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    work: Path = options.work
+
+    from shapes import sample_scenes
+
+    captions = [s.caption for count in (1, 2, 3) for s in sample_scenes(7100 + count, 32, count)]
+    captions = list(np.random.default_rng(0).permutation(captions))
+    stated = judged.scenes(options.pictures)
+    with trimtab.load(work / "whole.bundle", threads=1) as pipeline:
+        requests = own_requests(pipeline, options.trajectories, prompts=captions, guidance=judged.GUIDANCE)
+        samples = record(pipeline, requests)
+    for row in options.only:
+        name, features = row.split(":")
+        program = read_program(trimtab.load(work / "whole.bundle").bundle)
+        plan = load_plan(work / f"{name}.json")
+        budget = Budget(steps=options.steps, batch=options.batch, rate=options.rate, features=features)
+        start = time.process_time()
+        student = distill(
+            program.segments["denoiser"].model,
+            plan,
+            samples,
+            budget,
+            checkpoint=work / f"{name}-{features}.checkpoint",
+        )
+        seconds = time.process_time() - start
+        folder = work / f"{name}-{features}"
+        plan.save(folder / "removal.json")
+        save_weights(folder, student.weights, student.teacher)
+        program = remove_layers(program, plan)
+        put_back(program.segments["denoiser"].model, folder)
+        with draft(program, work / f"draft-{name}-{features}", threads=1) as pipeline:
+            score = judged.score(judged.draw(pipeline, stated), stated)
+        line = {"plan": name, "reached": plan.reached, "features": features, "cpu_seconds": round(seconds)}
+        line |= {"steps": student.steps, "losses": student.losses, **score}
+        line |= {"budget": dataclasses.asdict(budget)}
+        with (work / "distilled.jsonl").open("a") as stream:
+            stream.write(json.dumps(line) + "\n")
+        print(
+            f"{name:<20}{features:<12}{student.steps:>6} steps {seconds:>6.0f} s CPU "
+            f"{100 * score['overall']:>6.1f} ± {100 * score['error']:.1f} %",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

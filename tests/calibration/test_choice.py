@@ -1,0 +1,66 @@
+"""Which layers go: pins, exclusions, rivals, and shares that cannot be reached."""
+
+from __future__ import annotations
+
+import pytest
+import residual
+
+from trimtab.calibration.choice import Wish, by_chance, by_hand, by_loss, by_magnitude
+from trimtab.errors import InputError, PassError
+from trimtab.passes.candidates import Candidates
+
+LOSSES = {"blocks.0": 3.0, "blocks.1": 2.0, "blocks.2": 1.0}
+"""Of blocks with 48, 96 and 144 parameters."""
+
+
+@pytest.fixture
+def candidates() -> Candidates:
+    return Candidates(residual.denoiser())
+
+
+def test_the_cheapest_that_reach_the_share_go(candidates: Candidates) -> None:
+    assert by_loss(candidates, Wish(0.5), LOSSES) == ("blocks.2",)
+    assert by_loss(candidates, Wish(0.6), LOSSES) == ("blocks.1", "blocks.2")
+
+
+def test_what_is_kept_stays_and_what_is_dropped_goes(candidates: Candidates) -> None:
+    assert by_loss(candidates, Wish(0.3, keep=("blocks.2",)), LOSSES) == ("blocks.1",)
+    assert by_loss(candidates, Wish(0.5, drop=("blocks.0",)), LOSSES) == ("blocks.0", "blocks.2")
+    assert by_loss(candidates, Wish(0.3, drop=("blocks.1",)), LOSSES) == ("blocks.1",)
+
+
+def test_a_share_that_cannot_be_reached_says_the_most_and_why(candidates: Candidates) -> None:
+    with pytest.raises(InputError, match="at most 144 can go; some were to be kept"):
+        by_loss(candidates, Wish(0.9, keep=("blocks.2",)), LOSSES)
+
+
+def test_a_glob_that_matches_nothing_is_answered_with_what_is_near(candidates: Candidates) -> None:
+    with pytest.raises(PassError, match=r"matches block\.0: near are .*blocks\.0"):
+        by_loss(candidates, Wish(0.5, keep=("block.0",)), LOSSES)
+
+
+def test_kept_and_dropped_at_once_is_refused(candidates: Candidates) -> None:
+    with pytest.raises(InputError, match="to be kept and to be dropped"):
+        by_loss(candidates, Wish(0.5, keep=("blocks.*",), drop=("blocks.1",)), LOSSES)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, 30.0])
+def test_a_share_is_between_0_and_1(share: float) -> None:
+    with pytest.raises(InputError, match="not between 0 and 1"):
+        Wish(share)
+
+
+def test_the_smallest_weights_go_first_by_magnitude(candidates: Candidates) -> None:
+    assert by_magnitude(candidates, Wish(0.5)) == ("blocks.2",)
+
+
+def test_chance_follows_its_seed_and_reaches_the_share(candidates: Candidates) -> None:
+    choices = {by_chance(candidates, Wish(0.4), seed) for seed in range(20)}
+    assert len(choices) > 1
+    assert all(candidates.freed(choice)[0] >= 0.4 * candidates.parameters for choice in choices)
+    assert by_chance(candidates, Wish(0.4), 3) == by_chance(candidates, Wish(0.4), 3)
+
+
+def test_handcrafted_choices_are_for_the_u_net_that_they_were_made_for(candidates: Candidates) -> None:
+    with pytest.raises(PassError, match="made for the U-Net of Stable Diffusion 1"):
+        by_hand(candidates, "bk-sdm-base")

@@ -1,0 +1,122 @@
+"""Scores: right, resumable, and with the same bits wherever they are computed."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import residual
+
+from trimtab.calibration.gates import GatedDenoiser
+from trimtab.calibration.sensitivity import GatedGraph
+from trimtab.calibration.trajectories import Sample
+from trimtab.calibration.workers import Workers
+from trimtab.errors import CalibrationError, MissingDependency
+from trimtab.passes.removal import RemoveLayers
+
+
+def graph(folder: Path, widths: tuple[int, ...] = (4, 8, 12), count: int = 3) -> GatedGraph:
+    samples = [
+        Sample(i, "denoiser", residual.inputs(seed=i), np.zeros((1, 6, 5), np.float32)) for i in range(count)
+    ]
+    return GatedGraph(residual.denoiser(widths), samples, folder)
+
+
+def test_a_loss_is_that_of_the_graph_with_the_layer_removed(tmp_path: Path) -> None:
+    gated = graph(tmp_path)
+    scores = gated.score(Workers())
+    whole = onnxruntime.InferenceSession(ir.to_proto(residual.denoiser()).SerializeToString())
+    for name in gated.candidates:
+        smaller = residual.denoiser()
+        RemoveLayers([name])(smaller)
+        removed = onnxruntime.InferenceSession(ir.to_proto(smaller).SerializeToString())
+        for inputs, loss in zip(gated.samples, scores.losses[name], strict=True):
+            outputs = [s.run(["model_output"], inputs)[0].astype(np.float64) for s in (whole, removed)]
+            assert loss == pytest.approx(np.square(outputs[0] - outputs[1]).mean(), rel=1e-4)
+    assert scores.mean("blocks.0") > scores.mean("blocks.1") > scores.mean("blocks.2") > 0
+    assert 0 < scores.error("blocks.0") < scores.mean("blocks.0")
+
+
+def test_every_set_of_gates_is_that_set_of_removals(tmp_path: Path) -> None:
+    gated = graph(tmp_path)
+    denoiser = GatedDenoiser(gated.path, list(gated.candidates))
+    for size in range(4):
+        for names in itertools.combinations(gated.candidates, size):
+            smaller = residual.denoiser()
+            RemoveLayers(names)(smaller)
+            session = onnxruntime.InferenceSession(ir.to_proto(smaller).SerializeToString())
+            expected = session.run(["model_output"], gated.samples[0])[0]
+            (given,) = denoiser.outputs(gated.samples[0], [names])
+            assert np.abs(given - expected).max() <= 1e-6
+
+
+# ---- the file of losses ----
+
+
+def test_losses_that_are_known_are_not_measured_again(tmp_path: Path) -> None:
+    gated, log = graph(tmp_path), tmp_path / "losses"
+    first = gated.score(Workers(), log=log)
+    told: list[int] = []
+    again = gated.score(Workers(), log=log, progress=lambda done, total: told.append(done))
+    assert again == first and not told
+
+
+def test_a_file_cut_short_loses_its_last_line_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gated, log = graph(tmp_path), tmp_path / "losses"
+    first = gated.score(Workers(), log=log)
+    log.write_bytes(log.read_bytes()[:-7])
+    told: list[tuple[int, int]] = []
+    again = gated.score(Workers(), log=log, progress=lambda *done: told.append(done))
+    assert again == first and told == [(1, 1)]
+    assert "cut short" in caplog.text
+    assert gated.score(Workers(), log=log) == first
+
+
+def test_a_file_of_another_model_or_of_other_samples_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "losses"
+    graph(tmp_path / "a").score(Workers(), log=log)
+    with pytest.raises(CalibrationError, match="losses of another model"):
+        graph(tmp_path / "b", widths=(4, 8, 13)).score(Workers(), log=log)
+    with pytest.raises(CalibrationError, match="losses on other samples"):
+        graph(tmp_path / "c", count=4).score(Workers(), log=log)
+
+
+@pytest.mark.parametrize("text", ["what\n", "[1]\n", "{}\n{}\n"])
+def test_a_file_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
+    log = tmp_path / "losses"
+    log.write_text(text)
+    with pytest.raises(CalibrationError, match="name another file"):
+        graph(tmp_path).score(Workers(), log=log)
+
+
+def test_a_loss_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:
+    gated = graph(tmp_path)
+    gated.samples[1]["state"][:] = np.nan
+    with pytest.raises(CalibrationError, match=r"without blocks\.0 is not finite at sample 1"):
+        gated.score(Workers())
+
+
+# ---- several processes, several machines ----
+
+
+def test_several_processes_give_the_same_bits(tmp_path: Path) -> None:
+    gated = graph(tmp_path)
+    assert gated.score(Workers(processes=2)) == gated.score(Workers())
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_bits(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="ray is not installed: pip install 'trimtab[ray]'")
+    gated = graph(tmp_path)
+    assert gated.score(Workers(processes=2, ray="local")) == gated.score(Workers())
+
+
+def test_ray_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingDependency, match="ray"):
+        graph(tmp_path).score(Workers(ray="local"))

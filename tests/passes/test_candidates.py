@@ -1,0 +1,127 @@
+"""What can be removed: found by structure, named by module, and counted exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import residual
+import torch
+from diffusers import UNet2DConditionModel
+
+from trimtab.errors import PassError
+from trimtab.export.modules import ConditionalUNet
+from trimtab.export.parts import hidden_example, sample_example, timestep_example
+from trimtab.export.trace import trace
+from trimtab.passes.candidates import Candidates
+
+
+def test_branches_carry_the_names_of_their_modules() -> None:
+    candidates = Candidates(residual.denoiser())
+    assert list(candidates) == ["blocks.0", "blocks.1", "blocks.2"]
+    assert [c.parameters for c in candidates.values()] == [2 * 6 * 4, 2 * 6 * 8, 2 * 6 * 12]
+    assert candidates["blocks.1"].bytes == 4 * candidates["blocks.1"].parameters
+
+
+def test_a_graph_without_module_names_has_the_same_branches() -> None:
+    named, bare = Candidates(residual.denoiser()), Candidates(residual.denoiser(named=False))
+    assert [c.parameters for c in bare.values()] == [c.parameters for c in named.values()]
+    assert all("->" in name for name in bare)
+
+
+def test_an_unknown_name_is_answered_with_the_nearest() -> None:
+    with pytest.raises(PassError, match=r"called block\.1: the nearest are .*blocks\.1"):
+        Candidates(residual.denoiser()).check(["block.1"])
+
+
+def test_the_fingerprint_is_of_the_architecture_and_not_of_the_weights() -> None:
+    model, other = residual.denoiser(), residual.denoiser((4, 8, 13))
+    before = Candidates(model).fingerprint
+    value = model.graph.initializers["blocks.0.first.weight"]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(2 * value.const_value.numpy(), name=value.name)
+    assert Candidates(model).fingerprint == before != Candidates(other).fingerprint
+
+
+def test_a_dit_block_frees_its_modulation_only_as_a_whole(bundle_folder: Callable[[str], Path]) -> None:
+    candidates = Candidates(ir.load(bundle_folder("dit") / "graphs" / "denoiser.onnx"))
+    assert {c.kind for c in candidates.values()} == {"branch", "block"}
+    block = candidates["transformer_blocks.0"]
+    assert block.inside == ("transformer_blocks.0.attn1", "transformer_blocks.0.ff")
+    assert block.parameters > sum(candidates[name].parameters for name in block.inside)
+    assert candidates.freed(block.inside) == candidates.freed([block.name])
+
+
+def test_an_up_block_goes_with_its_skip_where_the_channels_allow(
+    bundle_folder: Callable[[str], Path],
+) -> None:
+    candidates = Candidates(ir.load(bundle_folder("sdxl") / "graphs" / "denoiser.onnx"))
+    pairs = [name for name, c in candidates.items() if c.kind == "pair"]
+    # The first block of the last level takes 16 channels and gives 8: it stays.
+    assert pairs == [
+        "up_blocks.0.resnets.0+attentions.0+skip",
+        "up_blocks.0.resnets.1+attentions.1+skip",
+        "up_blocks.1.resnets.1+skip",
+    ]
+    inside = candidates[pairs[0]].inside
+    assert {"up_blocks.0.resnets.0", "up_blocks.0.attentions.0"} <= set(inside)
+
+
+# ---- BK-SDM ----
+
+PUBLISHED = {"whole": 859_520_964, "bk-sdm-base": 579_384_964, "bk-sdm-tiny": 323_384_964}
+"""Parameters of Stable Diffusion 1.4's U-Net and of two students (https://arxiv.org/abs/2305.15798, table 1)."""
+
+
+def stable_diffusion(kind: str, width: int) -> UNet2DConditionModel:
+    """The U-Net of Stable Diffusion 1.4, or of a BK-SDM student as its configuration says; 320 is the real width."""
+    levels = 3 if kind == "bk-sdm-tiny" else 4
+    down = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    up = ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=[width, 2 * width, 4 * width, 4 * width][:levels],
+        down_block_types=down[:levels],
+        up_block_types=up[-levels:],
+        layers_per_block=2 if kind == "whole" else 1,
+        mid_block_type=None if kind in ("bk-sdm-small", "bk-sdm-tiny") else "UNetMidBlock2DCrossAttn",
+        cross_attention_dim=768,
+        attention_head_dim=width // 40,
+        norm_num_groups=width // 10,
+    )
+    return model.eval()
+
+
+def parameters(model: torch.nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", PUBLISHED)
+def test_the_configurations_are_those_of_the_published_counts(kind: str) -> None:
+    with torch.device("meta"):
+        assert parameters(stable_diffusion(kind, 320)) == PUBLISHED[kind]
+
+
+def test_handcrafted_choices_leave_exactly_the_students_of_bk_sdm() -> None:
+    from trimtab.calibration.choice import by_hand
+
+    width = 40
+    unet = stable_diffusion("whole", width)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # equal tensors, such as fresh norms, are one initializer
+        for parameter in unet.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    examples = {
+        "sample": sample_example(4),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(768),
+    }
+    candidates = Candidates(trace(ConditionalUNet(unet), examples, ["prediction"]))
+    names = {name.removesuffix(".T") for name in (v.name or "" for v in candidates.all_weights)}
+    assert set(dict(unet.named_parameters())) <= names
+    whole = parameters(unet)
+    for kind in ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"):
+        removed = candidates.freed(by_hand(candidates, kind))[0]
+        assert whole - removed == parameters(stable_diffusion(kind, width)), kind

@@ -1,0 +1,169 @@
+"""Which layers go: by measured losses, or as the rivals that those have to beat would have it."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trimtab.calibration.knapsack import Item, solve
+from trimtab.errors import InputError, PassError
+from trimtab.passes.candidates import Candidates
+
+HANDCRAFTED = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user wants removed.
+
+    Attributes:
+        share: Of the whole, in 0..1.
+        keep: Globs of modules that stay, with all inside of them.
+        drop: Globs of modules that go in any case.
+    """
+
+    share: float
+    keep: tuple[str, ...] = ()
+    drop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise InputError(f"the share {self.share} of layers to remove is not between 0 and 1")
+
+
+def by_loss(candidates: Candidates, wish: Wish, losses: Mapping[str, float]) -> tuple[str, ...]:
+    """Least summed loss for the share: see `trimtab.calibration.knapsack`.
+
+    Args:
+        candidates: Of the model.
+        wish: The share is of parameters.
+        losses: Candidate -> the loss of removing it alone.
+
+    Raises:
+        InputError: The share cannot be reached.
+        PassError: A glob matches nothing.
+    """
+    return _with_wish(candidates, wish, lambda items, target: solve(items, target), losses)
+
+
+def by_magnitude(candidates: Candidates, wish: Wish) -> tuple[str, ...]:
+    """Smallest weights first, by the mean of their magnitudes: what needs no data."""
+    scores = {}
+    for name in candidates:
+        arrays = [v.const_value.numpy() for v in candidates.weights(name) if v.const_value is not None]
+        floats = [a for a in arrays if a.dtype.kind == "f"]
+        scores[name] = sum(float(np.abs(a).sum(dtype=np.float64)) for a in floats) / sum(
+            a.size for a in floats
+        )
+    return _with_wish(candidates, wish, _in_order, scores)
+
+
+def by_chance(candidates: Candidates, wish: Wish, seed: int) -> tuple[str, ...]:
+    """In random order until the share is reached: the control."""
+    generator = np.random.default_rng(seed)
+    scores = dict(zip(candidates, generator.random(len(candidates)).tolist(), strict=True))
+    return _with_wish(candidates, wish, _in_order, scores)
+
+
+def by_hand(candidates: Candidates, kind: str) -> tuple[str, ...]:
+    """BK-SDM's choices for U-Nets with two blocks a level on the way down and three on the way up.
+
+    base: the second ResNet block and attention of every level on the way down, and the second on the way up with
+    its skip. small: the middle as well. tiny: the innermost level as well
+    (https://arxiv.org/abs/2305.15798, section 3.1 and figure 3).
+
+    Raises:
+        PassError: The model is no such U-Net.
+    """
+    names = [n for n in candidates if _matches(n, ("down_blocks.*.resnets.1", "down_blocks.*.attentions.1"))]
+    names += [n for n in candidates if _matches(n, ("up_blocks.*.resnets.1+*skip",))]
+    if kind != "bk-sdm-base":
+        names += [n for n in candidates if _matches(n, ("mid_block.resnets.?", "mid_block.attentions.?"))]
+    if kind == "bk-sdm-tiny":
+        level = [n for n, c in candidates.items() if c.kind == "level"]
+        names += level
+        if not level:
+            raise PassError(
+                f"{kind} removes the innermost level, and this U-Net's has other channels than the next"
+            )
+    if kind not in HANDCRAFTED or not names:
+        raise PassError(f"{kind} is made for the U-Net of Stable Diffusion 1: choose by loss")
+    covered = {inner for name in names for inner in candidates[name].inside}
+    return tuple(name for name in names if name not in covered)
+
+
+def _in_order(items: Sequence[Item], target: int) -> tuple[str, ...]:
+    """The items of least loss, until the target is reached."""
+    taken: list[Item] = []
+    weight = 0
+    for item in sorted(items, key=lambda i: i.loss):
+        names = {other.name for other in taken}
+        if weight >= target:
+            break
+        if not item.conflicts & names:
+            taken.append(item)
+            weight += item.weight
+    if weight < target:
+        raise InputError(f"{target:,} are asked for, and this order frees {weight:,}: ask for less")
+    return tuple(item.name for item in taken)
+
+
+def _with_wish(
+    candidates: Candidates,
+    wish: Wish,
+    choose: Callable[[Sequence[Item], int], tuple[str, ...]],
+    losses: Mapping[str, float],
+) -> tuple[str, ...]:
+    kept, dropped = _matching(candidates, wish.keep), _matching(candidates, wish.drop)
+    if both := sorted(set(kept) & set(dropped)):
+        raise InputError(f"{both[0]} is to be kept and to be dropped: leave one of them out")
+    gone = {inner for name in dropped for inner in candidates[name].inside}
+    dropped = tuple(name for name in dropped if name not in gone)
+    gone |= set(dropped)
+    free = [
+        c
+        for c in candidates.values()
+        if c.name not in kept and c.name not in gone and not set(c.inside) & (set(kept) | gone)
+    ]
+    target = round(wish.share * candidates.parameters) - candidates.freed(dropped)[0]
+    items = [Item(c.name, losses[c.name], c.parameters, _conflicts(c.name, candidates)) for c in free]
+    try:
+        return (*dropped, *choose(items, target))
+    except InputError as error:
+        limit = "; some were to be kept" if kept else "; the rest is no branch that can be bypassed"
+        raise InputError(
+            f"removing {wish.share:.0%} of {candidates.parameters:,} parameters cannot be done: {error}{limit}"
+        ) from None
+
+
+def _conflicts(name: str, candidates: Candidates) -> frozenset[str]:
+    """Those inside of a candidate, those around it, and those that share something inside."""
+    own = set(candidates[name].inside)
+    return frozenset(
+        other.name
+        for other in candidates.values()
+        if other.name != name and (other.name in own or name in other.inside or own & set(other.inside))
+    )
+
+
+def _matching(candidates: Candidates, globs: Iterable[str]) -> tuple[str, ...]:
+    """Candidates that a glob names, or that lie in a module that it names."""
+    found: list[str] = []
+    for glob in globs:
+        names = [n for n in candidates if _matches(n, (glob, f"{glob}.*", f"{glob}+*"))]
+        if not names:
+            near = difflib.get_close_matches(glob, list(candidates), n=3, cutoff=0.3)
+            raise PassError(
+                f"nothing that can be removed matches {glob}"
+                + (f": near are {', '.join(near)}" if near else "")
+            )
+        found += names
+    return tuple(dict.fromkeys(found))
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for glob in globs)

@@ -1,0 +1,157 @@
+"""Many evaluations of one gated graph: here, in several processes, or on several machines through Ray.
+
+Each job is one sample and one set of removals; its loss has the same bits wherever it is computed, on machines of
+one kind.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trimtab.calibration.gates import Array, GatedDenoiser
+from trimtab.errors import CalibrationError, MissingDependency
+
+Job = tuple[int, tuple[str, ...]]
+"""A sample's number, and the names of what is removed."""
+
+_CHUNK = 16
+"""Jobs that a worker is handed at a time. Each chunk evaluates the whole model once more: a cost of one in 16."""
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Where evaluations run.
+
+    Attributes:
+        processes: How many, here or in all on Ray's machines.
+        threads: CPU threads of each. The bits of a result may depend on it.
+        ray: Address of a Ray cluster ("auto" for the one at hand, "local" for one made for the purpose); None
+            for this machine without Ray.
+    """
+
+    processes: int = 1
+    threads: int = 1
+    ray: str | None = None
+
+    def losses(
+        self, graph: Path, names: Sequence[str], samples: Sequence[Mapping[str, Array]], jobs: Sequence[Job]
+    ) -> Iterator[tuple[Job, float]]:
+        """Losses of all jobs, in whatever order they are done.
+
+        Args:
+            graph: A gated graph; its weights lie beside it.
+            names: Of the candidates, in the order of the gates.
+            samples: Inputs, by sample.
+            jobs: What to compute.
+        """
+        chunks = list(_chunks(jobs))
+        tasks = [(samples[number], [removed for _, removed in chunk]) for number, chunk in chunks]
+        if self.ray is not None:
+            results = _on_ray(self, graph, names, tasks)
+        elif self.processes > 1 and len(tasks) > 1:
+            results = _in_processes(self, graph, names, tasks)
+        else:
+            denoiser = GatedDenoiser(graph, names, self.threads)
+            results = ((i, denoiser.losses(*task)) for i, task in enumerate(tasks))
+        for index, losses in results:
+            yield from zip(chunks[index][1], losses, strict=True)
+
+
+_Task = tuple[Mapping[str, Array], list[tuple[str, ...]]]
+
+
+def _chunks(jobs: Sequence[Job]) -> Iterator[tuple[int, list[Job]]]:
+    by_sample: dict[int, list[Job]] = {}
+    for job in jobs:
+        by_sample.setdefault(job[0], []).append(job)
+    size = 1  # the first result tells how long all will take
+    for number, members in by_sample.items():
+        while members:
+            yield number, members[:size]
+            members, size = members[size:], _CHUNK
+
+
+# ---- processes ----
+
+_denoiser: GatedDenoiser | None = None
+"""In a worker process: its engine."""
+
+
+def _open(graph: Path, names: Sequence[str], threads: int) -> None:
+    global _denoiser
+    _denoiser = GatedDenoiser(graph, names, threads)
+
+
+def _work(numbered: tuple[int, _Task]) -> tuple[int, list[float]]:
+    assert _denoiser is not None
+    index, task = numbered
+    return index, _denoiser.losses(*task)
+
+
+def _in_processes(
+    workers: Workers, graph: Path, names: Sequence[str], tasks: Sequence[_Task]
+) -> Iterator[tuple[int, list[float]]]:
+    # Spawned, since a fork would take the threads' locks of a loaded engine with it.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(
+        min(workers.processes, len(tasks)), _open, (graph, list(names), workers.threads)
+    ) as pool:
+        yield from pool.imap_unordered(_work, enumerate(tasks))
+
+
+# ---- Ray ----
+
+
+def _on_ray(
+    workers: Workers, graph: Path, names: Sequence[str], tasks: Sequence[_Task]
+) -> Iterator[tuple[int, list[float]]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingDependency("ray", "ray") from error
+    address = None if workers.ray == "local" else workers.ray
+    try:
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
+    except Exception as error:  # ray's errors share no base
+        line = str(error).strip().partition("\n")[0]
+        raise CalibrationError(f"Ray cannot be reached at {workers.ray} ({line}): start it there") from error
+    try:
+        # No shared disk is asked for: graph and weights travel, once a machine.
+        files = {path.name: ray.put(path.read_bytes()) for path in _files(graph)}
+        actor = ray.remote(num_cpus=workers.threads)(_Remote)
+        pool = ray.util.ActorPool(
+            [
+                actor.remote(graph.name, files, list(names), workers.threads)
+                for _ in range(min(workers.processes, len(tasks)))
+            ]
+        )
+        yield from pool.map_unordered(lambda a, task: a.work.remote(task), list(enumerate(tasks)))
+    finally:
+        ray.shutdown()
+
+
+def _files(graph: Path) -> list[Path]:
+    return [graph, *sorted(graph.parent.glob("*.weights"))]
+
+
+class _Remote:
+    """A worker of a Ray cluster, with copies of the files."""
+
+    def __init__(self, graph: str, files: Mapping[str, Any], names: Sequence[str], threads: int) -> None:
+        import ray
+
+        self._folder = tempfile.TemporaryDirectory(prefix="trimtab-")
+        folder = Path(self._folder.name)
+        for name, reference in files.items():
+            (folder / name).write_bytes(ray.get(reference))
+        self._denoiser = GatedDenoiser(folder / graph, names, threads)
+
+    def work(self, numbered: tuple[int, _Task]) -> tuple[int, list[float]]:
+        index, task = numbered
+        return index, self._denoiser.losses(*task)

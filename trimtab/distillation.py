@@ -1,0 +1,98 @@
+"""Distillation, from the model itself to a student's folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from trimtab.calibration.draft import draft
+from trimtab.calibration.trajectories import own_requests, record
+from trimtab.compiler import export_model
+from trimtab.export.source import find
+from trimtab.passes.removal import DENOISER, PLAN, check_plan, load_plan
+from trimtab.passes.student import WEIGHTS, save_weights
+from trimtab.recipe import make_recipe
+from trimtab.staging import check_replaceable, staged_folder
+from trimtab.storage import GRAPHS
+from trimtab.weights import WeightStore
+
+TRAJECTORIES = 32
+"""From noise to picture, every step of which is trained on, unless the user says another number."""
+
+
+def distill(
+    model: str | Path,
+    plan: str | Path,
+    output: str | Path,
+    *,
+    trajectories: int = TRAJECTORIES,
+    prompts: tuple[str, ...] | None = None,
+    guidance: float | None = None,
+    progress: Callable[[float, float], None] | None = None,
+    budget: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Trains a model with layers removed to answer as the whole one does.
+
+    Args:
+        model: The teacher: a diffusers folder, a hub id, or a TOML file that names .onnx files.
+        plan: A removal plan.
+        output: The student's folder: the plan, and weights that ``compile(removal_plan=...)`` puts back.
+            ``OUTPUT.checkpoint`` lies beside it while it is trained; after an interruption it is gone on with.
+        trajectories: Of the teacher, to train on.
+        prompts: For text models; None for plain ones.
+        guidance: Of the trajectories; None for the model's own.
+        progress: Told (the share of the budget that is spent, the loss).
+        budget: Fields of `trimtab.calibration.distill.Budget`.
+        **options: Fields of `trimtab.recipe.Recipe` that decide the trajectories: steps, scheduler, size.
+
+    Returns:
+        ``student``, ``steps``, ``seconds``, ``parameters`` (before, after), ``losses`` (first, last).
+
+    Raises:
+        InputError: No budget; the plan cannot be read; something else stands at the output.
+        PassError: The plan is of another model; torch cannot train the graph.
+        CalibrationError: The loss is not finite; the checkpoint is of another run.
+    """
+    from trimtab.calibration.distill import Budget
+    from trimtab.calibration.distill import distill as train
+
+    limits = Budget(**(budget or {}))
+    chosen = load_plan(Path(plan))
+    output = Path(output)
+    check_replaceable(output, PLAN)
+    recipe = make_recipe({name: value for name, value in options.items() if value is not None})
+    checkpoint = output.with_name(output.name + ".checkpoint")
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as temporary:
+        folder = Path(temporary)
+        (folder / GRAPHS).mkdir()
+        program = export_model(find(str(model)), recipe, WeightStore(folder / GRAPHS).keep)
+        candidates = check_plan(program, chosen)
+        with draft(program, folder) as pipeline:
+            given: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
+            requests = own_requests(pipeline, trajectories, prompts=prompts, **given)
+            samples = record(pipeline, requests)
+        student = train(
+            program.segments[DENOISER].model,
+            chosen,
+            samples,
+            limits,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+        freed, _ = candidates.freed(chosen.removed)
+    with staged_folder(output, PLAN) as stage:
+        details = {**chosen.details, "distilled": {"steps": student.steps, "features": limits.features}}
+        replace(chosen, details=details).save(stage / PLAN)
+        save_weights(stage, student.weights, student.teacher)
+    checkpoint.unlink(missing_ok=True)
+    return {
+        "student": str(output / WEIGHTS),
+        "steps": student.steps,
+        "seconds": round(student.seconds, 2),
+        "parameters": [candidates.parameters, candidates.parameters - freed],
+        "losses": list(student.losses),
+    }

@@ -1,0 +1,87 @@
+"""Trained weights of a denoiser with layers removed: into a file, and back into the graph by initializer name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from trimtab.errors import InputError, PassError
+from trimtab.staging import write_file
+
+WEIGHTS = "weights.safetensors"
+"""The file beside a plan in a student's folder."""
+
+_TEACHER = "trimtab.teacher"
+
+Array = npt.NDArray[Any]
+
+
+def save_weights(folder: Path, weights: Mapping[str, Array], teacher: str) -> None:
+    """Writes a student's weights.
+
+    Args:
+        folder: Of the plan.
+        weights: Initializer -> float32 array.
+        teacher: `digest` of the graph that training started from.
+    """
+    from safetensors.numpy import save
+
+    arrays = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+    write_file(folder / WEIGHTS, save(arrays, metadata={_TEACHER: teacher}))
+
+
+def put_back(model: ir.Model, folder: Path) -> ir.Model:
+    """Gives a graph the weights of a student's folder.
+
+    Args:
+        model: The teacher with the student's layers removed; edited in place.
+        folder: What `save_weights` wrote to.
+
+    Raises:
+        InputError: The file is damaged, or its weights are not finite.
+        PassError: It was trained from other weights, or from a graph that was exported otherwise.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, "np") as file:
+            teacher = (file.metadata() or {}).get(_TEACHER)
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is no file of weights or is cut short ({error}): copy it again") from error
+    initializers = model.graph.initializers
+    known = all(name in initializers and initializers[name].const_value is not None for name in weights)
+    if not known or digest(model, weights) != teacher:
+        raise PassError(
+            f"{path} was trained from other weights than this model's, or with another version of the exporter: "
+            "distill from this one"
+        )
+    for name, array in weights.items():
+        tensor = initializers[name].const_value
+        assert tensor is not None
+        if array.shape != tuple(tensor.shape.numpy()) or array.dtype != tensor.dtype.numpy():
+            raise PassError(f"{path}: {name} has another shape or type than the graph's: distill again")
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} is not finite: distill again")
+    for name, array in weights.items():
+        initializers[name].const_value = ir.tensor(array, name=name)
+    return model
+
+
+def digest(model: ir.Model, names: Mapping[str, Any]) -> str:
+    """A hash of some initializers as they stand in a graph: names, shapes and bytes."""
+    result = hashlib.sha256()
+    for name in sorted(names):
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        array = np.ascontiguousarray(tensor.numpy())
+        result.update(f"{name} {array.shape} {array.dtype} ".encode())
+        result.update(array.reshape(-1).view(np.uint8).data)
+    return result.hexdigest()
