@@ -14,55 +14,12 @@ import onnx_ir as ir
 from trimtab.targets.cost import VIEWS
 from trimtab.targets.propagation import Extents
 
-POINTWISE = frozenset(
-    [
-        "Abs",
-        "Add",
-        "And",
-        "Cast",
-        "Ceil",
-        "Clip",
-        "Cos",
-        "Div",
-        "Elu",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Expand",
-        "Floor",
-        "Gelu",
-        "Greater",
-        "GreaterOrEqual",
-        "HardSigmoid",
-        "HardSwish",
-        "LeakyRelu",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "Max",
-        "Min",
-        "Mish",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "Pow",
-        "PRelu",
-        "Reciprocal",
-        "Relu",
-        "Round",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Softplus",
-        "Sqrt",
-        "Sub",
-        "Tanh",
-        "Where",
-        "Xor",
-    ]
-)
+_POINTWISE = """
+Abs Add And Cast Ceil Clip Cos Div Elu Equal Erf Exp Expand Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish
+LeakyRelu Less LessOrEqual Log Max Min Mish Mod Mul Neg Not Or Pow PRelu Reciprocal Relu Round Sigmoid Sign Sin Softplus
+Sqrt Sub Tanh Where Xor
+"""
+POINTWISE = frozenset(_POINTWISE.split())
 """Operators whose every element follows from one element of each input."""
 
 MOVES = frozenset(("Transpose", "Gather"))
@@ -216,7 +173,9 @@ class _Walk:
                 continue
             dying = deaths.get(index, [])
             if self.rules.in_place and node.op_type in POINTWISE:
-                total -= self._give_place(births.get(index, []), dying, live)
+                own = {self._home(value) for value in node.inputs if value is not None}
+                places = [value for value in dying if value in own]  # not a product's, which it still reads
+                total -= self._give_place(births.get(index, []), places, live)
             if node.op_type == "Concat" and self.rules.joins:
                 for value in dying:
                     total -= live.pop(value, (node, 0))[1]
