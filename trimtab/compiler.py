@@ -89,7 +89,7 @@ def compile(
         program = _export(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
-        program = transform(program, chosen, progress)
+        program = transform(program, chosen, stage, progress)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)

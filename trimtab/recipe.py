@@ -40,6 +40,7 @@ class Recipe:
             packed; the first that fits decides.
         vq_scale: Whether every output channel of a packed weight has a factor of its own.
         vq_codebooks: A folder where codebooks are kept, and found again when the work is cut off.
+        hidiffusion: Draw pictures larger than the model was trained for by HiDiffusion.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -54,6 +55,7 @@ class Recipe:
     vq_rules: tuple[tuple[str, int | str], ...] = ()
     vq_scale: bool = False
     vq_codebooks: Path | None = None
+    hidiffusion: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):

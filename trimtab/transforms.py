@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
+from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
 from trimtab.program import Program
 from trimtab.recipe import Recipe
 
 
-def transform(program: Program, recipe: Recipe, progress: Callable[[str], None]) -> Program:
+def transform(program: Program, recipe: Recipe, folder: Path, progress: Callable[[str], None]) -> Program:
     """Packs and skips, as the recipe says.
 
     Each step is a function from Program to Program. Weights are packed before anything names values inside of
@@ -19,6 +22,7 @@ def transform(program: Program, recipe: Recipe, progress: Callable[[str], None])
     Args:
         program: As it was exported. Its graphs are edited.
         recipe: What is wanted.
+        folder: Where a program is drafted that has to be run; weights in ``folder / "graphs"`` are not copied.
         progress: Told what is being worked on.
 
     Raises:
@@ -28,9 +32,22 @@ def transform(program: Program, recipe: Recipe, progress: Callable[[str], None])
     """
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, progress)
+    if recipe.hidiffusion:
+        program = hidiffusion(program)
     if recipe.inherit is not None:
-        program = inherit(program, recipe.inherit)
+        program = inherit(program, _searched(program, recipe.inherit, folder, progress))
     return partition(program)
+
+
+def _searched(
+    program: Program, plan: InheritPlan, folder: Path, progress: Callable[[str], None]
+) -> InheritPlan:
+    """The plan with its schedule, where it asks for a speed."""
+    if plan.speed is None:
+        return plan
+    from trimtab.calibration.drift import search
+
+    return search(program, plan, folder, progress=progress)
 
 
 def _packed(program: Program, recipe: Recipe, bits: int, progress: Callable[[str], None]) -> Program:
