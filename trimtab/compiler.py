@@ -24,8 +24,8 @@ from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
-from trimtab.targets.estimate import check_room
 from trimtab.targets.precision import by_precision, in_precision
+from trimtab.targets.verdict import check_room
 from trimtab.transforms import transform
 from trimtab.weights import WeightStore
 

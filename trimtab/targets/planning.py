@@ -11,8 +11,9 @@ from typing import Any
 from trimtab.bundle import MANIFEST, open_bundle
 from trimtab.storage import read_program
 from trimtab.targets.device import find_device
-from trimtab.targets.estimate import plan, refuse
+from trimtab.targets.estimate import plan
 from trimtab.targets.precision import choose_precision
+from trimtab.targets.verdict import refuse
 
 
 def plan_model(
