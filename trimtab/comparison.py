@@ -97,13 +97,14 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
     """Errors by module at the first step: both denoisers' graphs, run with the modules' outputs laid open."""
     if importlib.util.find_spec("onnx_ir") is None:
         return []
-    outputs: list[dict[str, Array]] = []
+    found: list[tuple[dict[str, list[str]], dict[str, Array]]] = []
+    cut = False
     shared: dict[str, Array] = {}
     for pipe in (ours, theirs):
         request, plan, _ = pipe.prepare(**options)
         plan.begin(request)
         plan.steps[0].begin(request)
-        blocks: dict[str, str] = {}
+        blocks: dict[str, list[str]] = {}
         values: dict[str, Array] = {}
         for call in plan.steps[0].calls:
             if call.segment.startswith(_DENOISER):
@@ -118,22 +119,35 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
                 values |= _laid_open(path, feeds, blocks)
         if not blocks:
             return []  # a foreign graph without module names
-        outputs.append({path: values[name] for path, name in blocks.items()})
-    first, second = outputs
-    return [
-        {"name": name, "error": relative_error(second[name], first[name])}
-        for name in first
-        if name in second and first[name].shape == second[name].shape
-    ]
+        found.append((blocks, values))
+        cut |= sum(call.segment.startswith(_DENOISER) for call in plan.steps[0].calls) > 1
+    (ours_blocks, first), (theirs_blocks, second) = found
+    results = []
+    for module, names in ours_blocks.items():
+        pair = _same_result(names, theirs_blocks.get(module, []), cut)
+        if pair and first[pair[0]].shape == second[pair[1]].shape:
+            results.append({"name": module, "error": relative_error(second[pair[1]], first[pair[0]])})
+    return results
 
 
-def _laid_open(path: Path, feeds: dict[str, Array], blocks: dict[str, str]) -> dict[str, Array]:
+def _same_result(ours: list[str], theirs: list[str], cut: bool) -> tuple[str, str] | None:
+    """Which of the values that a module gives, part by part, mean the same in both denoisers.
+
+    Where a cut goes through a module, a part shows as its result what leaves that part: there only a name tells.
+    """
+    common = [name for name in ours if name in theirs]
+    if common:
+        return common[0], common[0]
+    return (ours[0], theirs[0]) if theirs and not cut else None
+
+
+def _laid_open(path: Path, feeds: dict[str, Array], blocks: dict[str, list[str]]) -> dict[str, Array]:
     """All of a graph's outputs and its modules' results, by name.
 
     Args:
         path: The graph.
         feeds: Its inputs.
-        blocks: Gains the names of the modules' results, by module path.
+        blocks: Gains the names of the modules' results, by module path; of several parts, part by part.
     """
     import onnx_ir as ir
     import onnxruntime
@@ -141,7 +155,8 @@ def _laid_open(path: Path, feeds: dict[str, Array], blocks: dict[str, str]) -> d
     from trimtab.passes.scopes import expose_blocks
 
     model = ir.load(path)
-    blocks.update(expose_blocks(model))
+    for block, name in expose_blocks(model).items():
+        blocks.setdefault(block, []).append(name)
     settings = onnxruntime.SessionOptions()
     settings.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(path.parent)
