@@ -217,6 +217,22 @@ def _parser() -> argparse.ArgumentParser:
     options.bundle_argument(command)
 
     command = add(
+        "plan",
+        "say whether a model fits a device, and how long it takes there, before anything is built",
+        "trimtab plan sd15.bundle --target orin-nano-8gb --size 768x768",
+        _plan,
+        render.plan,
+    )
+    command.add_argument("model", metavar="MODEL|BUNDLE", help="a bundle, or what `trimtab compile` takes")
+    command.add_argument("--target", default="cpu", metavar="NAME", help="a device (default cpu)")
+    command.add_argument("--size", type=options.size, metavar="WxH", help="size in pixels")
+    command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
+    command.add_argument(
+        "--low-memory", action="store_true", help="as `trimtab run --low-memory`: one stage at a time"
+    )
+    options.devices_argument(command)
+
+    command = add(
         "devices",
         "list the known devices, and mark the one at hand",
         "trimtab devices --devices my-devices.toml",
@@ -334,6 +350,21 @@ def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:
     bundle = open_bundle(arguments.bundle)
     bundle.verify()
     return inspect(bundle)
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from trimtab.targets.planning import plan_model
+
+    with render.status() as progress:
+        return plan_model(
+            arguments.model,
+            arguments.target,
+            size=arguments.size,
+            precision=arguments.precision,
+            low_memory=arguments.low_memory,
+            device_file=arguments.device_file,
+            progress=progress,
+        )
 
 
 def _devices(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
 from trimtab.targets.precision import by_precision, in_precision
+from trimtab.targets.verdict import check_room
 from trimtab.transforms import transform
 from trimtab.weights import WeightStore
 
@@ -92,6 +93,8 @@ def compile(
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)
+        sizes = (program.size, *chosen.buckets)
+        check_room(program, write_contents(program, stage), groups, sizes)
         ranges = None
         if "fp16" in groups:
             ranges = measure_ranges(program, stage, earlier=output / RANGES, progress=progress)
@@ -99,7 +102,6 @@ def compile(
         forms = {precision: in_precision(program, precision, ranges) for precision in groups}
         program = replace(program, passes=tuple(dict.fromkeys(e for f in forms.values() for e in f.passes)))
         contents = write_contents(program, stage)
-        sizes = (program.size, *chosen.buckets)
         engines: dict[str, tuple[Engine, ...]] = dict.fromkeys(program.segments, ())
         opened = _open_cache(cache, devices)
         for precision, form in forms.items():

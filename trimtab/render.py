@@ -127,6 +127,29 @@ def inspect(result: Result) -> Iterator[str]:
         )
 
 
+def plan(result: Result) -> Iterator[str]:
+    """Segments with their bytes and times, and the sum."""
+    rows = [
+        [
+            s["name"],
+            s["stage"],
+            _mb(s["weight_bytes"]),
+            _mb(s["activation_bytes"]),
+            "" if s["ms"] is None else _ms(s["ms"]),
+        ]
+        for s in result["segments"]
+    ]
+    yield _table(["segment", "runs in", "weights MB", "activations MB", "ms"], rows)
+    needed = result["low_memory_bytes" if result["low_memory"] else "peak_bytes"]
+    room = result["room_bytes"]
+    yield (
+        f"{result['device']}, {result['precision']}, {result['size'][0]}x{result['size'][1]}: {_mb(needed)} MB"
+        + ("" if room is None else f" of {_mb(room)} MB: it fits")
+    )
+    if result["step_ms"] is not None:
+        yield f"a step {_ms(result['step_ms'])} ms, a picture {_ms(result['picture_ms'])} ms at best"
+
+
 def devices(result: Result) -> Iterator[str]:
     """The known devices; FP16 is dense, with FP32 accumulation."""
     header = ["name", "device", "SM", "memory GiB", "bandwidth GB/s", "fp16 TFLOPS", "backend", ""]

@@ -58,6 +58,7 @@ def test_what_stays_in_float32_is_logged_by_its_module(
     assert entry.refused >= 1 and entry.applied > 100
 
 
+@pytest.mark.slow
 def test_a_bundle_in_fp16_draws_the_same_picture_with_half_the_weights(
     bundle_folder: Callable[[str], Path], pipeline_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
