@@ -84,11 +84,13 @@ class Codebooks:
         fingerprint: Of the weights that they were made from, by `fingerprint`.
         layers: Initializer's name -> its codes.
         kept: Initializer's name -> why it stays as it is.
+        parameters: Initializer's name -> what it becomes: biases that were trained with the codes.
     """
 
     fingerprint: str
     layers: Mapping[str, PackedWeight]
     kept: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
 def fingerprint(weights: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:

@@ -263,6 +263,14 @@ def nearest(vectors: npt.NDArray[np.float32], codebook: npt.NDArray[np.float32])
     return _search(vectors, codebook)[0]
 
 
+def neighbours(
+    vectors: npt.NDArray[np.float32], codebook: npt.NDArray[np.float32], count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The nearest codewords of each vector and their squared distances, (n, count) each, nearest first."""
+    distances, codes = _faiss().knn(vectors, codebook, count)
+    return codes, distances
+
+
 def rounded(codebook: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """A codebook whose numbers FP16 holds, so that engines of both precisions decode the same weight.
 
