@@ -139,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
-    command.add_argument("--precision", help="fp32")
+    command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
+    command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
     options.packing_arguments(command)
     command.add_argument("--recipe", type=Path, metavar="FILE", help="a TOML file with these options")
     options.devices_argument(command)
@@ -232,6 +233,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             size=arguments.size[0] if arguments.size else None,
             buckets=arguments.size[1:] if arguments.size else None,
             precision=arguments.precision,
+            inherit=arguments.inherit,
             vq=arguments.vq,
             vq_rules=arguments.vq_rule,
             vq_scale=arguments.vq_scale,

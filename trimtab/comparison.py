@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ from trimtab.runtime.load import Pipeline, load
 
 _SAMPLER = ("state", "sample_weights", "next_weights", "clip_weights")
 """Inputs of the denoiser whose shape depends on the schedules that a bundle holds."""
+
+_DENOISER = "denoiser"
+"""What the names of a denoiser's parts begin with; the module names of other graphs mean other models."""
 
 Array = npt.NDArray[np.floating[Any]]
 
@@ -91,45 +95,62 @@ def _steps(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[fl
 
 def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[dict[str, Any]]:
     """Errors by module at the first step: both denoisers' graphs, run with the modules' outputs laid open."""
-    try:
-        import onnx_ir as ir
-
-        from trimtab.passes.scopes import expose_blocks
-    except ImportError:
+    if importlib.util.find_spec("onnx_ir") is None:
         return []
-    import onnxruntime
-
     outputs: list[dict[str, Array]] = []
     shared: dict[str, Array] = {}
     for pipe in (ours, theirs):
         request, plan, _ = pipe.prepare(**options)
         plan.begin(request)
         plan.steps[0].begin(request)
-        call = plan.steps[0].calls[0]
-        # What both graphs read is the reference's; the sampler's weights may differ and are each one's own.
-        given = {name: np.asarray(buffer) for name, buffer in call.inputs.items()}
-        feeds = given | {n: a for n, a in shared.items() if n not in _SAMPLER and n in given}
-        shared = shared or given
-        path = pipe.bundle.path(pipe.bundle.contents.segments[call.segment].graph)
-        model = ir.load(path)
-        names = expose_blocks(model)
-        if not names:
+        blocks: dict[str, str] = {}
+        values: dict[str, Array] = {}
+        for call in plan.steps[0].calls:
+            if call.segment.startswith(_DENOISER):
+                path = pipe.bundle.path(pipe.bundle.contents.segments[call.segment].graph)
+                # What both denoisers read is the reference's; the sampler's weights may differ, and are each
+                # one's own; what crosses from one part of a denoiser to the next was just made.
+                given = {name: np.asarray(buffer) for name, buffer in call.inputs.items()}
+                common = {n: a for n, a in shared.items() if n not in _SAMPLER}
+                feeds = {n: values.get(n, common.get(n, a)) for n, a in given.items()}
+                if pipe is ours:
+                    shared |= {n: a.copy() for n, a in given.items() if n not in values}
+                values |= _laid_open(path, feeds, blocks)
+        if not blocks:
             return []  # a foreign graph without module names
-        settings = onnxruntime.SessionOptions()
-        settings.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", str(path.parent)
-        )
-        session = onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"]
-        )
-        values = session.run(list(names.values()), feeds)
-        outputs.append(dict(zip(names, values, strict=True)))
+        outputs.append({path: values[name] for path, name in blocks.items()})
     first, second = outputs
     return [
         {"name": name, "error": relative_error(second[name], first[name])}
         for name in first
         if name in second and first[name].shape == second[name].shape
     ]
+
+
+def _laid_open(path: Path, feeds: dict[str, Array], blocks: dict[str, str]) -> dict[str, Array]:
+    """All of a graph's outputs and its modules' results, by name.
+
+    Args:
+        path: The graph.
+        feeds: Its inputs.
+        blocks: Gains the names of the modules' results, by module path.
+    """
+    import onnx_ir as ir
+    import onnxruntime
+
+    from trimtab.passes.scopes import expose_blocks
+
+    model = ir.load(path)
+    blocks.update(expose_blocks(model))
+    settings = onnxruntime.SessionOptions()
+    settings.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(path.parent)
+    )
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"]
+    )
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def relative_error(value: Array, reference: Array) -> float:

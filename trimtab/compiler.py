@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
+from trimtab.calibration.ranges import FILE as RANGES
+from trimtab.calibration.ranges import measure_ranges
 from trimtab.errors import InputError
 from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
+from trimtab.manifest import Engine
 from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
+from trimtab.targets.precision import by_precision, in_precision
+from trimtab.transforms import transform
 from trimtab.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -65,6 +71,7 @@ def compile(
     given = {name: value for name, value in options.items() if value is not None}
     chosen = make_recipe((read_toml(Path(recipe)) if recipe else {}) | given)
     devices = [find_device(name, device_file) for name in chosen.targets]
+    groups = by_precision(devices, chosen.precision)
     check_targets(devices)
     output = Path(output)
     check_replaceable(output, MANIFEST)
@@ -81,15 +88,26 @@ def compile(
         program = _export(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
-        program = _packed(program, chosen, progress)
+        program = transform(program, chosen, progress)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)
+        ranges = None
+        if "fp16" in groups:
+            ranges = measure_ranges(program, stage, earlier=output / RANGES, progress=progress)
+            ranges.save(stage / RANGES)
+        forms = {precision: in_precision(program, precision, ranges) for precision in groups}
+        program = replace(program, passes=tuple(dict.fromkeys(e for f in forms.values() for e in f.passes)))
         contents = write_contents(program, stage)
         sizes = (program.size, *chosen.buckets)
-        engines = make_engines(
-            program.segments, contents, devices, sizes, store, stage, _open_cache(cache, devices), progress
-        )
+        engines: dict[str, tuple[Engine, ...]] = dict.fromkeys(program.segments, ())
+        opened = _open_cache(cache, devices)
+        for precision, form in forms.items():
+            write_graphs(form, stage, store)
+            made = make_engines(
+                form.segments, contents, groups[precision], sizes, store, stage, opened, progress
+            )
+            engines = {name: engines[name] + made[name] for name in engines}
         write_manifest(stage, with_engines(contents, engines))
     return open_bundle(output)
 
@@ -97,20 +115,6 @@ def compile(
 def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCache | None:
     needed = any(device.backend != "onnxruntime" for device in devices)
     return open_cache(place) if needed else None
-
-
-def _packed(program: Program, recipe: Recipe, progress: Progress) -> Program:
-    """The program with packed weights, where the recipe asks for them."""
-    if recipe.vq is None:
-        return program
-    from trimtab.calibration.kmeans import Settings, make_codebooks
-    from trimtab.passes.vq import pack_weights
-
-    settings = Settings(recipe.vq, recipe.vq_rules, recipe.vq_scale)
-    models = {
-        name: segment.model for name, segment in program.segments.items() if name.startswith("denoiser")
-    }
-    return pack_weights(program, make_codebooks(models, settings, recipe.vq_codebooks, progress=progress))
 
 
 def _export(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:

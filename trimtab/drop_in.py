@@ -51,9 +51,14 @@ class Denoiser(torch.nn.Module):
                 linear_1=SimpleNamespace(in_features=embedding.linear_1.in_features)
             )
         self._pipeline = load(bundle, target=target)
-        segment = self._pipeline.bundle.contents.segments.get("denoiser")
-        if segment is None:
-            raise InputError(f"{bundle} has no single denoiser: its parts only run under trimtab's own loop")
+        segments = self._pipeline.bundle.contents.segments
+        parts = [name for name in segments if name.startswith("denoiser")]
+        if parts != ["denoiser"]:
+            raise InputError(
+                f"{bundle} has the denoisers {', '.join(parts)}, which its own schedule calls in turn: run the bundle "
+                "itself, or compile one that skips nothing"
+            )
+        segment = segments["denoiser"]
         if getattr(self.config, "time_cond_proj_dim", None) is not None:
             raise InputError(
                 f"{bundle} reads the guidance scale, which diffusers hands to a U-Net as an embedding: "

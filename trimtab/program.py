@@ -20,6 +20,9 @@ from trimtab.errors import InputError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
+PRECISION = "trimtab.precision"
+"""On a model that computes in a half precision: which."""
+
 Dim = int | str
 """A size, or an expression over symbols such as ``"rows*batch"`` or ``"height//8"`` (see `trimtab.shapes`)."""
 
@@ -124,6 +127,11 @@ class Segment:
 
     name: str
     model: ir.Model
+
+    @property
+    def precision(self) -> str:
+        """What it computes in: "fp32", "fp16" or "bf16"."""
+        return self.model.metadata_props.get(PRECISION, "fp32")
 
 
 @dataclass(frozen=True)

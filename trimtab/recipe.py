@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.passes.inherit_plan import InheritPlan, make_plan
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-PRECISIONS = ("fp32",)
+PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
 VQ_BITS = (2, 3, 4)
 
@@ -32,7 +33,8 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
-        precision: Of the weights and of the arithmetic.
+        precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
+        inherit: What steps inherit from earlier ones; None for nothing.
         vq: Bits of a packed weight of the denoiser, 2, 3 or 4; None for weights as they are.
         vq_rules: Pattern of module paths -> bits or "keep", before the rule that a layer of a repeated block is
             packed; the first that fits decides.
@@ -46,7 +48,8 @@ class Recipe:
     size: tuple[int, int] | None = None
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
-    precision: str = "fp32"
+    precision: str | None = None
+    inherit: InheritPlan | None = None
     vq: int | None = None
     vq_rules: tuple[tuple[str, int | str], ...] = ()
     vq_scale: bool = False
@@ -67,7 +70,7 @@ class Recipe:
             raise InputError("further sizes are given without the native one: give size too")
         if len(set(sizes)) != len(sizes):
             raise InputError("a size is given twice: give each once")
-        if self.precision not in PRECISIONS:
+        if self.precision not in (None, *PRECISIONS):
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")
@@ -98,6 +101,8 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if "buckets" in clean:
         given = clean["buckets"]
         clean["buckets"] = tuple(map(_size, given if isinstance(given, list | tuple) else [given]))
+    if "inherit" in clean:
+        clean["inherit"] = make_plan(clean["inherit"])
     if "vq_rules" in clean:
         rules = clean["vq_rules"]
         pairs = rules.items() if isinstance(rules, Mapping) else [_rule(rule) for rule in rules]

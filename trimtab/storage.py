@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import onnx_ir as ir
 
@@ -18,6 +18,12 @@ GRAPHS = "graphs"
 """The folder of graphs and weights in a bundle."""
 
 
+def graph_path(segment: Segment) -> str:
+    """Where a segment's graph lies in a bundle. A graph of another precision lies beside the one it was made from."""
+    suffix = "" if segment.precision == "fp32" else f".{segment.precision}"
+    return f"{GRAPHS}/{segment.name}{suffix}.onnx"
+
+
 def write_graphs(program: Program, folder: Path, store: WeightStore) -> None:
     """Writes every segment's graph into the store's folder, with the weights that it does not hold yet.
 
@@ -26,9 +32,10 @@ def write_graphs(program: Program, folder: Path, store: WeightStore) -> None:
         folder: The bundle's.
         store: Of ``folder / GRAPHS``.
     """
-    for name, segment in program.segments.items():
-        store.keep(name, segment.model)
-        ir.save(segment.model, folder / GRAPHS / f"{name}.onnx")
+    for segment in program.segments.values():
+        path = graph_path(segment)
+        store.keep(PurePosixPath(path).stem, segment.model)
+        ir.save(segment.model, folder / path)
 
 
 def write_contents(program: Program, folder: Path) -> Contents:

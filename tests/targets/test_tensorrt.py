@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 from graphs import single
 
@@ -45,11 +46,16 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     sys.modules.pop("tensorrt", None)
 
 
-def build(folder: Path, options: BuildOptions = OPTIONS, builder: TensorRTBuilder | None = None) -> Any:
+def build(
+    folder: Path,
+    options: BuildOptions = OPTIONS,
+    builder: TensorRTBuilder | None = None,
+    graph: ir.Model = GRAPH,
+) -> Any:
     builder = builder or TensorRTBuilder()
     (folder / "out").mkdir(exist_ok=True)
     return builder.build(
-        builder.lower(GRAPH, ORIN), ORIN, options, folder / "out" / "engine", lambda text: None
+        builder.lower(graph, ORIN), ORIN, options, folder / "out" / "engine", lambda text: None
     )
 
 
@@ -80,6 +86,21 @@ def test_options_and_plugins_reach_it(fake: Fake, tmp_path: Path) -> None:
     library.write_bytes(b"")
     build(tmp_path, BuildOptions(optimization_level=4, extra={"max_aux_streams": 2}, plugins=(library,)))
     assert ["build", 4, 2] in calls() and ["load_library", str(library)] in calls()
+
+
+def test_packed_weights_need_a_tensorrt_that_carries_kernels_or_the_library(
+    fake: Fake, tmp_path: Path
+) -> None:
+    calls = fake()
+    graph = single("TrimtabVQMatMul1", {"x": (1, 4)}, (1, 4))
+    graph.graph.node(0).domain = "trimtab"
+    with pytest.raises(BuildFailed, match=r"10\.3\.0\.30 has no plugins that carry their kernels"):
+        build(tmp_path, graph=graph)
+    assert not any(call[0] == "parse_from_file" for call in calls())
+    library = tmp_path / "libtrimtab_vq.so"
+    library.write_bytes(b"")
+    build(tmp_path, BuildOptions(plugins=(library,)), graph=graph)
+    assert ["load_library", str(library)] in calls() and ["create_network", 2] in calls()
 
 
 def test_when_memory_runs_out_it_tries_with_less(

@@ -15,7 +15,7 @@ from trimtab.errors import InputError, TrimtabError
 from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine
 from trimtab.passes.specialize import Specialize
 from trimtab.program import Segment
-from trimtab.storage import GRAPHS
+from trimtab.storage import GRAPHS, graph_path
 from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
 from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.device import Device
@@ -82,8 +82,8 @@ def open_cache(place: Place) -> EngineCache | None:
         return None
 
 
-def specialized(model: ir.Model, shapes: Shapes, precision: str) -> ir.Model:
-    """A copy of a segment's graph with fixed sizes, in the precision of its engine."""
+def specialized(model: ir.Model, shapes: Shapes) -> ir.Model:
+    """A copy of a segment's graph with fixed sizes."""
     model = model.clone()
     Specialize(shapes)(model)
     return model
@@ -105,7 +105,7 @@ def make_engines(
     gets lowered graphs; `trimtab.targets.finish.build` goes on from there.
 
     Args:
-        segments: The graphs; their weights lie in the store.
+        segments: The graphs, in the precision of the engines; their weights lie in the store.
         contents: What the bundle says of them, without engines.
         devices: The targets.
         sizes: (width, height) in pixels that engines of fixed sizes are made for; the native one first.
@@ -157,11 +157,19 @@ class _Maker:
 
     def graph(self, segment: Segment, device: Device) -> Engine:
         """ONNX Runtime's engine: the segment's own graph."""
-        builder, path = builder_for(device), f"{GRAPHS}/{segment.name}.onnx"
+        builder, path = builder_for(device), graph_path(segment)
         model = builder.lower(segment.model, device)
         info = builder.build(model, device, BuildOptions(), self._folder / path, self._progress)
         packed = OPERATORS_DOMAIN in segment.model.opset_imports
-        return Engine(device.name, info.backend, path, info.bytes, graph=path, packed=packed)
+        return Engine(
+            device.name,
+            info.backend,
+            path,
+            info.bytes,
+            graph=path,
+            precision=segment.precision,
+            packed=packed,
+        )
 
     def fixed(
         self, segment: Segment, devices: Sequence[Device], shapes: Shapes, label: str
@@ -169,7 +177,7 @@ class _Maker:
         """The engines of all other devices for one set of sizes."""
         made: dict[Any, Engine] = {}
         model: ir.Model | None = None
-        precision = "fp32"
+        precision = segment.precision
         for device in devices:
             builder = builder_for(device, self._cache)
             if not isinstance(builder, NetworkBuilder):
@@ -184,7 +192,7 @@ class _Maker:
                     *(getattr(device, name) for name in builder.device_fields),
                 )
             if same not in made:
-                model = model or specialized(segment.model, shapes, precision)
+                model = model or specialized(segment.model, shapes)
                 common = {"shapes": dict(shapes), "precision": precision, "sm": device.sm}
                 self._progress(
                     f"{'lowering' if builder.on_device else 'building'} {segment.name} for {device.name}"
@@ -204,9 +212,7 @@ class _Maker:
                         self._folder / path,
                         lambda text: self._progress(f"{segment.name} for {text}"),
                     )
-                    made[same] = engine_entry(
-                        device, path, info, f"{GRAPHS}/{segment.name}.onnx", shapes, precision
-                    )
+                    made[same] = engine_entry(device, path, info, graph_path(segment), shapes, precision)
             yield replace(made[same], target=device.name, sm=device.sm)
 
     def _lowered(self, stem: str, model: ir.Model, device: Device, common: Mapping[str, Any]) -> Engine:

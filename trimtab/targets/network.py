@@ -118,12 +118,13 @@ class NetworkBuilder(abc.ABC):
             tempfile.TemporaryDirectory(prefix="build-", dir=out.parent) as scratch,
             self.timing_cache(device) as timings,
         ):
-            folder = Path(scratch)
+            folder = Path(scratch).resolve()  # the worker runs in it
             job: dict[str, Any] = {
                 "package": self.backend,
                 "graph": str(write_graph(model, folder)),
                 "out": str(folder / "engine"),
                 "operators": sorted({node.op_type for node in model.graph.all_nodes() if node.domain == ""}),
+                "packed": any(node.domain == "trimtab" for node in model.graph.all_nodes()),
                 "compute_capability": self.compute_capability(device),
                 "workspace_bytes": options.workspace_bytes,
                 "optimization_level": options.optimization_level,

@@ -49,6 +49,10 @@ IR_VERSIONS: Mapping[int, int] = {19: 9, 22: 10, 23: 11, 24: 12, 25: 13}
 """Opset -> ONNX's IR version of the time: https://github.com/onnx/onnx/blob/main/docs/Versioning.md"""
 
 
+PLUGINS = (("trimtab", "TrimtabVQMatMul1"), ("trimtab", "TrimtabVQDecode1"))
+"""Of trimtab.targets.plugins, for TensorRT from 10.3 on; TensorRT for RTX takes none."""
+
+
 @dataclass(frozen=True)
 class Parser:
     """What one parser takes.
@@ -58,15 +62,19 @@ class Parser:
         version: Of TensorRT.
         opset: The newest that it knows.
         operators: What it takes in the form of the newest opset that trimtab writes.
+        plugins: Domain and name of the operators that trimtab's own plugins serve.
     """
 
     name: str
     version: Version
     opset: int
     operators: frozenset[str]
+    plugins: frozenset[tuple[str, str]] = frozenset()
 
     def refuses(self, node: ir.Node) -> str | None:
         """Why the parser cannot take a node, in a few words; None where it can."""
+        if (node.domain, node.op_type) in self.plugins:
+            return None
         if node.domain != "":
             return "is of a domain that it has no importer for"
         if node.op_type not in self.operators:
@@ -82,7 +90,8 @@ def tensorrt_parser(version: Version) -> Parser:
         if version >= since:
             operators |= set(names.split())
     opset = max(opset for since, opset in _OPSETS.items() if version >= since)
-    return Parser(f"TensorRT {version[0]}.{version[1]}", version, opset, frozenset(operators))
+    name = f"TensorRT {version[0]}.{version[1]}"
+    return Parser(name, version, opset, frozenset(operators), frozenset(PLUGINS))
 
 
 def _attention(node: ir.Node, parser: Parser) -> str | None:

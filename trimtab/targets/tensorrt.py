@@ -7,10 +7,14 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+import onnx_ir as ir
+
 from trimtab.errors import BuildFailed
 from trimtab.targets.device import Device
+from trimtab.targets.lowering import lower
 from trimtab.targets.network import NetworkBuilder, TimingCache
 from trimtab.targets.operators import OLDEST_TENSORRT, Parser, tensorrt_parser
+from trimtab.targets.plugins.lower import UseKernels
 
 
 class TensorRTBuilder(NetworkBuilder):
@@ -33,6 +37,15 @@ class TensorRTBuilder(NetworkBuilder):
     def device_fields(self) -> tuple[str, ...]:
         """All but the title: kernels are timed, so clocks, power mode and memory steer what is chosen."""
         return tuple(field.name for field in dataclasses.fields(Device) if field.name != "title")
+
+    def lower(self, model: ir.Model, device: Device) -> ir.Model:
+        """A copy of a graph that the device's parser takes, its packed weights served by trimtab's plugins.
+
+        Raises:
+            UnsupportedOp: It has an operator that the parser does not take, and that nothing here replaces.
+        """
+        forms = () if device.sm is None else (UseKernels(int(device.sm.replace(".", ""))),)
+        return lower(model, self.parser(device), forms)
 
     def parser(self, device: Device) -> Parser:
         """The oldest one of the device's JetPacks: what it takes, the later ones take as well."""

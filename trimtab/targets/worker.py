@@ -1,4 +1,4 @@
-"""One engine build, in a process of its own: nothing is imported here but TensorRT.
+"""One engine build, in a process of its own: nothing is imported here but TensorRT, and plugins where a graph has them.
 
 A parser that aborts or a kernel's out-of-memory killer then ends this process and not the compiler, and all of the
 memory goes back. Talks in lines of JSON: the job comes in as one line; out come ``{"at": phase}`` and, once,
@@ -66,9 +66,15 @@ def _build(job: dict[str, Any], lines: TextIO) -> dict[str, Any]:
         trt.init_libnvinfer_plugins(log, "")
     for path in job["plugins"]:
         trt.get_plugin_registry().load_library(path)
+    flags = ["STRONGLY_TYPED"]
+    if job["packed"] and not job["plugins"]:  # else a library has them
+        from trimtab.targets.plugins import qdp
+
+        qdp.register()
+        flags.append("PREFER_AOT_PYTHON_PLUGINS")
     builder = trt.Builder(log)
-    typed = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
-    network = builder.create_network(0 if typed is None else 1 << int(typed))
+    known = [getattr(trt.NetworkDefinitionCreationFlag, name, None) for name in flags]
+    network = builder.create_network(sum(1 << int(flag) for flag in known if flag is not None))
     _parse(trt, network, log, job)
     if "Attention" in job["operators"]:
         _let_decompose(trt, network)

@@ -1,0 +1,155 @@
+"""Maxima of tensors on a model's own trajectories, and the precision that follows from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+import trimtab
+from trimtab.bundle import open_bundle
+from trimtab.calibration import ranges as module
+from trimtab.calibration.draft import draft
+from trimtab.calibration.ranges import Ranges, fingerprint, load_ranges, measure_ranges
+from trimtab.calibration.trajectories import record
+from trimtab.errors import CalibrationError, InputError, TargetError
+from trimtab.passes.precision import SCORES
+from trimtab.program import Program, Segment
+from trimtab.storage import read_program
+from trimtab.targets.precision import in_precision
+
+pytestmark = pytest.mark.xdist_group("dit")
+
+BundleFolder = Callable[[str], Path]
+REQUEST = {"label": 1, "seed": 0, "schedule": 3}
+
+
+@pytest.fixture
+def program(bundle_folder: BundleFolder) -> Program:
+    return read_program(open_bundle(bundle_folder("dit")))
+
+
+def test_ranges_are_the_maxima_of_all_steps(
+    bundle_folder: BundleFolder, program: Program, tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    measured = measure_ranges(program, tmp_path / "draft", requests=[REQUEST]).segments["denoiser"]
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        samples = record(pipe, [REQUEST])
+    model = program.segments["denoiser"].model.clone()
+    own = {v.name for v in model.graph.outputs}
+    values = [v for node in model.graph for v in node.outputs if v.name in measured and v.name not in own]
+    model.graph.outputs.extend(values)
+    ir.save(model, tmp_path / "all.onnx", external_data="all.weights")
+    session = onnxruntime.InferenceSession(tmp_path / "all.onnx", providers=["CPUExecutionProvider"])
+    names = [str(v.name) for v in values]
+    tensors = [session.run(names, sample.inputs) for sample in samples]
+    assert len(names) > 50 and len(samples) == 3
+    for index, name in enumerate(names):
+        whole = max(float(np.abs(step[index]).max()) for step in tensors)
+        assert measured[name] == pytest.approx(whole, rel=1e-3, abs=1e-5), name
+
+
+def test_scores_of_an_attention_are_bounded_from_above() -> None:
+    import onnxruntime
+
+    text = """<ir_version: 10, opset_import: ["" : 23]>
+    agraph (float[2, 3, 16, 8] q, float[2, 3, 5, 8] k) => (float[2, 3, 16, 8] y) { y = Attention (q, k, k) }"""
+    model = ir.from_onnx_text(text)
+    names = module._watch(model)
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    rng = np.random.default_rng(0)
+    q, k = (rng.standard_normal((2, 3, n, 8)).astype(np.float32) for n in (16, 5))
+    bound = session.run(None, {"q": q, "k": k})[1][names.index(f"y{SCORES}")]
+    scores = np.einsum("bhqd,bhkd->bhqk", q, k) / np.sqrt(8)
+    longest = np.linalg.norm(q, axis=-1).max() * np.linalg.norm(k, axis=-1).max() / np.sqrt(8)
+    assert np.abs(scores).max() < bound == pytest.approx(longest, rel=1e-5)
+
+
+def test_ranges_are_saved_and_taken_again_for_the_same_program_alone(
+    program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = Ranges(fingerprint(program), {"denoiser": {"a": 1.5}})
+    known.save(tmp_path / "ranges.json")
+    assert load_ranges(tmp_path / "ranges.json") == known
+
+    def never(*_: object, **__: object) -> None:
+        raise RuntimeError("it was measured")
+
+    monkeypatch.setattr(module, "draft", never)
+    assert measure_ranges(program, tmp_path, earlier=tmp_path / "ranges.json") == known
+    replace(known, fingerprint="another").save(tmp_path / "ranges.json")
+    with pytest.raises(RuntimeError, match="it was measured"):
+        measure_ranges(program, tmp_path, earlier=tmp_path / "ranges.json")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"fingerprint": "a"}', '{"fingerprint": "a", "segments": {"d": {"x": -1}}}']
+)
+def test_a_file_that_holds_no_ranges_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "ranges.json").write_text(text)
+    with pytest.raises(InputError, match="holds no ranges"):
+        load_ranges(tmp_path / "ranges.json")
+
+
+def test_saved_ranges_are_plain_json(tmp_path: Path) -> None:
+    Ranges("mark", {"vae": {"x": 2.0}}).save(tmp_path / "deep" / "ranges.json")
+    assert json.loads((tmp_path / "deep" / "ranges.json").read_text()) == {
+        "fingerprint": "mark",
+        "segments": {"vae": {"x": 2.0}},
+    }
+
+
+ATTENTION = "decoder.mid_block.attentions.0"
+
+
+def planted(program: Program, factor: float) -> Program:
+    """The program with an attention of its VAE whose values leave FP16, and whose output layer takes it back."""
+    model = program.segments["vae_decoder"].model.clone()
+    factors = {"to_v.weight.T": factor, "to_v.bias": factor, "to_out.0.weight.T": 1 / factor}
+    for name, each in factors.items():
+        name = f"{ATTENTION}.{name}"
+        weight = model.graph.initializers[name].const_value
+        assert weight is not None
+        model.graph.initializers[name].const_value = ir.tensor(weight.numpy() * np.float32(each), name=name)
+    return replace(program, segments={**program.segments, "vae_decoder": Segment("vae_decoder", model)})
+
+
+def test_exactly_the_layer_that_overflows_stays_in_float32_and_the_picture_stays(
+    program: Program, tmp_path: Path
+) -> None:
+    strong = planted(program, 3e5)
+    measured = measure_ranges(strong, tmp_path / "measured", requests=[REQUEST])
+    safe = in_precision(strong, "fp16", measured)
+    kept = {name: refused for name, refused in _refused(strong, measured).items() if refused}
+    assert kept == {"vae_decoder": {f"{ATTENTION}.to_v", ATTENTION, f"{ATTENTION}.to_out.0"}}
+    with draft(strong, tmp_path / "fp32") as whole, draft(safe, tmp_path / "fp16") as half:
+        difference = np.abs(whole(**REQUEST).pixels - half(**REQUEST).pixels).max()
+    assert 0 < difference <= 2 / 255
+    # Without the ranges the same picture is lost.
+    blind = in_precision(strong, "fp16", Ranges("", {name: {} for name in strong.segments}))
+    with draft(blind, tmp_path / "blind") as pipe, pytest.raises(TargetError, match="not finite"):
+        pipe(**REQUEST)
+
+
+def _refused(program: Program, measured: Ranges) -> dict[str, set[str]]:
+    from trimtab.passes.precision import convert
+
+    return {
+        name: {r.where for r in convert(segment.model, "fp16", measured.segments[name]).refused}
+        for name, segment in program.segments.items()
+    }
+
+
+def test_a_model_that_is_broken_in_float32_is_not_measured(program: Program, tmp_path: Path) -> None:
+    broken = planted(program, float("nan"))
+    with pytest.raises(CalibrationError, match="vae_decoder gives numbers that are not finite in float32"):
+        measure_ranges(broken, tmp_path, requests=[REQUEST])

@@ -1,0 +1,313 @@
+"""Feature inheritance: what is skipped, when, and that it computes what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from chains import WIDTH, chain
+
+import trimtab
+from trimtab.bundle import open_bundle
+from trimtab.calibration.draft import draft
+from trimtab.errors import InputError, PassError
+from trimtab.passes.inherit import inherit
+from trimtab.passes.inherit_plan import InheritPlan, make_plan, save_plan
+from trimtab.passes.partition import partition
+from trimtab.passes.regions import branches, find_region, skipped_modules
+from trimtab.passes.scopes import module_tree
+from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
+from trimtab.storage import read_program
+
+BundleFolder = Callable[[str], Path]
+
+
+def whole(folder: Path) -> Program:
+    return read_program(open_bundle(folder))
+
+
+def looped(evaluations: int, **schedules: int) -> Program:
+    """A chain of five blocks, evaluated some times; further schedules by name."""
+    model = chain(5)
+    for node in model.graph:
+        scopes = node.metadata_props["pkg.torch.onnx.name_scopes"].replace("blocks.", "transformer_blocks.")
+        node.metadata_props["pkg.torch.onnx.name_scopes"] = scopes
+    step = Step((Call("denoiser", {"x0": "x"}, {"x5": "y"}),))
+    named = {name: Schedule((step,) * count) for name, count in ({"s-5": evaluations} | schedules).items()}
+    task = Task((TensorSpec("x", "float32", ("batch", 1, WIDTH), {"kind": "noise"}),), (), named)
+    return Program({"denoiser": Segment("denoiser", model)}, {"t": task}, (), (), (8, 8), 1, None, 1)
+
+
+def pattern(program: Program, schedule: str = "s-5") -> str:
+    """F for a full evaluation, i for one that inherits."""
+    steps = program.tasks["t"].schedules[schedule].steps
+    return "".join("i" if len(s.calls[0].inputs) > 1 else "F" for s in steps)
+
+
+# ---- plans ----
+
+
+def test_every_second_evaluation_runs_in_full() -> None:
+    assert pattern(inherit(looped(7), make_plan(2))) == "FiFiFiF"
+    assert pattern(inherit(looped(7), make_plan("3"))) == "FiiFiiF"
+
+
+def test_every_single_one_in_full_is_the_program_itself() -> None:
+    program = looped(7)
+    assert inherit(program, make_plan(1)) is program
+
+
+def test_the_ends_may_be_dense() -> None:
+    plan = InheritPlan(every=3, dense_start=3, dense_end=2)
+    assert pattern(inherit(looped(10), plan)) == "FFFiiFiiFF"
+
+
+def test_a_list_names_the_full_evaluations() -> None:
+    assert pattern(inherit(looped(6), InheritPlan(full=(0, 1, 4)))) == "FFiiFi"
+
+
+def test_a_list_without_the_first_evaluation_is_refused_by_name() -> None:
+    with pytest.raises(
+        PassError, match=r"s-5 is to inherit features at evaluation 0, before any ran in full"
+    ):
+        inherit(looped(6), InheritPlan(full=(1, 4)))
+
+
+def test_a_schedule_that_starts_later_starts_in_full_and_keeps_the_places_of_the_list() -> None:
+    program = inherit(looped(6, **{"s-5/from-2": 4}), InheritPlan(full=(0, 3)))
+    assert pattern(program) == "FiiFii"
+    assert pattern(program, "s-5/from-2") == "FFii"
+
+
+def test_choices_say_for_every_evaluation_what_is_skipped() -> None:
+    skip = ("blocks 1-3", "blocks 2-2")
+    plan = InheritPlan(skip=skip, choices={"s-5": ("", skip[0], skip[1], "")})
+    program = inherit(looped(4), plan)
+    reads = [sorted(s.calls[0].inputs) for s in program.tasks["t"].schedules["s-5"].steps]
+    assert reads == [["x0"], ["x0", "x4/added"], ["branch2", "x0"], ["x0"]]
+    partition(program)
+    short = InheritPlan(skip=skip, choices={"s-5": ("", skip[0])})
+    with pytest.raises(PassError, match="2 choices for s-5, which has 4 evaluations"):
+        inherit(looped(4), short)
+    with pytest.raises(PassError, match="no choices for the schedule s-5: it has other"):
+        inherit(looped(4), InheritPlan(skip=skip, choices={"other": ("",)}))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({}, "says 0 of them"),
+        ({"every": 2, "full": [0]}, "says 2 of them"),
+        ({"every": 0}, "every 0 evaluations"),
+        ({"full": [-1]}, "whole numbers from 0"),
+        ({"speed": 0.5}, "a number above 1"),
+        ({"every": 2, "branch": 1}, "has no 'branch'"),
+        ({"choices": {"s": ["x"]}}, "name 'x', which is not in skip"),
+        ({"every": 2, "skip": 3}, "cannot be understood"),
+        (True, "not a number, a file or a table"),
+    ],
+)
+def test_a_plan_that_cannot_be_meant_is_refused(value: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        make_plan(value)
+
+
+def test_a_plan_is_read_from_toml_and_from_json(tmp_path: Path) -> None:
+    (tmp_path / "plan.toml").write_text('skip = "branch 3"\nevery = 3\ndense_start = 2\n')
+    plan = make_plan(tmp_path / "plan.toml")
+    assert plan == InheritPlan(skip=("branch 3",), every=3, dense_start=2)
+    save_plan(plan, tmp_path / "plan.json")
+    assert make_plan(str(tmp_path / "plan.json")) == plan
+    with pytest.raises(InputError, match="cannot be read as JSON"):
+        make_plan(tmp_path / "none.json")
+
+
+# ---- regions ----
+
+
+def deepcache(branch: int, blocks: int, layers: int) -> Callable[[str], bool]:
+    """What DeepCache skips for a cache_branch_id: its rule, for module paths of a U-Net.
+
+    From https://arxiv.org/abs/2312.00858, section 3.3, and the rule as its users set it: block and layer are
+    ``divmod(branch, layers + 1)``; on the way down a layer is skipped from that place on, the downsampler counting
+    as the last layer; on the way up, counted from the outermost, after that place.
+    """
+    at_block, at_layer = divmod(branch, layers + 1)
+
+    def skipped(path: str) -> bool:
+        if path.startswith("mid_block"):
+            return True
+        match = re.match(
+            r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)", path
+        )
+        assert match is not None
+        block, kind, layer = int(match[2]), match[3], int(match[4])
+        if match[1] == "down":
+            layer = layers if kind == "downsamplers" else layer
+            return block > at_block or (block == at_block and layer >= at_layer)
+        block, layer = blocks - 1 - block, 0 if kind == "upsamplers" else layers - layer
+        return block > at_block or (block == at_block and layer > at_layer)
+
+    return skipped
+
+
+def check_branches(program: Program, blocks: int, layers: int) -> None:
+    model = program.segments["denoiser"].model
+    found = branches(model.graph)
+    assert len(found) == blocks * (layers + 1)  # conv_in, every layer, and all downsamplers but the last
+    paths = [
+        path
+        for path in module_tree(model.graph)
+        if re.fullmatch(r"(down|up)_blocks\.\d+\.\w+\.\d+|mid_block\.\w+\.\d+", path)
+    ]
+    for branch in range(len(found)):
+        expected = {path for path in paths if deepcache(branch, blocks, layers)(path)}
+        skipped = set(skipped_modules(model, find_region(model, f"branch {branch}")))
+        assert skipped & set(paths) == expected, branch
+
+
+@pytest.mark.parametrize(("family", "blocks"), [("sd15", 3), ("sdxl", 2)])
+def test_branches_skip_what_deepcache_skips(bundle_folder: BundleFolder, family: str, blocks: int) -> None:
+    check_branches(whole(bundle_folder(family)), blocks, layers=1)
+
+
+ARCHITECTURES = {
+    "sd15": {
+        "block_out_channels": (8, 8, 8, 8),
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        "layers_per_block": 2,
+    },
+    "sdxl": {
+        "block_out_channels": (8, 8, 8),
+        "down_block_types": ("DownBlock2D",) + ("CrossAttnDownBlock2D",) * 2,
+        "up_block_types": ("CrossAttnUpBlock2D",) * 2 + ("UpBlock2D",),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": (1, 2, 10),
+    },
+}
+"""The architectures of unet/config.json of Stable Diffusion 1.5 and SDXL, at a width that costs nothing."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "blocks"), [("sd15", 4), ("sdxl", 3)])
+def test_branches_of_the_published_architectures_are_deepcaches(name: str, blocks: int) -> None:
+    import tiny
+    import torch
+
+    from trimtab.export.modules import ConditionalUNet
+    from trimtab.export.parts import hidden_example, sample_example, timestep_example
+    from trimtab.export.trace import trace
+
+    inputs = {
+        "sample": sample_example(4),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(16),
+    }
+    torch.manual_seed(0)
+    model = trace(ConditionalUNet(tiny.unet(**ARCHITECTURES[name])), inputs, ["prediction"])
+    program = dataclasses.replace(looped(1), segments={"denoiser": Segment("denoiser", model)})
+    check_branches(program, blocks, layers=2)
+
+
+def test_a_region_that_the_denoiser_lacks_is_refused_by_name(bundle_folder: BundleFolder) -> None:
+    model = whole(bundle_folder("sd15")).segments["denoiser"].model
+    for name, message in [
+        ("branch 6", "branch 6 is to be inherited and the denoiser has the branches 0 to 5"),
+        ("blocks 0-1", "the denoiser has the blocks none"),
+        ("down_blocks.7.*", r"down_blocks.7.\* is to be inherited and the denoiser has no such module"),
+    ]:
+        with pytest.raises(PassError, match=message):
+            find_region(model, name)
+
+
+def test_a_residual_branch_is_inherited_by_what_it_adds(bundle_folder: BundleFolder) -> None:
+    graph = (model := whole(bundle_folder("sd15")).segments["denoiser"].model).graph
+    makers = {str(v.name): n for n in graph for v in n.outputs}
+    (resnet,) = find_region(model, "down_blocks.0.resnets.0").values
+    assert makers[resnet].op_type == "Conv" and "conv2" in str(makers[resnet].metadata_props)
+    (attention,) = find_region(model, "*.0.attentions.0.transformer_blocks.0.attn1").values[:1]
+    assert "attn1.to_out" in str(makers[attention].metadata_props)
+    before = len(list(graph))
+    find_region(model, "layers")
+    assert len(list(graph)) == before  # one Add says it: nothing is rewritten
+
+
+def test_several_blocks_are_inherited_by_what_they_add_together_and_only_once_rewritten() -> None:
+    model = looped(1).segments["denoiser"].model
+    assert find_region(model, "blocks 1-3").values == ("x4/added",)
+    count = len(list(model.graph))
+    assert find_region(model, "blocks 1-3").values == ("x4/added",)
+    assert len(list(model.graph)) == count == 17
+
+
+# ---- numbers ----
+
+
+@pytest.mark.parametrize(
+    ("family", "skip"),
+    [
+        ("sd15", "branch 0"),
+        ("sd15", "branch 3"),
+        ("sd15", "layers"),
+        ("sd15", "cross-attention"),
+        ("dit", "layers"),
+        ("dit", "feed-forward"),
+    ],
+)
+def test_inheriting_from_the_same_step_equals_the_full_pass(
+    bundle_folder: BundleFolder, tmp_path: Path, family: str, skip: str
+) -> None:
+    program = inherit(whole(bundle_folder(family)), InheritPlan(skip=(skip,), every=2))
+    name, task = next(iter(program.tasks.items()))
+    key, schedule = (
+        list(task.schedules.items())[-1] if family == "dit" else next(iter(task.schedules.items()))
+    )
+    first, second = schedule.steps[:2]
+
+    def apart(call: Call, result: str) -> Call:
+        return dataclasses.replace(
+            call, outputs={**call.outputs, "next_sample": "aside", "model_output": result}
+        )
+
+    steps = (
+        dataclasses.replace(first, calls=(apart(first.calls[0], "full"),)),
+        # The second's way of calling, with the first's numbers.
+        dataclasses.replace(first, calls=(apart(second.calls[0], "again"),)),
+    )
+    task = dataclasses.replace(task, schedules={key: Schedule(steps, schedule.prologue)})
+    program = partition(dataclasses.replace(program, tasks={name: task}, epilogue=()))
+    options = {"label": 1} if family == "dit" else {"prompt": "a"}
+    with draft(program, tmp_path) as pipe:
+        request, plan, _ = pipe.prepare(seed=0, **options)
+        plan.run(request)
+        full, again = (plan.buffers[key] for key in ("full", "again"))
+        assert np.abs(full).max() > 0
+        np.testing.assert_array_equal(again, full)
+        np.testing.assert_array_equal(
+            plan.steps[1].calls[0].inputs["sample_weights"], [1, 0, 0, 0][: len(plan.buffers["state"])]
+        )
+
+
+def test_a_bundle_is_compiled_with_inheritance_and_its_weights_do_not_grow(
+    bundle_folder: BundleFolder, pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    from trimtab.inspection import inspect
+
+    trimtab.compile(pipeline_folder("ddpm"), tmp_path / "b", steps=4, inherit=2)
+    plain, ours = (inspect(open_bundle(path)) for path in (bundle_folder("ddpm"), tmp_path / "b"))
+    calls = ours["schedules"][0]["calls"]
+    assert [len(step) for step in calls] == [3, 2, 3, 2]
+    assert all(name.startswith("denoiser.") for step in calls for name in step)
+
+    def weights(bundle: dict[str, Any]) -> int:
+        return sum(f["bytes"] for f in bundle["files"] if f["path"].endswith(".weights"))
+
+    assert weights(ours) <= weights(plain)
+    with trimtab.load(tmp_path / "b") as pipe:
+        assert np.isfinite(pipe(seed=0).pixels).all()

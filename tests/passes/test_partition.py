@@ -1,0 +1,201 @@
+"""Cutting graphs: few segments, each node in one of them, the same numbers."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from chains import Tensors, add, call, chain, program, run_model, run_step
+
+from trimtab.errors import PassError
+from trimtab.passes.partition import partition, reach
+from trimtab.program import Program
+
+
+def inputs(rows: int = 3) -> Tensors:
+    return {"x": np.random.default_rng(1).standard_normal((rows, 1, 8)).astype(np.float32)}
+
+
+def segments(cut: Program) -> list[list[str]]:
+    return [
+        [str(node.outputs[0].name) for node in s.model.graph]
+        for name, s in cut.segments.items()
+        if name.startswith("denoiser")
+    ]
+
+
+def test_a_program_that_names_no_inner_values_is_left_as_it_is() -> None:
+    whole = program(chain(2), call(chain(2)))
+    cut = partition(whole)
+    assert cut.segments == whole.segments and cut.tasks == whole.tasks and cut.passes == ()
+
+
+def test_partitioned_equals_whole_bit_for_bit_and_inheriting_from_the_same_step_equals_it() -> None:
+    model = chain(5)
+    expected = run_model(model, {"x0": inputs()["x"]})["x5"]
+    full, inheriting = call(model, kept={"branch2": "denoiser/b"}), call(model, {"branch2": "denoiser/b"})
+    cut = partition(program(model, full, inheriting))
+    tensors = inputs()
+    for step in cut.tasks["t"].schedules["s"].steps:
+        run_step(cut, step, tensors)
+        np.testing.assert_array_equal(tensors.pop("y"), expected)
+
+
+def test_one_region_makes_three_segments_and_a_step_that_inherits_calls_two() -> None:
+    model = chain(5)
+    cut = partition(program(model, call(model, kept={"x4": "f"}), call(model, {"x4": "f"})))
+    steps = cut.tasks["t"].schedules["s"].steps
+    # x4 hides everything before it; the last block needs nothing else.
+    assert [len(s.calls) for s in steps] == [2, 1]
+    assert len(segments(cut)) == 2
+    model = chain(5)
+    cut = partition(program(model, call(model, kept={"branch3": "f"}), call(model, {"branch3": "f"})))
+    assert [len(s.calls) for s in cut.tasks["t"].schedules["s"].steps] == [3, 2]
+    assert segments(cut)[1] == ["product3", "branch3"]
+
+
+@pytest.mark.parametrize(
+    ("regions", "count"),
+    [
+        ((["branch1"], ["branch1", "branch3"]), 5),  # a second region beside the first
+        ((["branch1", "branch3"],), 5),  # two that always go together are of one kind, yet apart in the graph
+        ((["branch1"], ["x3"]), 4),  # x3 holds branch1: nested
+        (
+            (["branch1", "branch2"], ["branch2", "branch3"]),
+            7,
+        ),  # overlapping: three branches, four sums between
+    ],
+)
+def test_regions_that_nest_or_overlap_give_the_fewest_segments(
+    regions: tuple[list[str], ...], count: int
+) -> None:
+    model = chain(5)
+    kept = {v: f"denoiser/{v}" for region in regions for v in region}
+    calls = [call(model, kept=kept)]
+    calls += [call(model, {v: f"denoiser/{v}" for v in region}) for region in regions]
+    cut = partition(program(model, *calls))
+    assert len(segments(cut)) == count
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_other_order_of_a_random_graph_has_fewer_segments(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    model = chain(1)
+    graph, values = model.graph, list(model.graph.outputs)
+    for k in range(9):
+        first, second = (values[int(i)] for i in rng.integers(0, len(values), 2))
+        values.append(add(graph, "", "Add", [first, second], f"v{k}"))
+    ends = [v for v in values if not list(v.uses())]
+    last = ends[0]
+    for k, value in enumerate(ends[1:]):
+        last = add(graph, "", "Add", [last, value], f"end{k}")
+    graph.outputs[:] = [last]
+    chosen = [str(v.name) for v in rng.choice(np.array(values[1:-1], object), 2, replace=False)]
+    calls = [call(model, kept={v: v for v in chosen}), *(call(model, {v: v}) for v in chosen)]
+    needs = [reach(graph.outputs, {v: None for v in values if v.name == name}, set()) for name in chosen]
+    sort = {str(n.outputs[0].name): tuple(n in need for need in needs) for n in graph}
+    makers = {str(n.outputs[0].name): {str(v.name) for v in n.inputs if v and v.producer()} for n in graph}
+
+    def fewest() -> int:
+        ways, count = {frozenset[str]()}, 0
+        while frozenset(sort) not in ways:
+            ways = {done for way in ways for kind in set(sort.values()) if (done := grown(way, kind)) != way}
+            count += 1
+        return count
+
+    def grown(way: frozenset[str], kind: tuple[bool, ...]) -> frozenset[str]:
+        while ready := {n for n in sort if n not in way and sort[n] == kind and makers[n] <= way}:
+            way |= ready
+        return way
+
+    expected = fewest()
+    assert len(segments(partition(program(model, *calls)))) == expected
+
+
+def test_every_node_and_every_weight_stands_in_exactly_one_segment() -> None:
+    model = chain(6)
+    names = [str(node.outputs[0].name) for node in model.graph]
+    calls = [
+        call(model, kept={"branch1": "a", "x4": "b"}),
+        call(model, {"branch1": "a"}),
+        call(model, {"x4": "b"}),
+    ]
+    cut = partition(program(model, *calls))
+    assert sorted(n for part in segments(cut) for n in part) == sorted(names)
+    weights = [name for s in cut.segments.values() for name in s.model.graph.initializers]
+    assert sorted(weights) == [f"W{k}" for k in range(6)]
+
+
+def test_what_is_computed_from_constants_stands_with_its_reader_and_does_not_cross() -> None:
+    model = chain(3)
+    graph = model.graph
+    codes = ir.Value(
+        name="codes",
+        shape=ir.Shape([8, 8]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+        const_value=ir.tensor(np.ones((8, 8), np.float32), name="codes"),
+    )
+    graph.register_initializer(codes)
+    node = ir.node("Neg", [codes], name="decoded")
+    node.outputs[0].name = "decoded"
+    graph.insert_before(graph.node(0), node)
+    graph.node("product1").replace_input_with(1, node.outputs[0])
+    cut = partition(program(model, call(model, kept={"branch1": "f"}), call(model, {"branch1": "f"})))
+    assert segments(cut)[1] == ["decoded", "product1", "branch1"]
+    assert [v.name for v in cut.segments["denoiser.1"].model.graph.inputs] == ["x1"]
+
+
+def test_a_value_may_stand_for_another_and_gets_a_tensor_of_its_own_downstream() -> None:
+    model = chain(3)
+    graph = model.graph
+    other = ir.node("Neg", [graph.node("x1").outputs[0]], name="other")
+    output = other.outputs[0]
+    output.name, output.type, output.shape = "other", ir.TensorType(ir.DataType.FLOAT), ir.Shape(["n", 1, 8])
+    graph.insert_after(graph.node("x1"), other)
+    plain, swapped = call(model), call(model, {"branch1": "denoiser/other"}, {"other": "denoiser/other"})
+    cut = partition(program(model, plain, swapped))
+    tensors, steps = inputs(), cut.tasks["t"].schedules["s"].steps
+    run_step(cut, steps[0], tensors)
+    np.testing.assert_array_equal(tensors["y"], run_model(chain(3), {"x0": tensors["x"]})["x3"])
+    run_step(cut, steps[1], tensors)
+    x1 = run_model(chain(1), {"x0": tensors["x"]})["x1"]
+    w2 = graph.initializers["W2"].const_value
+    assert w2 is not None
+    x2 = x1 - x1
+    np.testing.assert_allclose(tensors["y"], x2 + np.maximum(x2 @ w2.numpy(), 0), atol=1e-6)
+    # The tail is one segment for both.
+    assert [c.segment for c in steps[0].calls][-1] == [c.segment for c in steps[1].calls][-1]
+
+
+def test_a_cut_at_a_value_that_the_graph_lacks_is_refused_by_name() -> None:
+    model = chain(2)
+    with pytest.raises(PassError, match="cut at nowhere, and the graph has no such value"):
+        partition(program(model, call(model, kept={"nowhere": "f"})))
+
+
+def test_a_schedule_that_reads_a_feature_before_any_step_wrote_it_is_refused_by_name() -> None:
+    model = chain(3)
+    calls = [call(model, {"branch1": "denoiser/b"}), call(model, kept={"branch1": "denoiser/b"})]
+    with pytest.raises(PassError, match=r"step 0 of s \(t\) reads denoiser/b in denoiser.2 before any step"):
+        partition(program(model, *calls))
+
+
+def test_a_value_whose_shape_is_not_known_is_refused_by_name() -> None:
+    model = chain(3)
+    model.graph.node("branch1").outputs[0].shape = None
+    calls = [call(model, kept={"branch1": "f"}), call(model, {"branch1": "f"})]
+    with pytest.raises(PassError, match="cut at branch1, and its type is FLOAT and its shape None"):
+        partition(program(model, *calls))
+
+
+def test_the_sizes_of_a_part_follow_from_its_own_inputs() -> None:
+    model = chain(3)
+    for node in model.graph:
+        for value in node.outputs:
+            value.shape = ir.Shape(["n*(m//2)", 8])
+    model.graph.inputs[0].shape = ir.Shape(["n*(m//2)", 8])
+    cut = partition(program(model, call(model, kept={"branch1": "f"}), call(model, {"branch1": "f"})))
+    for segment in cut.segments.values():
+        assert [str(v.shape) for v in segment.model.graph.outputs] == ["[size_0,8]"] * len(
+            segment.model.graph.outputs
+        )

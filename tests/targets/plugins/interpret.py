@@ -1,0 +1,106 @@
+"""Runs the kernels in Triton's interpreter, on the CPU, against a plain loop; prints one JSON object.
+
+Has a process of its own, started with TRITON_INTERPRET=1: Triton reads that when it is imported.
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+import triton.language as tl
+
+from trimtab.targets.plugins.codes import as_words
+from trimtab.targets.plugins.kernels import launch_decode, launch_matmul
+from trimtab.targets.plugins.tiles import DECODE, Tile
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """(n, j) codes as (n, bytes) packed rows, bit by bit: bit b of code c is bit c * bits + b of its row."""
+    rows = np.zeros((len(codes), -(-codes.shape[1] // 4) * 4 * bits // 8), np.uint8)
+    for n, row in enumerate(codes):
+        for c, code in enumerate(row):
+            for b in range(bits):
+                bit = c * bits + b
+                rows[n, bit // 8] |= (int(code) >> b & 1) << bit % 8
+    return rows
+
+
+def weights(codes: np.ndarray, codebook: torch.Tensor, k: int) -> torch.Tensor:
+    """W (n, k), one codeword after the other."""
+    out = torch.zeros((len(codes), k), dtype=codebook.dtype)
+    for n, row in enumerate(codes):
+        for c, code in enumerate(row):
+            for e, value in enumerate(codebook[code]):
+                if c * codebook.shape[1] + e < k:
+                    out[n, c * codebook.shape[1] + e] = value
+    return out
+
+
+def case(
+    m: int, n: int, k: int, tile: Tile, d: int = 4, bits: int = 8, dtype: torch.dtype = torch.float16
+) -> float:
+    """The largest error of the product, relative to its largest value."""
+    random = np.random.default_rng(m * n * k)
+    codes = random.integers(0, 1 << bits, (n, -(-k // d)), dtype=np.uint8)
+    codebook = torch.from_numpy(random.standard_normal((1 << bits, d))).to(dtype)
+    x = torch.from_numpy(random.standard_normal((m, k))).to(dtype)
+    scale = torch.from_numpy(random.uniform(0.5, 2, n).astype(np.float32))
+    bias = torch.from_numpy(random.standard_normal(n)).to(dtype)
+    words = torch.from_numpy(as_words(pack(codes, bits)))
+    y = launch_matmul(x, words, codebook, scale, bias, tile, bits).float()
+    w = weights(codes, codebook, k).double()
+    expected = (x.double() @ w.T) * scale.double() + bias.double()
+    return float((y - expected).abs().max() / expected.abs().max())
+
+
+def decoded(shape: tuple[int, ...], d: int, bits: int, scaled: bool) -> int:
+    """How many decoded weights differ from the plain loop's."""
+    random = np.random.default_rng(sum(shape))
+    n, channels, taps = shape[0], shape[1], int(np.prod(shape[2:]))
+    codes = random.integers(0, 1 << bits, (n, -(-channels * taps // d)), dtype=np.uint8)
+    codebook = torch.from_numpy(random.standard_normal((1 << bits, d))).to(torch.float16)
+    scale = torch.from_numpy(random.uniform(0.5, 2, n).astype(np.float32)) if scaled else torch.ones(n)
+    words = torch.from_numpy(as_words(pack(codes, bits)))
+    got = launch_decode(words, codebook, scale, shape, DECODE, bits)
+    plain = (weights(codes, codebook, channels * taps).float() * scale[:, None]).half()
+    return int((got != plain.reshape(n, taps, channels).mT.reshape(shape)).sum())
+
+
+def understand_bfloat16() -> None:
+    """Triton's interpreter keeps bfloat16 as uint16 and multiplies those integers; hardware multiplies numbers."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def numbers(handle: TensorHandle) -> TensorHandle:
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    plain = InterpreterBuilder.create_dot
+    InterpreterBuilder.create_dot = lambda self, a, b, *rest: plain(self, numbers(a), numbers(b), *rest)
+
+
+FEW = Tile(8, 16, 32, 4, 4, 3, True, True)
+MANY = Tile(32, 32, 32, 1, 4, 3)
+
+if __name__ == "__main__":
+    understand_bfloat16()
+    results = {
+        "few rows": case(1, 24, 256, FEW),
+        "few rows, a depth that no tile divides": case(3, 17, 90, FEW),
+        "few rows, two weights a codeword": case(8, 16, 128, FEW, d=2),
+        "few rows, six bits": case(5, 16, 70, FEW, d=2, bits=6),
+        "many rows": case(40, 48, 64, MANY),
+        "many rows, odd sizes": case(33, 35, 51, MANY),
+        "many rows, two weights a codeword": case(32, 32, 64, MANY, d=2),
+        "many rows, six bits": case(32, 33, 67, MANY, d=2, bits=6),
+        "many rows, shared memory": case(32, 32, 64, Tile(32, 32, 32, shared=True, permuted=True)),
+        "many rows, bfloat16": case(32, 32, 64, MANY, dtype=torch.bfloat16),
+        "few rows, bfloat16": case(2, 16, 128, FEW, dtype=torch.bfloat16),
+        "decode 3x3": decoded((18, 8, 3, 3), 4, 8, False),
+        "decode 1x1 of odd channels": decoded((5, 21, 1, 1), 4, 8, False),
+        "decode 3x3 of odd channels, six bits": decoded((3, 5, 3, 3), 2, 6, False),
+        "decode with scales": decoded((16, 12, 3, 3), 2, 8, True),
+    }
+    print(json.dumps(results))

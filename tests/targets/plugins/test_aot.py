@@ -1,0 +1,131 @@
+"""Kernels compiled without a GPU: every SM, tensor cores, and nothing in the PTX that a launch would miss."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from trimtab.errors import BuildFailed, BundleError, UnsupportedOp
+from trimtab.targets.plugins.aot import (
+    PTX_VERSIONS,
+    Kernel,
+    decode_kernel,
+    matmul_kernels,
+    read_kernels,
+    trimmed,
+    write_kernels,
+)
+from trimtab.targets.plugins.tiles import SHARED_LIMIT, SMS, STATIC_LIMIT, tiles
+
+TENSOR_CORES = {90: "wgmma.mma_async", 110: "tcgen05.mma"}
+ROWS = (1, 16, 64, 256, 1024, 4096)
+
+
+def assemble(kernel: Kernel, sm: int, folder: Path) -> str:
+    """What ptxas says of a kernel; Triton brings one."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    source = folder / "kernel.ptx"
+    source.write_text(kernel.ptx)
+    arch = f"sm_{sm}{'a' if sm >= 90 else ''}"
+    command = [get_ptxas(sm).path, "-v", f"-arch={arch}", str(source), "-o", str(folder / "kernel.cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def check(sm: int, rows: int, folder: Path) -> None:
+    kernels = matmul_kernels(sm, rows, 1152, 4608, limit=SHARED_LIMIT[sm] * 1024)
+    assert len(kernels) == len(tiles(sm, rows))
+    for kernel in kernels:
+        said = assemble(kernel, sm, folder)
+        assert "0 bytes spill stores" in said
+        assert kernel.ptx.startswith(f".version {PTX_VERSIONS.get(sm, 80) / 10}\n")
+        parameters = re.findall(r"\.param \.(u64|u32)", kernel.ptx)
+        assert parameters == ["u64"] * 5 + ["u32"] * 4 + ["u64"]
+        if rows >= 16:
+            few = rows <= 64  # a batch of small products, which only mma.sync does
+            assert kernel.ptx.count("mma.sync" if few else TENSOR_CORES.get(sm, "mma.sync"))
+    assert matmul_kernels(sm, rows, 1152, 4608)[-1].shared_bytes <= STATIC_LIMIT
+
+
+@pytest.mark.parametrize(("sm", "rows"), [(87, 1), (87, 256), (90, 1024)])
+def test_a_kernel_assembles_and_uses_tensor_cores(sm: int, rows: int, tmp_path: Path) -> None:
+    check(sm, rows, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("sm", SMS)
+def test_every_kernel_assembles_on_every_sm(sm: int, rows: int, tmp_path: Path) -> None:
+    check(sm, rows, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sm", SMS)
+@pytest.mark.parametrize(("d", "bits", "dtype"), [(2, 6, "fp16"), (2, 8, "bf16"), (4, 8, "bf16")])
+def test_every_format_assembles_on_every_sm(sm: int, d: int, bits: int, dtype: str, tmp_path: Path) -> None:
+    for rows in (1, 4096):
+        for kernel in matmul_kernels(sm, rows, 321, 333, d=d, bits=bits, dtype=dtype):
+            assemble(kernel, sm, tmp_path)
+    assemble(decode_kernel(sm, 321, 333, d=d, bits=bits, dtype=dtype), sm, tmp_path)
+
+
+def test_the_decoder_assembles(tmp_path: Path) -> None:
+    kernel = decode_kernel(87, 320, 2880)
+    assemble(kernel, 87, tmp_path)
+    assert kernel.shared_bytes <= STATIC_LIMIT and kernel.dtype == "fp16"
+
+
+def test_kernels_come_back_from_their_text() -> None:
+    kernels = (
+        Kernel("a", 8, 16, 256, 1000, "fp16", ".visible .entry a(\n)\n"),
+        Kernel("b", 64, 32, 128, 60000, "fp16", ".visible .entry b(\n)\n"),
+    )
+    assert read_kernels(write_kernels(kernels)) == kernels
+
+
+@pytest.mark.parametrize(
+    "text", ["", "a 8 16 256 1000 fp16\n", "a 8 x 256 1000 fp16\n.entry a(", "a 8\n.entry a("]
+)
+def test_text_that_is_no_kernel_is_refused(text: str) -> None:
+    with pytest.raises(BundleError, match="compile the bundle again"):
+        read_kernels(text)
+
+
+def test_an_sm_without_a_kernel_is_refused_with_those_that_have_one() -> None:
+    with pytest.raises(UnsupportedOp, match="no kernel for sm_75, only for sm_80"):
+        matmul_kernels(75, 1, 8, 8)
+
+
+PTX = """// made by a compiler
+.version 8.0
+.visible .entry f(
+\t.param .u64 .ptr .global .align 1 f_param_0,
+\t.param .u32 f_param_1,
+\t.param .u64 .ptr .global .align 1 f_param_2
+)
+.reqntid 32
+{
+\t.loc 1 2 3
+\tld.param.b64 %rd1, [f_param_0]; // a comment
+\tret;
+}
+\t.section\t.debug_abbrev
+"""
+
+
+def test_parameters_that_only_tritons_launcher_fills_are_cut_off() -> None:
+    text = trimmed(PTX, 2)
+    assert "f_param_1\n)" in text and "f_param_2" not in text
+    assert "debug" not in text and ".loc" not in text and "comment" not in text
+
+
+def test_a_kernel_that_needs_scratch_memory_is_refused() -> None:
+    with pytest.raises(BuildFailed, match="f uses f_param_2"):
+        trimmed(PTX.replace("[f_param_0]", "[f_param_2]"), 2)

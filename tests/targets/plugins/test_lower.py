@@ -1,0 +1,224 @@
+"""The lowering to the plugins: computes what the graph computed, and leaves what no kernel can take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+
+pytest.importorskip("triton")
+
+from trimtab.targets.device import find_device
+from trimtab.targets.operators import RTX
+from trimtab.targets.plugins.aot import Kernel, read_kernels
+from trimtab.targets.plugins.lower import UseKernels
+from trimtab.targets.tensorrt import TensorRTBuilder
+
+HALF = ir.DataType.FLOAT16
+
+
+def rows_of(codes: np.ndarray, codebook: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """Weights (O, columns) of packed rows of bytes: bit by bit, one codeword after the other."""
+    stream = np.unpackbits(codes.view(np.uint8), axis=1, bitorder="little")
+    count = -(-columns // codebook.shape[1])
+    index = stream[:, : count * bits].reshape(len(codes), count, bits) @ (1 << np.arange(bits))
+    return codebook[index].reshape(len(codes), -1)[:, :columns]
+
+
+class VQDequantize(OpRun):
+    op_domain = "trimtab"
+
+    def _run(
+        self, codes: Any, codebook: Any, scale: Any = None, shape: Any = None, index_bits: int = 8
+    ) -> Any:
+        rows = rows_of(codes, codebook, index_bits, int(np.prod(shape[1:])))
+        scaled = rows if scale is None else (rows * scale[:, None]).astype(rows.dtype)
+        return (scaled.reshape(shape),)
+
+
+class TrimtabVQMatMul1(OpRun):
+    op_domain = "trimtab"
+
+    def _run(self, x: Any, words: Any, codebook: Any, scale: Any, bias: Any, **attributes: Any) -> Any:
+        assert attributes["plugin_namespace"] == "trimtab" and attributes["plugin_version"] == "1"
+        bits = {256: 8, 64: 6}[len(codebook)]
+        w = rows_of(words, codebook, bits, x.shape[-1]).astype(np.float32)
+        return (((x.astype(np.float32) @ w.T) * scale + bias).astype(x.dtype),)
+
+
+class TrimtabVQDecode1(OpRun):
+    op_domain = "trimtab"
+
+    def _run(self, words: Any, codebook: Any, scale: Any, shape: Any = None, **attributes: Any) -> Any:
+        taps = int(np.prod(shape[2:]))
+        rows = rows_of(words, codebook, {256: 8, 64: 6}[len(codebook)], int(np.prod(shape[1:])))
+        scaled = (rows * scale[:, None]).astype(codebook.dtype)
+        return (scaled.reshape(shape[0], taps, shape[1]).swapaxes(1, 2).reshape(shape),)
+
+
+def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
+    proto = ir.to_proto(model)
+    del proto.functions[:]
+    session = ReferenceEvaluator(proto, new_ops=[VQDequantize, TrimtabVQMatMul1, TrimtabVQDecode1])
+    return session.run(None, {"x": x})[0]
+
+
+class Sample:
+    """A graph of one packed weight, as the pass that packs weights leaves it."""
+
+    def __init__(self, x: tuple[Any, ...], shape: tuple[int, ...], *, bits: int = 8, d: int = 4, k: int = 256,
+                 scaled: bool = False, dtype: ir.DataType = HALF) -> None:  # fmt: skip
+        self.random = np.random.default_rng(0)
+        count = -(-int(np.prod(shape[1:])) // d)
+        stored = self.random.integers(0, k, (shape[0], count), dtype=np.uint8)
+        if bits == 6:
+            flat = np.unpackbits(stored[..., None], axis=2, bitorder="little")[..., :6].reshape(shape[0], -1)
+            width = -(-count // 4) * 24
+            stored = np.packbits(
+                np.pad(flat, ((0, 0), (0, width - flat.shape[1]))), axis=1, bitorder="little"
+            )
+        self.x = ir.Value(name="x", shape=ir.Shape(x), type=ir.TensorType(dtype))
+        self.dtype, self.nodes, self.constants = dtype, [], []
+        inputs = [self.constant("codes", stored), self.constant("codebook", self.normal(k, d))]
+        if scaled:
+            inputs.append(self.constant("scale", self.normal(shape[0])))
+        attributes = {"shape": list(shape), "index_bits": bits}
+        self.weight = self.node(
+            "VQDequantize", inputs, attributes, shape, domain="trimtab", name="layer.weight"
+        )
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return self.random.standard_normal(shape).astype(self.dtype.numpy())
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        tensor = ir.tensor(array, name=name)
+        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        self.constants.append(value)
+        return value
+
+    def node(
+        self, op: str, inputs: list[ir.Value], attributes: dict[str, Any], shape: Any, **more: Any
+    ) -> ir.Value:
+        made = ir.node(op, inputs, attributes, **more)
+        made.outputs[0].name = f"v{len(self.nodes)}"
+        made.outputs[0].shape, made.outputs[0].type = ir.Shape(shape), ir.TensorType(self.dtype)
+        self.nodes.append(made)
+        return made.outputs[0]
+
+    def model(self, out: ir.Value) -> ir.Model:
+        opsets = {"": 20, "trimtab": 1}
+        graph = ir.Graph(
+            [self.x], [out], nodes=self.nodes, initializers=self.constants, opset_imports=opsets, name="g"
+        )
+        return ir.Model(graph, ir_version=10)
+
+
+def matmul(bias: bool = True, rows: Any = 6, **options: Any) -> ir.Model:
+    sample = Sample((2, rows, 22), (20, 22), **options)
+    turned = sample.node("Transpose", [sample.weight], {"perm": [1, 0]}, (22, 20))
+    y = sample.node("MatMul", [sample.x, turned], {}, (2, rows, 20))
+    if bias:
+        y = sample.node("Add", [sample.constant("bias", sample.normal(20)), y], {}, (2, rows, 20))
+    return sample.model(y)
+
+
+def gemm(**attributes: Any) -> ir.Model:
+    sample = Sample((12, 22), (20, 22))
+    inputs = [sample.x, sample.weight, sample.constant("bias", sample.normal(20))]
+    return sample.model(sample.node("Gemm", inputs, {"transB": 1, **attributes}, (12, 20)))
+
+
+def conv(kernel: tuple[int, int], group: int = 1, **options: Any) -> ir.Model:
+    stored = (8, *kernel, 10 // group) if kernel != (1, 1) else (8, 10 // group, 1, 1)
+    sample = Sample((1, 10, 7, 7), stored, **options)
+    weight = sample.weight
+    if kernel != (1, 1):
+        weight = sample.node("Transpose", [weight], {"perm": [0, 3, 1, 2]}, (8, 10 // group, *kernel))
+    size = (1, 8, 8 - kernel[0], 8 - kernel[1])
+    return sample.model(sample.node("Conv", [sample.x, weight], {"group": group}, size))
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph]
+
+
+def lowered(model: ir.Model) -> tuple[np.ndarray, np.ndarray]:
+    """What the graph computed before, and what it computes after."""
+    x = (
+        np.random.default_rng(1)
+        .standard_normal([int(d) for d in model.graph.inputs[0].shape])
+        .astype(np.float16)
+    )
+    before = run(model, x)
+    result = UseKernels(87)(model)
+    assert result.applied == ("layer.weight",) and not result.refused
+    onnx.checker.check_model(ir.to_proto(model))
+    return before, run(model, x)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"bias": False}, {"scaled": True}, {"bits": 6, "d": 2, "k": 64}, {"d": 2}, {"k": 30}],
+    ids=["bias", "no bias", "scales", "six bits", "two a codeword", "few codewords"],
+)
+def test_a_matmul_and_its_bias_become_one_product(options: dict[str, Any]) -> None:
+    model = matmul(**options)
+    before, after = lowered(model)
+    assert operators(model) == ["TrimtabVQMatMul1"]
+    # The graph rounds the product, the scale and the sum to 16 bits each; the kernel once.
+    np.testing.assert_allclose(after, before, atol=2.0**-9 * np.abs(before).max())
+
+
+def test_a_gemm_becomes_one_product() -> None:
+    model = gemm()
+    before, after = lowered(model)
+    assert operators(model) == ["TrimtabVQMatMul1"]
+    np.testing.assert_allclose(after, before, atol=2.0**-9 * np.abs(before).max())
+
+
+@pytest.mark.parametrize(("kernel", "group"), [((3, 3), 1), ((3, 3), 2), ((1, 1), 1), ((1, 3), 1)])
+def test_a_convolution_reads_a_decoded_weight(kernel: tuple[int, int], group: int) -> None:
+    model = conv(kernel, group)
+    before, after = lowered(model)
+    assert operators(model) == ["TrimtabVQDecode1", "Conv"]
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("model", [gemm(alpha=0.5), matmul(rows="tokens")], ids=["factor", "open rows"])
+def test_what_cannot_be_fused_reads_a_decoded_weight(model: ir.Model) -> None:
+    UseKernels(87)(model)
+    assert operators(model)[0] == "TrimtabVQDecode1" and "VQDequantize" not in operators(model)
+
+
+def test_the_kernels_are_those_for_the_rows_and_the_type() -> None:
+    model = matmul()
+    UseKernels(87)(model)
+    (node,) = model.graph
+    kernels: tuple[Kernel, ...] = read_kernels(node.attributes["kernels"].as_string())
+    assert [(kernel.rows, kernel.dtype) for kernel in kernels] == [(16, "fp16")]  # 2 x 6 rows
+    assert {value.dtype.name for value in node.inputs[1:]} == {"INT32", "FLOAT16", "FLOAT"}
+
+
+def test_a_weight_that_computes_in_32_bits_stays_and_says_why() -> None:
+    model = matmul(dtype=ir.DataType.FLOAT)
+    result = UseKernels(87)(model)
+    assert operators(model)[0] == "VQDequantize" and not result.applied
+    assert result.refused[0].reason == "its weight is FLOAT, and kernels take FP16 and BF16"
+
+
+def test_a_second_run_finds_nothing_left() -> None:
+    model = matmul()
+    assert UseKernels(87)(model).modified
+    assert not UseKernels(87)(model).modified
+
+
+def test_for_a_jetson_the_builder_lowers_to_the_plugins_and_desktop_cards_have_none() -> None:
+    model = matmul()
+    assert operators(TensorRTBuilder().lower(model, find_device("orin-nano-8gb"))) == ["TrimtabVQMatMul1"]
+    assert "VQDequantize" in operators(model)  # stays as it was
+    assert not RTX.plugins

@@ -1,0 +1,153 @@
+"""Multiplications and bytes of graphs, counted by hand beside them."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from trimtab.errors import PassError
+from trimtab.passes.scopes import SCOPES
+from trimtab.targets.cost import WHOLE, Cost, by_module, node_costs
+from trimtab.targets.propagation import input_sizes, propagate
+
+
+def graph(text: str) -> ir.Model:
+    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23]>\n{text}')
+
+
+def sizes(model: ir.Model, name: str, **symbols: int) -> tuple[int, ...]:
+    found = propagate(model, input_sizes(model, symbols))
+    return next(extent.shape for value, extent in found.items() if value.name == name)
+
+
+SHAPED = """
+agraph (float[n, 4, h, w] x) => (float[n, 4, a, b] y)
+<int64[1] minus = {-1}, int64[1] one = {1}, int64[1] two = {2}, float[2] halves = {0.5, 0.5}> {
+    whole = Shape <start = 2> (x)
+    half = Div (whole, two)
+    nc = Shape <start = 0, end = 2> (x)
+    wanted = Concat <axis = 0> (nc, half)
+    y = Resize <mode = "nearest"> (x, , , wanted)
+}
+"""
+
+
+def test_sizes_follow_shape_arithmetic() -> None:
+    assert sizes(graph(SHAPED), "y", n=3, h=10, w=6) == (3, 4, 5, 3)
+    assert sizes(graph(SHAPED), "y", n=1, h=2, w=4) == (1, 4, 1, 2)
+
+
+def test_a_size_without_a_value_is_named() -> None:
+    with pytest.raises(PassError, match="needs w"):
+        input_sizes(graph(SHAPED), {"n": 1, "h": 8})
+    with pytest.raises(PassError, match="3 axes, 4 needed"):
+        propagate(graph(SHAPED), {"x": (1, 4, 8)})
+
+
+def test_an_operator_of_another_domain_has_the_sizes_that_it_declares() -> None:
+    text = """
+    agraph (float[n, 4] x) => (float[n, 8] y) <float[n, 8] z> {
+        z = own.Unknown (x)
+        y = Relu (z)
+    }
+    """
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23, "own" : 1]>\n{text}')
+    assert sizes(model, "y", n=5) == (5, 8)
+    next(iter(model.graph)).outputs[0].shape = None
+    with pytest.raises(PassError, match="sizes of z, which Unknown makes"):
+        propagate(model, {"x": (5, 4)})
+
+
+@pytest.mark.parametrize(
+    ("text", "macs"),
+    [
+        ("agraph (float[2,3,8] x, float[8,5] w) => (float[2,3,5] y) { y = MatMul (x, w) }", 2 * 3 * 5 * 8),
+        ("agraph (float[8,3] x, float[5,8] w) => (float y) { y = Gemm <transA=1, transB=1> (x, w) }", 3 * 5 * 8),
+        (
+            "agraph (float[2,6,9,9] x, float[4,3,3,3] w) => (float y) { y = Conv <group=2, pads=[1,1,1,1]> (x, w) }",
+            2 * 4 * 81 * 3 * 9,
+        ),
+        (
+            "agraph (float[2,6,9,9] x, float[6,4,2,2] w) => (float y) { y = ConvTranspose <strides=[2,2]> (x, w) }",
+            2 * 6 * 81 * 4 * 4,
+        ),
+        (
+            "agraph (float[2,3,16,8] q, float[2,3,7,8] k, float[2,3,7,4] v) => (float y) { y = Attention (q, k, v) }",
+            2 * 3 * 16 * 7 * (8 + 4),
+        ),
+        (
+            "agraph (float[2,16,24] q, float[2,7,24] k, float[2,7,24] v) => (float y)"
+            " { y = Attention <q_num_heads=3, kv_num_heads=3> (q, k, v) }",
+            2 * 3 * 16 * 7 * (8 + 8),
+        ),
+        (
+            'agraph (float[2,3,4] x, float[2,4,5] w) => (float y) { y = Einsum <equation="bij,bjk->bik"> (x, w) }',
+            2 * 3 * 4 * 5,
+        ),
+        ("agraph (float[2,3] x) => (float y) { y = Sigmoid (x) }", 0),
+    ],
+)  # fmt: skip
+def test_multiplications_are_counted(text: str, macs: int) -> None:
+    model = graph(text)
+    inputs = {v.name or "": tuple(int(d) for d in v.shape or ()) for v in model.graph.inputs}
+    assert sum((cost.macs for cost in node_costs(model, inputs).values()), 0) == macs
+
+
+def test_bytes_are_those_of_weights_reads_and_results_and_views_are_free() -> None:
+    text = """
+    agraph (float[n, 8] x) => (float16[2, n, 4] y) <float[8, 8] w> {
+        a = MatMul (x, w)
+        b = Mul (a, a)
+        shape = Constant <value = int64[3] {2, -1, 4}> ()
+        c = Reshape (b, shape)
+        y = Cast <to = 10> (c)
+    }
+    """
+    model = graph(text.replace("<float[8, 8] w>", f"<float[8, 8] w = {{{', '.join(['1'] * 64)}}}>"))
+    costs = {node.op_type: cost for node, cost in node_costs(model, {"x": (6, 8)}).items()}
+    assert costs["MatMul"] == Cost(6 * 8 * 8, weight_bytes=256, read_bytes=192, written_bytes=192)
+    assert costs["Mul"] == Cost(0, read_bytes=192, written_bytes=192)  # one tensor, read once
+    assert costs["Reshape"] == Cost()
+    assert costs["Cast"] == Cost(0, read_bytes=192, written_bytes=96)
+
+
+def test_a_module_costs_what_its_modules_cost() -> None:
+    model = graph(
+        "agraph (float[4,4] x) => (float[4,4] y) { a = MatMul (x, x) b = MatMul (a, x) y = MatMul (b, x) }"
+    )
+    for node, path in zip(model.graph, (["", "outer.first"], ["", "outer.second"], [""]), strict=True):
+        outer = ["outer"] if len(path) > 1 else []
+        node.metadata_props[SCOPES] = repr([path[0], *outer, *path[1:], "matmul"])
+    total = by_module(node_costs(model, {"x": (4, 4)}))
+    assert {path: cost.macs for path, cost in total.items()} == {
+        WHOLE: 192, "outer": 128, "outer.first": 64, "outer.second": 64,
+    }  # fmt: skip
+
+
+def test_counts_agree_with_torchs_on_a_traced_block() -> None:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from trimtab.export.trace import Example, trace
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = torch.nn.Sequential(
+                torch.nn.Conv2d(3, 8, 3, padding=1),
+                torch.nn.SiLU(),
+                torch.nn.Flatten(2),
+                torch.nn.Linear(64, 5),
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x)
+
+    module, sample = Wrapped(), np.zeros((2, 3, 8, 8), np.float32)
+    model = trace(module, {"x": Example(torch.from_numpy(sample), ("n", None, None, None))}, ("y",))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(torch.zeros(4, 3, 8, 8))
+    total = by_module(node_costs(model, {"x": (4, 3, 8, 8)}))
+    assert 2 * total[WHOLE].macs == counter.get_total_flops()
+    assert total["0"].macs + total["3"].macs == total[WHOLE].macs

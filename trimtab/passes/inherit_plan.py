@@ -1,0 +1,129 @@
+"""What is inherited and when, as plain data: from a number, a TOML or JSON file, or a search."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trimtab.errors import InputError
+
+FULL = ""
+"""Stands for a step that inherits nothing."""
+
+
+@dataclass(frozen=True)
+class InheritPlan:
+    """Which features are inherited from an earlier step, and at which steps.
+
+    Attributes:
+        skip: What a step that inherits does not run: "branch K", "blocks I-J", "layers", "self-attention",
+            "cross-attention", "feed-forward", "convolution", or module names with ``*`` (see
+            `trimtab.passes.regions`). Empty for the model's default. All of them are skipped together, except
+            with ``choices``.
+        every: Every N-th evaluation runs in full.
+        full: In place of ``every``: the evaluations that run in full, counted from 0 on the whole schedule.
+        choices: In place of both: schedule -> for every evaluation what it skips, one of ``skip`` or `FULL`.
+        dense_start: The first evaluations, which all run in full.
+        dense_end: The last ones.
+        speed: Look for the schedule: this many times as fast as full evaluations, by MACs, with the least drift
+            (`trimtab.calibration.drift`).
+    """
+
+    skip: tuple[str, ...] = ()
+    every: int | None = None
+    full: tuple[int, ...] = ()
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    dense_start: int = 0
+    dense_end: int = 0
+    speed: float | None = None
+
+    def __post_init__(self) -> None:
+        modes = [self.every is not None, bool(self.full), bool(self.choices), self.speed is not None]
+        if sum(modes) != 1:
+            raise InputError(
+                "a plan of inheritance says one of every = N, full = [...], speed = S and [choices]; "
+                f"this one says {sum(modes)} of them"
+            )
+        if self.every is not None and (type(self.every) is not int or self.every < 1):
+            raise InputError(f"every {self.every!r} evaluations: a whole number from 1 is needed")
+        if any(type(step) is not int or step < 0 for step in self.full):
+            raise InputError(f"full = {list(self.full)}: whole numbers from 0 are needed")
+        if any(type(n) is not int or n < 0 for n in (self.dense_start, self.dense_end)):
+            raise InputError("dense_start and dense_end must be whole numbers from 0")
+        if self.speed is not None and not self.speed > 1:
+            raise InputError(f"speed = {self.speed}: a number above 1 is needed")
+        for name, choices in self.choices.items():
+            if unknown := sorted(set(choices) - {FULL, *self.skip}):
+                raise InputError(f"the choices of {name} name {unknown[0]!r}, which is not in skip")
+
+    def wants_full(self, index: int, total: int, since: int | None) -> bool:
+        """Whether an evaluation is to run in full. Not for plans with ``choices``.
+
+        Args:
+            index: Of the evaluation on the whole schedule.
+            total: Its length.
+            since: How long ago the last full one ran; None where none did.
+        """
+        if index < self.dense_start or index >= total - self.dense_end:
+            return True
+        if self.every is not None:
+            return since is None or since >= self.every
+        return index in self.full
+
+
+def make_plan(value: Any) -> InheritPlan:
+    """A plan from a number (every N-th), a mapping of the fields, or a file that holds one.
+
+    Raises:
+        InputError: It is none of them, or a field does not fit.
+    """
+    if isinstance(value, InheritPlan):
+        return value
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return InheritPlan(every=value)
+    if isinstance(value, str | Path):
+        value = _read(Path(value))
+    if not isinstance(value, Mapping):
+        raise InputError(f"the plan of inheritance {value!r} is not a number, a file or a table")
+    known = {f.name for f in dataclasses.fields(InheritPlan)}
+    if unknown := sorted(set(value) - known):
+        raise InputError(f"a plan of inheritance has no {unknown[0]!r}: known are {', '.join(sorted(known))}")
+    fields = dict(value)
+    try:
+        if isinstance(fields.get("skip"), str):
+            fields["skip"] = (fields["skip"],)
+        for name in ("skip", "full"):
+            if name in fields:
+                fields[name] = tuple(fields[name])
+        if "choices" in fields:
+            fields["choices"] = {name: tuple(steps) for name, steps in fields["choices"].items()}
+        return InheritPlan(**fields)
+    except (TypeError, AttributeError) as error:
+        raise InputError(f"the plan of inheritance cannot be understood: {error}") from None
+
+
+def save_plan(plan: InheritPlan, path: Path) -> None:
+    """Writes a plan as JSON, which `make_plan` reads."""
+    known = {
+        f.name: getattr(plan, f.name)
+        for f in dataclasses.fields(plan)
+        if getattr(plan, f.name) not in (None, (), {}, 0)
+    }
+    path.write_text(json.dumps(known, indent=1), encoding="utf-8")
+
+
+def _read(path: Path) -> Any:
+    if path.suffix == ".json":
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} cannot be read as JSON ({error}): mend it") from None
+    from trimtab.recipe import read_toml
+
+    return read_toml(path)

@@ -1,0 +1,344 @@
+"""Cutting graphs where calls reach inside them.
+
+A call names the inputs and outputs of a graph. Passes that skip work write calls that name more: values *inside*
+of the graph. An inner value among a call's outputs is kept in the tensor that the call says; an inner value among
+its inputs is not computed but read from there, and nothing that only it needs is run. So
+
+    a full step         Call("denoiser", inputs, outputs | {v: "denoiser/v"})
+    one that inherits   Call("denoiser", inputs | {v: "denoiser/v"}, outputs)
+    one that rewrites   Call("denoiser", inputs | {v: "denoiser/w"}, outputs | {w: "denoiser/w"})
+
+say all of feature inheritance, and of phases in which one value stands for another. `partition` turns such calls
+into calls of segments. Nodes that run in the same kinds of call may share a segment, every node stands in exactly
+one, and the segments are as few as an order without cycles allows: so regions that nest or overlap cost no more
+cuts than they need. A tensor that crosses a cut is a buffer with a name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from trimtab.errors import PassError
+from trimtab.passes.segments import build_segment, local_nodes
+from trimtab.passes.sizes import LocalizeSizes
+from trimtab.program import Call, PassEntry, Program, Segment, Task
+
+_FRONTIER = 256
+"""Orders that the search for the fewest segments keeps at each length; where there are no more it is exact."""
+
+
+def partition(program: Program) -> Program:
+    """Cuts every graph whose inner values calls name, into segments ``NAME.0``, ``NAME.1``, ... in running order.
+
+    Exact: the same operators run on the same numbers. Constants and arithmetic on sizes are repeated where they
+    are needed; a weight stands in one segment, unless several read it.
+
+    Args:
+        program: The graphs that are cut are edited (`LocalizeSizes`) before.
+
+    Returns:
+        A program whose calls name inputs and outputs only.
+
+    Raises:
+        PassError: A call names a value that the graph lacks; the shape of a value at a cut is not known; or a
+            schedule reads a tensor before any step wrote it.
+    """
+    segments: dict[str, Segment] = {}
+    cuts: dict[str, _Cut] = {}
+    entries: list[PassEntry] = []
+    for name, segment in program.segments.items():
+        calls = [call for call in step_calls(program) if call.segment == name]
+        cut = _Cut(name, segment.model, calls)
+        if not cut.inner:
+            segments[name] = segment
+            continue
+        segments.update({part: Segment(part, model) for part, model in cut.run().items()})
+        cuts[name] = cut
+        entries.append(PassEntry("Partition", name, len(cut.parts), 0))
+
+    def expanded(calls: tuple[Call, ...]) -> tuple[Call, ...]:
+        return tuple(
+            part
+            for call in calls
+            for part in (cuts[call.segment].calls(call) if call.segment in cuts else (call,))
+        )
+
+    result = dataclasses.replace(
+        program,
+        segments=segments,
+        tasks=map_calls(program.tasks, expanded),
+        passes=(*program.passes, *entries),
+    )
+    check_order(result)
+    return result
+
+
+def step_calls(program: Program) -> Iterable[Call]:
+    """All calls of all steps."""
+    for task in program.tasks.values():
+        for schedule in task.schedules.values():
+            for step in schedule.steps:
+                yield from step.calls
+
+
+def map_calls(
+    tasks: Mapping[str, Task], change: Callable[[tuple[Call, ...]], tuple[Call, ...]]
+) -> dict[str, Task]:
+    """Tasks with the calls of every step changed."""
+    return {
+        name: dataclasses.replace(
+            task,
+            schedules={
+                key: dataclasses.replace(
+                    schedule,
+                    steps=tuple(dataclasses.replace(s, calls=change(s.calls)) for s in schedule.steps),
+                )
+                for key, schedule in task.schedules.items()
+            },
+        )
+        for name, task in tasks.items()
+    }
+
+
+def check_order(program: Program) -> None:
+    """Raises PassError where a step reads what only a later one writes."""
+    made = {tensor for call in step_calls(program) for tensor in call.outputs.values() if "[" not in tensor}
+    for task_name, task in program.tasks.items():
+        for name, schedule in task.schedules.items():
+            first = [*task.prologue, *schedule.prologue]
+            written = {tensor for call in first for tensor in call.outputs.values()}
+            written.update(spec.name for spec in task.inputs)
+            for index, step in enumerate(schedule.steps):
+                for call in step.calls:
+                    if early := made & {*call.inputs.values()} - written:
+                        raise PassError(
+                            f"step {index} of {name} ({task_name}) reads {min(early)} in {call.segment} before "
+                            "any step wrote it: let an earlier step run in full"
+                        )
+                    written.update(call.outputs.values())
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What makes two calls of a graph the same to a partition.
+
+    Attributes:
+        given: Inner values that are read, each with the inner value of the same call that stands for it, or None
+            where it comes from elsewhere.
+        kept: Inner values that are written.
+    """
+
+    given: tuple[tuple[str, str | None], ...]
+    kept: tuple[str, ...]
+
+    @classmethod
+    def of(cls, call: Call, inputs: set[str], outputs: set[str]) -> Kind:
+        """The kind of a call of a graph with these inputs and outputs."""
+        made = {tensor: value for value, tensor in call.outputs.items()}
+        given = tuple(sorted((v, made.get(t)) for v, t in call.inputs.items() if v not in inputs))
+        return cls(given, tuple(sorted(v for v in call.outputs if v not in outputs)))
+
+
+class _Cut:
+    """One graph, cut for all the kinds of its calls."""
+
+    def __init__(self, name: str, model: ir.Model, calls: Sequence[Call]) -> None:
+        self.name = name
+        self.model = model
+        graph = model.graph
+        self._inputs = {str(value.name) for value in graph.inputs}
+        self._outputs = {str(value.name) for value in graph.outputs}
+        self.kinds = list(dict.fromkeys(self.kind(call) for call in calls))
+        self.inner = {v for kind in self.kinds for v in (*(g for g, _ in kind.given), *kind.kept)}
+        self.parts: dict[str, ir.Model] = {}
+        self._runs: dict[Kind, tuple[str, ...]] = {}
+        self._tags: dict[Kind, dict[str, int]] = {}
+
+    def kind(self, call: Call) -> Kind:
+        return Kind.of(call, self._inputs, self._outputs)
+
+    def run(self) -> dict[str, ir.Model]:
+        """The parts, in running order."""
+        LocalizeSizes()(self.model)
+        graph = self.model.graph
+        nodes = list(graph)
+        values = {str(value.name): value for node in nodes for value in node.outputs}
+        for name in sorted(self.inner - values.keys()):
+            raise PassError(f"{self.name} is to be cut at {name}, and the graph has no such value")
+        local = local_nodes(graph)
+        given = {kind: {values[v]: values[w] if w else None for v, w in kind.given} for kind in self.kinds}
+        needs = {
+            kind: reach([*graph.outputs, *(values[v] for v in kind.kept)], given[kind], local)
+            for kind in self.kinds
+        }
+        runs = {
+            node: frozenset(kind for kind in self.kinds if node in needs[kind])
+            for node in nodes
+            if node not in local
+        }
+        used = [node for node in nodes if runs.get(node)]
+        sources = _Sources(local, given)
+        groups = _order(used, runs, sources)
+
+        home = {value: index for index, group in enumerate(groups) for n in group for value in n.outputs}
+        crossing = {
+            value
+            for index, group in enumerate(groups)
+            for node in group
+            for value in sources.all(node)
+            if value in home and home[value] != index
+        }
+        leaving = crossing | set(graph.outputs) | {values[v] for kind in self.kinds for v in kind.kept}
+        for index, group in enumerate(groups):
+            outputs = [value for node in group for value in node.outputs if value in leaving]
+            part = f"{self.name}.{index}"
+            self._check_given(part, group, given, runs)
+            self.parts[part] = build_segment(part, self.model, group, outputs, local)
+        for kind in self.kinds:
+            self._runs[kind] = tuple(
+                part for part, group in zip(self.parts, groups, strict=True) if kind in runs[group[0]]
+            )
+        self._tags = _tag(groups, given, sources, self.kinds)
+        return self.parts
+
+    def _check_given(
+        self,
+        part: str,
+        group: Sequence[ir.Node],
+        given: Mapping[Kind, Mapping[ir.Value, ir.Value | None]],
+        runs: Mapping[ir.Node, frozenset[Kind]],
+    ) -> None:
+        """Whoever reads a value that is not always the computed one must not stand beside its maker."""
+        made = {value for node in group for value in node.outputs}
+        for kind in runs[group[0]]:
+            if inside := made & given[kind].keys():
+                raise PassError(
+                    f"{min(str(v.name) for v in inside)} is read from elsewhere in a step that also computes it, "
+                    f"in {part}: what makes it gives other values that the step needs"
+                )
+
+    def calls(self, call: Call) -> tuple[Call, ...]:
+        """The calls of segments that make one of the whole."""
+        kind = self.kind(call)
+        tags = self._tags[kind]
+
+        def tensor(value: str) -> str:
+            if value in call.outputs:
+                return call.outputs[value]
+            tag = f"@{tags[value]}" if tags.get(value) else ""
+            return f"{self.name}{tag}/{value}"
+
+        result = []
+        for part in self._runs[kind]:
+            graph = self.parts[part].graph
+            inputs = {str(v.name): call.inputs.get(str(v.name)) or tensor(str(v.name)) for v in graph.inputs}
+            outputs = {str(v.name): tensor(str(v.name)) for v in graph.outputs}
+            result.append(Call(part, inputs, outputs))
+        return tuple(result)
+
+
+def reach(
+    wanted: Iterable[ir.Value], given: Mapping[ir.Value, ir.Value | None], local: set[ir.Node]
+) -> set[ir.Node]:
+    """The nodes that must run for some values.
+
+    Args:
+        wanted: The values.
+        given: Values that are not computed -> what stands for them, or None for what is there already.
+        local: Nodes that are not looked at.
+    """
+    needed: set[ir.Node] = set()
+    stack = list(wanted)
+    while stack:
+        value = stack.pop()
+        source = given.get(value, value)
+        node = None if source is None else source.producer()
+        if node is not None and node not in needed and node not in local:
+            needed.add(node)
+            stack.extend(v for v in node.inputs if v is not None)
+    return needed
+
+
+class _Sources:
+    """What a node reads, over all kinds of call: its inputs, and what may stand for them."""
+
+    def __init__(self, local: set[ir.Node], given: Mapping[Kind, Mapping[ir.Value, ir.Value | None]]) -> None:
+        self._local = local
+        self._stands: dict[ir.Value, list[ir.Value]] = {}
+        for values in given.values():
+            for value, other in values.items():
+                if other is not None:
+                    self._stands.setdefault(value, []).append(other)
+
+    def all(self, node: ir.Node) -> list[ir.Value]:
+        read = [v for v in node.inputs if v is not None and v.producer() not in self._local]
+        return [*read, *(other for v in read for other in self._stands.get(v, ()))]
+
+
+def _order(
+    nodes: Sequence[ir.Node], runs: Mapping[ir.Node, frozenset[Kind]], sources: _Sources
+) -> list[list[ir.Node]]:
+    """The fewest groups of nodes that run in the same kinds of call, in an order without cycles.
+
+    A state of the search is the set of nodes that are placed. It goes from the end: a move places all nodes of one
+    sort whose readers are placed. Placing more never hurts, so the shortest way is the fewest groups; and what is
+    placed from the end lies near its readers, which keeps the tensors at the cuts few.
+    """
+    number = {node: index for index, node in enumerate(nodes)}
+    readers = [0] * len(nodes)
+    for node in nodes:
+        for value in sources.all(node):
+            maker = value.producer()
+            if maker in number:
+                assert number[maker] < number[node]
+                readers[number[maker]] |= 1 << number[node]
+    sorts: dict[frozenset[Kind], list[int]] = {}
+    for node in reversed(nodes):
+        sorts.setdefault(runs[node], []).append(number[node])
+    whole = (1 << len(nodes)) - 1
+    frontier: dict[int, list[list[int]]] = {0: []}
+    while whole not in frontier:
+        following: dict[int, list[list[int]]] = {}
+        for placed, way in frontier.items():
+            for members in sorts.values():
+                now, group = placed, []
+                for index in members:
+                    if not now >> index & 1 and not readers[index] & ~now:
+                        now |= 1 << index
+                        group.append(index)
+                if group:
+                    following.setdefault(now, [*way, group])
+        best = sorted(following, key=int.bit_count, reverse=True)[:_FRONTIER]
+        frontier = {placed: following[placed] for placed in best}
+    return [[nodes[index] for index in reversed(group)] for group in reversed(frontier[whole])]
+
+
+def _tag(
+    groups: Sequence[Sequence[ir.Node]],
+    given: Mapping[Kind, Mapping[ir.Value, ir.Value | None]],
+    sources: _Sources,
+    kinds: Sequence[Kind],
+) -> dict[Kind, dict[str, int]]:
+    """Numbers for values that a kind computes from others than the graph says, and that may have other sizes."""
+    numbers: dict[frozenset[tuple[ir.Value, ir.Value]], int] = {frozenset(): 0}
+    tags: dict[Kind, dict[str, int]] = {}
+    for kind in kinds:
+        swaps: dict[ir.Value, frozenset[tuple[ir.Value, ir.Value]]] = {}
+        for node in (node for group in groups for node in group):
+            above: frozenset[tuple[ir.Value, ir.Value]] = frozenset()
+            for value in node.inputs:
+                if value is None:
+                    continue
+                other = given[kind].get(value)
+                above |= swaps.get(other or value, frozenset())
+                if other is not None:
+                    above |= {(value, other)}
+            swaps.update(dict.fromkeys(node.outputs, above))
+        tags[kind] = {
+            str(value.name): numbers.setdefault(above, len(numbers)) for value, above in swaps.items()
+        }
+    return tags

@@ -1,0 +1,232 @@
+"""What can be inherited from an earlier step: regions of a denoiser by name, and the tensors that stand for them.
+
+| name | what is not run | what is inherited |
+|---|---|---|
+| ``branch K`` | a U-Net's blocks deeper than its K-th skip connection | what they hand to the up path |
+| ``blocks I-J`` | blocks I to J of a transformer, in running order | what they add to the residual stream |
+| ``layers`` | every ResNet block and transformer layer | what each adds |
+| ``convolution`` | every ResNet block | what each adds |
+| ``self-attention``, ``cross-attention``, ``feed-forward`` | that unit of every transformer block | its output |
+| a module's name, ``*`` allowed | the module | its output, or what it adds |
+
+``branch K`` is DeepCache's ``cache_branch_id`` (Ma et al., https://arxiv.org/abs/2312.00858, section 3.3): the skip
+connections are counted from the outermost, and up to the K-th both paths run. A layer or transformer block is a
+residual branch: to inherit its output would throw away what the step itself made before it, so what is inherited is
+what it adds, as in Delta-DiT (https://arxiv.org/abs/2406.01125, section 3.2). Where one Add at the end of the module
+says that, its operand is the tensor. Where several Adds lie on the way, the graph is rewritten to
+``x + (f(x) - x)``, which rounds once more.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from trimtab.errors import PassError
+from trimtab.passes.partition import reach
+from trimtab.passes.scopes import SCOPES, module_tree, scopes
+
+UNITS = {
+    "self-attention": ("attn1", "attn"),
+    "cross-attention": ("attn2",),
+    "feed-forward": ("ff", "ff_context"),
+}
+"""Unit -> the last part of its modules' names in diffusers."""
+
+_LAYER = re.compile(r"^(?:.*\.)?(?:resnets|attentions|transformer_blocks|single_transformer_blocks)\.\d+$")
+_RESNET = re.compile(r"^(?:.*\.)?resnets\.\d+$")
+_BLOCK = re.compile(r"^(?:single_)?transformer_blocks\.\d+$")
+
+
+@dataclass(frozen=True)
+class Region:
+    """Something that a step may skip.
+
+    Attributes:
+        name: As a plan has it.
+        values: Tensors of the graph that are inherited.
+    """
+
+    name: str
+    values: tuple[str, ...]
+
+
+def default_region(model: ir.Model) -> str:
+    """What is skipped where a plan does not say: the outermost branch, or all blocks but the first and the last.
+
+    Raises:
+        PassError: The graph is neither a U-Net nor a transformer of named blocks.
+    """
+    if branches(model.graph):
+        return "branch 0"
+    count = len(_blocks(model.graph))
+    if count < 3:
+        raise PassError(
+            "the denoiser has neither up_blocks with skip connections nor three transformer_blocks: say in a plan "
+            "what to skip"
+        )
+    return f"blocks 1-{count - 2}"
+
+
+def find_region(model: ir.Model, name: str) -> Region:
+    """The tensors that stand for a region; the graph may be rewritten so that they exist.
+
+    Raises:
+        PassError: The graph has no such region.
+    """
+    graph = model.graph
+    if match := re.fullmatch(r"branch (\d+)", name):
+        found = branches(graph)
+        if int(match[1]) >= len(found):
+            raise PassError(
+                f"{name} is to be inherited and the denoiser has the branches {_span(len(found))}"
+            )
+        return Region(name, (str(found[int(match[1])].name),))
+    if match := re.fullmatch(r"blocks (\d+)-(\d+)", name):
+        blocks, first, last = _blocks(graph), int(match[1]), int(match[2])
+        if first > last or last >= len(blocks):
+            raise PassError(
+                f"{name} are to be inherited and the denoiser has the blocks {_span(len(blocks))}"
+            )
+        return Region(name, _stands_for(graph, blocks[first : last + 1], blocks[first]))
+    values = [v for path in _modules(graph, name) for v in _stands_for(graph, [path], path)]
+    return Region(name, tuple(values))
+
+
+def branches(graph: ir.Graph) -> list[ir.Value]:
+    """What each skip connection of a U-Net is joined with on the up path, outermost first; empty for others."""
+    joins = [
+        node
+        for node in graph
+        if node.op_type == "Concat"
+        and len(node.inputs) == 2
+        and node.attributes["axis"].as_int() == 1
+        and any(re.fullmatch(r"up_blocks\.\d+", path) for path in scopes(node))
+    ]
+    return [value for node in reversed(joins) if (value := node.inputs[0]) is not None]
+
+
+def skipped_modules(model: ir.Model, region: Region) -> tuple[str, ...]:
+    """Paths of the modules whose feature maps a step that inherits a region does not compute.
+
+    Conditioning that was traced in a module and is shared with others is not held against it.
+    """
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    running = reach(model.graph.outputs, {values[name]: None for name in region.values}, set())
+    maps = {node for node in running if any(_is_map(value) for value in node.outputs)}
+    return tuple(path for path, module in module_tree(model.graph).items() if not maps & {*module.nodes})
+
+
+def _is_map(value: ir.Value) -> bool:
+    """Whether a value is a feature map or a row of tokens; what has fewer axes is conditioning."""
+    floating = value.dtype is not None and value.dtype.is_floating_point()
+    return floating and value.shape is not None and value.shape.rank() >= 3
+
+
+def _span(count: int) -> str:
+    return f"0 to {count - 1}" if count else "none"
+
+
+def _blocks(graph: ir.Graph) -> list[str]:
+    return [path for path in module_tree(graph) if _BLOCK.match(path)]
+
+
+def _modules(graph: ir.Graph, name: str) -> list[str]:
+    """Paths of the modules that a name means, outermost only."""
+    paths = list(module_tree(graph))
+    if name == "layers":
+        found = [path for path in paths if _LAYER.match(path)]
+    elif name == "convolution":
+        found = [path for path in paths if _RESNET.match(path)]
+    elif name in UNITS:
+        found = [path for path in paths if path.rpartition(".")[2] in UNITS[name]]
+    else:
+        found = [path for path in paths if fnmatch.fnmatchcase(path, name)]
+    found = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
+    if not found:
+        hint = "it has no module names" if not paths else "trimtab compare lists its modules"
+        raise PassError(f"{name} is to be inherited and the denoiser has no such module ({hint})")
+    return found
+
+
+def _stands_for(graph: ir.Graph, paths: Iterable[str], name: str) -> tuple[str, ...]:
+    """The tensors that, if they are known, leave some modules nothing to do."""
+    tree = module_tree(graph)
+    nodes = {node for path in paths for node in tree[path].nodes}
+    inside = set(nodes)
+    outputs = [
+        value
+        for node in graph
+        if node in inside
+        for value in node.outputs
+        if _is_map(value) and any(user not in inside for user, _ in value.uses())
+    ]
+    if not outputs:
+        raise PassError(f"{name} is to be inherited, and nothing outside of it reads what it makes")
+    return tuple(_contribution(graph, value, inside, name) for value in outputs)
+
+
+def _contribution(graph: ir.Graph, value: ir.Value, inside: set[ir.Node], name: str) -> str:
+    node = value.producer()
+    assert node is not None
+    for here, other in ((0, 1), (1, 0)):
+        if _is_sum(node) and _is_shortcut(node.inputs[other], inside):
+            return str(_not_none(node.inputs[here]).name)
+    source = _residual(value, inside)
+    if source is None:
+        return str(value.name)
+    return _as_difference(graph, value, source, name)
+
+
+def _is_sum(node: ir.Node) -> bool:
+    return node.op_type == "Add" and not any(v is None or v.is_initializer() for v in node.inputs)
+
+
+def _is_shortcut(value: ir.Value | None, inside: set[ir.Node]) -> bool:
+    node = _not_none(value).producer()
+    return node not in inside or any(path.endswith(".conv_shortcut") for path in scopes(node))
+
+
+def _residual(value: ir.Value, inside: set[ir.Node]) -> ir.Value | None:
+    """The value from outside that reaches this one through Adds alone."""
+    stack, known = [value], {value}
+    while stack:
+        item = stack.pop()
+        node = item.producer()
+        if node not in inside or node is None:
+            return item
+        if _is_sum(node):
+            nearer = [v for v in node.inputs if v is not None and v not in known and v.shape == value.shape]
+            stack += nearer
+            known.update(nearer)
+    return None
+
+
+def _as_difference(graph: ir.Graph, value: ir.Value, source: ir.Value, name: str) -> str:
+    """Rewrites ``value`` to ``source + (value - source)``, and gives the name of the difference."""
+    difference = f"{value.name}/added"
+    users = list(value.uses())
+    for user, _ in users:  # of an earlier call
+        if user.op_type == "Sub" and user.outputs[0].name == difference:
+            return difference
+    sub = ir.node("Sub", [value, source], name=difference)
+    add = ir.node("Add", [source, sub.outputs[0]], name=f"{value.name}/restored")
+    for node in (sub, add):
+        node.metadata_props[SCOPES] = repr(["", name, "inherit"])
+        output = node.outputs[0]
+        output.name, output.type, output.shape = node.name, value.type, value.shape
+    maker = value.producer()
+    assert maker is not None
+    graph.insert_after(maker, [sub, add])
+    for user, index in users:
+        user.replace_input_with(index, add.outputs[0])
+    return difference
+
+
+def _not_none(value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    return value

@@ -1,0 +1,301 @@
+"""One part of a graph as a graph of its own."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+
+import onnx_ir as ir
+
+from trimtab.errors import PassError
+from trimtab.passes.sizes import canonical, is_size
+
+
+def local_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """Nodes that a part may repeat: arithmetic on sizes, and what is computed from constants alone."""
+    local: set[ir.Node] = set()
+    for node in graph:
+        if all(is_size(value) for value in node.outputs) or all(
+            value is None or value.is_initializer() or value.producer() in local for value in node.inputs
+        ):
+            local.add(node)
+    return local
+
+
+def build_segment(
+    name: str,
+    model: ir.Model,
+    nodes: Sequence[ir.Node],
+    outputs: Sequence[ir.Value],
+    local: set[ir.Node],
+) -> ir.Model:
+    """Copies some nodes of a graph into a graph of its own; weights are shared, not copied.
+
+    Args:
+        name: For the new graph.
+        model: The whole; it is not changed.
+        nodes: In a running order.
+        outputs: Values that others read.
+        local: Nodes that are repeated where they are needed.
+
+    Raises:
+        PassError: The shape or type of a value at a cut is not known, or does not follow from the part's inputs.
+    """
+    graph = model.graph
+    made = {value for node in nodes for value in node.outputs}
+    read = [
+        value
+        for node in nodes
+        for value in node.inputs
+        if value is not None and value not in made and not value.is_initializer()
+    ]
+    entering = dict.fromkeys(value for value in read if value.producer() not in local)
+    entering |= dict.fromkeys(_measured(read, local, made | entering.keys()))
+    order = {value: index for index, value in enumerate(graph.inputs)}
+    inputs = sorted(entering, key=lambda value: order.get(value, len(order)))
+    for value in (*inputs, *outputs):
+        _check_known(name, value)
+
+    new: dict[ir.Value, ir.Value] = {value: _copy(value) for value in inputs}
+    sizes = _Sizes([*inputs, *made])
+    body: list[ir.Node] = []
+    initializers: dict[str, ir.Value] = {}
+
+    def get(value: ir.Value) -> ir.Value:
+        """The new graph's value; what may be repeated is, here."""
+        if value not in new:
+            if value.is_initializer():
+                new[value] = initializers[str(value.name)] = _copy(value)
+            else:
+                node = value.producer()
+                assert node is not None
+                add(node)
+        return new[value]
+
+    def add(node: ir.Node) -> None:
+        given = [_shape_source(node, value, new, sizes) for value in node.inputs]
+        copied = [None if value is None else get(value) for value in given]
+        attributes = dict(node.attributes)
+        if node.op_type == "Shape" and given[0] is not node.inputs[0]:
+            axis = sizes.axis(node, given[0])
+            attributes = {"start": ir.AttrInt64("start", axis), "end": ir.AttrInt64("end", axis + 1)}
+        clone = ir.Node(
+            node.domain,
+            node.op_type,
+            copied,
+            attributes,
+            overload=node.overload,
+            outputs=[_copy(value) for value in node.outputs],
+            version=node.version,
+            name=node.name,
+            metadata_props=dict(node.metadata_props),
+        )
+        new.update(zip(node.outputs, clone.outputs, strict=True))
+        body.append(clone)
+
+    for node in nodes:
+        add(node)
+    part = ir.Graph(
+        [new[value] for value in inputs],
+        [new[value] for value in outputs],
+        nodes=body,
+        initializers=list(initializers.values()),
+        opset_imports=dict(graph.opset_imports),
+        name=name,
+    )
+    _own_symbols(name, part)
+    called = {node.op_identifier() for node in body}
+    return ir.Model(
+        part,
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        functions=[function for key, function in model.functions.items() if key in called],
+        metadata_props=dict(model.metadata_props),
+    )
+
+
+def _measured(read: Iterable[ir.Value], local: set[ir.Node], near: set[ir.Value]) -> Iterator[ir.Value]:
+    """Inputs of the whole graph that the part reads for their sizes alone, as nothing at hand has them."""
+    sizes = _Sizes(near)
+    stack = [node for value in read if (node := value.producer()) in local and node is not None]
+    for node in stack:  # grows
+        source = node.inputs[0]
+        if node.op_type != "Shape":
+            stack += [n for v in node.inputs if v is not None and (n := v.producer()) is not None]
+        elif (
+            source is not None
+            and source.is_graph_input()
+            and source not in near
+            and sizes.substitute(node, near) is None
+        ):
+            yield source
+
+
+class _Sizes:
+    """Which values of a part have which open sizes."""
+
+    def __init__(self, values: Iterable[ir.Value]) -> None:
+        self._where: dict[str, list[tuple[ir.Value, int]]] = {}
+        for value in values:
+            for axis, dim in enumerate(value.shape or ()):
+                if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                    self._where.setdefault(canonical(dim.value), []).append((value, axis))
+
+    def wanted(self, node: ir.Node) -> str | None:
+        """The single open size that a Shape reads, if it is one."""
+        source = node.inputs[0]
+        start, end = (node.attributes.get(key) for key in ("start", "end"))
+        if source is None or source.shape is None or start is None or end is None:
+            return None
+        if end.as_int() - start.as_int() != 1:
+            return None
+        dim = source.shape[start.as_int()]
+        return canonical(dim.value) if isinstance(dim, ir.SymbolicDim) and dim.value is not None else None
+
+    def substitute(self, node: ir.Node, ready: Container[ir.Value]) -> ir.Value | None:
+        """A value at hand that has the size."""
+        wanted = self.wanted(node)
+        found = (value for value, _ in self._where.get(wanted or "", ()) if value in ready)
+        return next(found, None)
+
+    def axis(self, node: ir.Node, value: ir.Value | None) -> int:
+        """Where the substitute has it."""
+        return next(axis for v, axis in self._where[self.wanted(node) or ""] if v is value)
+
+
+def _shape_source(
+    node: ir.Node, value: ir.Value | None, ready: Container[ir.Value], sizes: _Sizes
+) -> ir.Value | None:
+    """What a repeated Shape reads: its own tensor where that is at hand, else another of the same size."""
+    if node.op_type != "Shape" or value is None or value in ready or value.is_initializer():
+        return value
+    other = sizes.substitute(node, ready)
+    if other is None:
+        raise PassError(
+            f"a part of the graph needs a size of {value.name}, which another part makes, and has no tensor of "
+            "that size itself: cut elsewhere"
+        )
+    return other
+
+
+def _copy(value: ir.Value) -> ir.Value:
+    return ir.Value(
+        name=value.name,
+        shape=None if value.shape is None else ir.Shape(list(value.shape)),
+        type=value.type,
+        const_value=value.const_value,
+    )
+
+
+def _check_known(name: str, value: ir.Value) -> None:
+    dims = None if value.shape is None else list(value.shape)
+    if value.dtype is None or dims is None or any(not isinstance(d, int) and d.value is None for d in dims):
+        raise PassError(
+            f"{name} is to be cut at {value.name}, and its type is {value.dtype} and its shape {value.shape}: "
+            "cut at a value whose shape is known"
+        )
+
+
+def _own_symbols(name: str, graph: ir.Graph) -> None:
+    """Makes every open size of the outputs follow from plain names in the inputs' shapes.
+
+    A part does not see the whole graph's inputs: what was ``(latent_height - 1)//2 + 1`` there is a size of its
+    own here.
+    """
+    plain = {
+        dim.value
+        for value in graph.inputs
+        for dim in value.shape or ()
+        if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isidentifier()
+    }
+    if _symbols(graph.outputs) <= plain:
+        return
+    fresh = (f"size_{index}" for index in itertools.count())
+    known: dict[str, ast.expr] = {}
+    for value in graph.inputs:
+        for dim in value.shape or ():
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None and not dim.value.isidentifier():
+                key = _key(dim.value)
+                if key not in known:
+                    known[key] = ast.Name(next(fresh), ast.Load())
+    names = {name.id for name in known.values() if isinstance(name, ast.Name)}
+    rename = _Rename(known)
+    for value in graph.inputs:
+        rename.apply(value)
+    for node in graph:
+        if node.op_type == "Conv":
+            _learn_strides(node, known)
+        for value in node.outputs:
+            rename.apply(value)
+    missing = _symbols(graph.outputs) - plain - names
+    if missing:
+        raise PassError(
+            f"{name} gives a tensor whose size depends on {min(missing)}, and nothing that it reads says that: "
+            "cut elsewhere"
+        )
+
+
+def _symbols(values: Iterable[ir.Value]) -> set[str]:
+    dims = [d.value for v in values for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value]
+    return {node.id for dim in dims for node in ast.walk(ast.parse(dim)) if isinstance(node, ast.Name)} - {
+        "Max",
+        "Min",
+        "Mod",
+        "FloorDiv",
+    }
+
+
+def _key(expression: str) -> str:
+    return ast.dump(ast.parse(expression, mode="eval").body)
+
+
+def _learn_strides(node: ir.Node, known: dict[str, ast.expr]) -> None:
+    """Adds what a convolution makes of its input's sizes, which are already the part's own."""
+    source, result, kernel = node.inputs[0], node.outputs[0], node.inputs[1]
+    if (
+        source is None
+        or kernel is None
+        or source.shape is None
+        or result.shape is None
+        or kernel.shape is None
+    ):
+        return
+    axes = result.shape.rank() - 2
+
+    def attribute(name: str, default: int, count: int) -> list[int]:
+        found = node.attributes.get(name)
+        return [default] * count if found is None else list(found.as_ints())
+
+    strides, dilations = attribute("strides", 1, axes), attribute("dilations", 1, axes)
+    pads = attribute("pads", 0, 2 * axes)
+    for axis in range(axes):
+        before, after, width = (shape[axis + 2] for shape in (source.shape, result.shape, kernel.shape))
+        if isinstance(before, int) or isinstance(after, int) or not isinstance(width, int):
+            continue
+        if after.value is None or before.value is None or after.value.isidentifier():
+            continue
+        rest = pads[axis] + pads[axis + axes] - dilations[axis] * (width - 1) - 1
+        text = f"(({before.value}) + {rest}) // {strides[axis]} + 1"
+        known.setdefault(_key(after.value), ast.parse(text, mode="eval").body)
+
+
+class _Rename(ast.NodeTransformer):
+    """Replaces the largest known expressions."""
+
+    def __init__(self, known: Mapping[str, ast.expr]) -> None:
+        self._known = known
+
+    def apply(self, value: ir.Value) -> None:
+        """Rewrites a value's shape."""
+        if value.shape is not None:
+            value.shape = ir.Shape([self._dim(dim) for dim in value.shape])
+
+    def _dim(self, dim: int | ir.SymbolicDim) -> int | str | None:
+        if isinstance(dim, int) or dim.value is None:
+            return dim if isinstance(dim, int) else None
+        return ast.unparse(self.visit(ast.parse(dim.value, mode="eval").body))
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        found = self._known.get(ast.dump(node))
+        return super().visit(node) if found is None else found

@@ -1,0 +1,225 @@
+"""The Triton kernels for weights that are held as codes into a codebook. docs/kernels.md says why they look so.
+
+Shapes: ``x`` (m, k), ``y`` (m, n), both fp16 or bf16 and contiguous. ``words`` (n, stride) int32: the rows of packed
+codes, each padded to whole words. ``codebook`` (256 or 64, d) of the type of ``x``, seen as one integer a codeword:
+int64 for d = 4, int32 for d = 2. ``scale`` (n) fp32, ``bias`` (n) of the type of ``x``. Scalars stand between the
+inputs and the output because that is the order in which TensorRT passes arguments to a compiled kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from trimtab.targets.plugins.tiles import Tile
+
+
+@triton.jit
+def _words(words, row, column, stride, EVEN: tl.constexpr):
+    """(rows, columns) words; past the end of a row, zeros."""
+    if EVEN:
+        return tl.load(words + row[:, None] * stride + column)
+    else:
+        return tl.load(words + row[:, None] * stride + column, mask=column < stride, other=0)
+
+
+@triton.jit
+def _codes(words, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, COUNT: tl.constexpr):
+    """(rows, COUNT) codes, from code ``first`` of each row on, a multiple of 16 as COUNT is.
+
+    Codes come as whole words, so that the copy of words can run ahead asynchronously, which the hardware does for
+    four bytes and more: a word is four codes of eight bits, and three words are sixteen of six.
+    """
+    if BITS == 8:
+        column = first[:, None] // 4 + tl.arange(0, COUNT // 4)[None, :]
+        word = _words(words, row, column, stride, EVEN)
+        code = (word[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]) & 255
+    else:
+        column = (first[:, None] // 16 + tl.arange(0, COUNT // 16)[None, :]) * 3
+        low = _words(words, row, column, stride, EVEN).to(tl.uint32, bitcast=True).to(tl.uint64)
+        middle = _words(words, row, column + 1, stride, EVEN).to(tl.uint32, bitcast=True).to(tl.uint64)
+        high = _words(words, row, column + 2, stride, EVEN).to(tl.uint32, bitcast=True).to(tl.uint64)
+        index = tl.arange(0, 16)[None, None, :]
+        # The first ten lie in the lower two words, the others in the upper two.
+        lower = (low | (middle << 32))[:, :, None] >> (6 * tl.minimum(index, 9)).to(tl.uint64)
+        upper = (middle | (high << 32))[:, :, None] >> (6 * tl.maximum(index, 10) - 32).to(tl.uint64)
+        code = tl.where(index < 10, lower, upper).to(tl.int32) & 63
+    return tl.reshape(code, (row.shape[0], COUNT))
+
+
+@triton.jit
+def _weights(words, codebook, table, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
+             SHARED: tl.constexpr, PERMUTED: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """(rows, DEPTH) decoded weights from code ``first`` on; if PERMUTED, in the order of `_permuted`."""
+    code = _codes(words, row, first, stride, EVEN, BITS, DEPTH // D)
+    if SHARED:
+        flat = tl.gather(table, tl.reshape(code, (row.shape[0] * (DEPTH // D),)), 0)
+        word = tl.reshape(flat, (row.shape[0], DEPTH // D))
+    else:
+        word = tl.load(codebook + code)
+    w0 = word.to(tl.int16).to(DTYPE, bitcast=True)
+    w1 = (word >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    if D == 2:
+        w = tl.join(w0, w1)
+    else:
+        w2 = (word >> 32).to(tl.int16).to(DTYPE, bitcast=True)
+        w3 = (word >> 48).to(tl.int16).to(DTYPE, bitcast=True)
+        w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+        if PERMUTED:
+            w = tl.reshape(w, (row.shape[0], DEPTH // 16, 4, 2, 2))
+            w = tl.permute(w, (0, 1, 3, 2, 4))
+    return tl.reshape(w, (row.shape[0], DEPTH))
+
+
+@triton.jit
+def _permuted(x):
+    """(rows, depth) with columns 4t + 2a + b of every 16 moved to 8a + 2t + b.
+
+    In this order a thread of a tensor-core instruction holds all four weights of one codeword, so that what it
+    looked up is its operand as it stands. A product does not mind the order of its terms, if both sides share it.
+    """
+    parts = tl.reshape(x, (x.shape[0], x.shape[1] // 16, 4, 2, 2))
+    return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constexpr, BITS: tl.constexpr,
+              EVEN: tl.constexpr, SHARED: tl.constexpr, PERMUTED: tl.constexpr, BLOCK_M: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+    """y = (x W^T) scale + bias, with W decoded on the way; fp32 accumulators.
+
+    The weights are the left operand (rows of W are rows of the instruction), since the left one may come from
+    registers. SPLIT parts of the program each take every SPLIT-th stretch of BLOCK_K columns, with a warp or more
+    each, and are summed at the end: for few rows, that keeps enough loads in flight.
+    """
+    program = tl.program_id(0)
+    blocks_n = tl.cdiv(n, BLOCK_N)
+    # Neighbouring programs share rows of x: those then come from memory once, and codes are small enough for L2.
+    first_n = (program % blocks_n) * BLOCK_N
+    first_m = (program // blocks_n) * BLOCK_M
+    part_n = tl.arange(0, SPLIT * BLOCK_N)
+    part_m = tl.arange(0, SPLIT * BLOCK_M)
+    # Rows past the end are read again from the last one and never stored: cheaper than a mask.
+    row_n = tl.minimum(first_n + part_n % BLOCK_N, n - 1)
+    row_m = tl.minimum(first_m + part_m % BLOCK_M, m - 1)
+    start_n = (part_n // BLOCK_N) * BLOCK_K
+    start_m = (part_m // BLOCK_M) * BLOCK_K
+    column = start_m[:, None] + tl.arange(0, BLOCK_K)[None, :]
+    x_at = x + row_m[:, None] * k + column
+    table = tl.load(codebook + tl.arange(0, 256 if BITS == 8 else 64))
+    if SPLIT == 1:
+        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        total = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
+    for at in range(0, k, SPLIT * BLOCK_K):
+        if EVEN:
+            rows = tl.load(x_at + at)
+        else:
+            rows = tl.load(x_at + at, mask=column < k - at, other=0.0)
+        weights = _weights(words, codebook, table, row_n, (start_n + at) // D, stride, EVEN, BITS, D, SHARED,
+                           PERMUTED, BLOCK_K, x.dtype.element_ty)  # fmt: skip
+        if PERMUTED and D == 4:
+            rows = _permuted(rows)
+        if SPLIT == 1:
+            total = tl.dot(weights, tl.trans(rows), total)
+        else:
+            weights = tl.reshape(weights, (SPLIT, BLOCK_N, BLOCK_K))
+            rows = tl.permute(tl.reshape(rows, (SPLIT, BLOCK_M, BLOCK_K)), (0, 2, 1))
+            total = tl.dot(weights, rows, total)
+    if SPLIT > 1:
+        total = tl.sum(total, axis=0)
+    out_n = first_n + tl.arange(0, BLOCK_N)
+    out_m = first_m + tl.arange(0, BLOCK_M)
+    by = tl.load(scale + out_n, mask=out_n < n, other=0.0)
+    plus = tl.load(bias + out_n, mask=out_n < n, other=0.0)
+    total = total * by[:, None] + plus[:, None].to(tl.float32)
+    inside = (out_m[None, :] < m) & (out_n[:, None] < n)
+    tl.store(y + out_m[None, :] * n + out_n[:, None], total.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BITS: tl.constexpr,
+              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """W of a convolution, (n, k / taps, taps): codes run along the input channels, taps are the last axis of W.
+
+    Exact where every scale is 1; else each weight is rounded once, after the product in fp32.
+    """
+    blocks_n = tl.cdiv(n, BLOCK_N)
+    out_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = (tl.program_id(0) // blocks_n) * BLOCK_K
+    row = tl.minimum(out_n, n - 1)
+    dtype: tl.constexpr = y.dtype.element_ty
+    weights = _weights(words, codebook, codebook, row, (tl.zeros_like(row) + start) // D, stride, False, BITS, D,
+                       False, False, BLOCK_K, dtype)  # fmt: skip
+    by = tl.load(scale + row)
+    weights = (weights.to(tl.float32) * by[:, None]).to(dtype)
+    column = start + tl.arange(0, BLOCK_K)
+    channels = k // taps
+    place = (column % channels) * taps + column // channels
+    inside = (out_n[:, None] < n) & (column[None, :] < k)
+    tl.store(y + out_n[:, None] * k + place[None, :], weights, mask=inside)
+
+
+def integers(codebook: Any) -> Any:
+    """A codebook (k, d) of a 16-bit type as one integer a codeword, as the kernels read it. Takes a torch tensor."""
+    import torch
+
+    return codebook.contiguous().view({2: torch.int32, 4: torch.int64}[codebook.shape[1]]).reshape(-1)
+
+
+def constants(tile: Tile, k: int, d: int, bits: int) -> dict[str, int | bool]:
+    """The compile-time arguments of `vq_matmul` for one tile."""
+    return {
+        "D": d,
+        "BITS": bits,
+        "EVEN": k % (tile.split * tile.depth) == 0,
+        "SHARED": tile.shared,
+        "PERMUTED": tile.permuted,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.columns,
+        "BLOCK_K": tile.depth,
+        "SPLIT": tile.split,
+    }
+
+
+def launch_matmul(
+    x: Any, words: Any, codebook: Any, scale: Any, bias: Any, tile: Tile, bits: int = 8, out: Any = None
+) -> Any:
+    """Runs `vq_matmul` on torch tensors: on a GPU, or on the CPU under Triton's interpreter.
+
+    Args:
+        x: (m, k) fp16 or bf16.
+        words: (n, stride) int32.
+        codebook: (256 or 64, d) of the type of x.
+        scale: (n) fp32.
+        bias: (n) of the type of x.
+        tile: How the work is cut.
+        bits: A code's, 8 or 6.
+        out: (m, n) to write into; a new tensor if None.
+    """
+    (m, k), n = x.shape, words.shape[0]
+    y = x.new_empty((m, n)) if out is None else out
+    vq_matmul[(tile.programs(m, n),)](
+        x, words, integers(codebook), scale, bias, m, n, k, words.shape[1], y,
+        **constants(tile, k, codebook.shape[1], bits), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def launch_decode(
+    words: Any, codebook: Any, scale: Any, shape: tuple[int, ...], tile: Tile, bits: int = 8
+) -> Any:
+    """Runs `vq_decode` on torch tensors; ``shape`` (n, channels, taps...) is that of W."""
+    n, channels, *kernel = shape
+    taps = 1
+    for size in kernel:
+        taps *= size
+    y = codebook.new_empty(shape)
+    vq_decode[(tile.programs(channels * taps, n),)](
+        words, integers(codebook), scale, n, channels * taps, words.shape[1], taps, y,
+        D=codebook.shape[1], BITS=bits, BLOCK_N=tile.columns, BLOCK_K=tile.rows,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y

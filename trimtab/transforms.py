@@ -1,0 +1,45 @@
+"""What a recipe does to a Program between export and engines, in the order in which it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from trimtab.passes.inherit import inherit
+from trimtab.passes.partition import partition
+from trimtab.program import Program
+from trimtab.recipe import Recipe
+
+
+def transform(program: Program, recipe: Recipe, progress: Callable[[str], None]) -> Program:
+    """Packs and skips, as the recipe says.
+
+    Each step is a function from Program to Program. Weights are packed before anything names values inside of
+    the graph, and the graph is cut at those values at the very end, once for all.
+
+    Args:
+        program: As it was exported. Its graphs are edited.
+        recipe: What is wanted.
+        progress: Told what is being worked on.
+
+    Raises:
+        InputError: Something that the recipe names is not there.
+        PassError: A graph that a pass cannot take.
+        CalibrationError: Weights or measurements that cannot be used.
+    """
+    if recipe.vq is not None:
+        program = _packed(program, recipe, recipe.vq, progress)
+    if recipe.inherit is not None:
+        program = inherit(program, recipe.inherit)
+    return partition(program)
+
+
+def _packed(program: Program, recipe: Recipe, bits: int, progress: Callable[[str], None]) -> Program:
+    """The denoisers' weights as codes into codebooks."""
+    from trimtab.calibration.kmeans import Settings, make_codebooks
+    from trimtab.passes.vq import pack_weights
+
+    settings = Settings(bits, recipe.vq_rules, recipe.vq_scale)
+    models = {
+        name: segment.model for name, segment in program.segments.items() if name.startswith("denoiser")
+    }
+    return pack_weights(program, make_codebooks(models, settings, recipe.vq_codebooks, progress=progress))
