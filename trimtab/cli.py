@@ -237,6 +237,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             vq=arguments.vq,
             vq_rules=arguments.vq_rule,
             vq_scale=arguments.vq_scale,
+            vq_minutes=arguments.vq_minutes,
             vq_codebooks=arguments.vq_codebooks,
         )
     seconds = time.perf_counter() - start

@@ -88,7 +88,7 @@ def compile(
         program = _export(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
-        program = transform(program, chosen, progress)
+        program = transform(program, chosen, stage, Source(path) if path.is_dir() else None, progress)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+from trimtab.export.source import Source
 from trimtab.passes.inherit import inherit
 from trimtab.passes.partition import partition
 from trimtab.program import Program
 from trimtab.recipe import Recipe
 
+Progress = Callable[[str], None]
 
-def transform(program: Program, recipe: Recipe, progress: Callable[[str], None]) -> Program:
+
+def transform(
+    program: Program, recipe: Recipe, folder: Path, source: Source | None, progress: Progress
+) -> Program:
     """Packs and skips, as the recipe says.
 
     Each step is a function from Program to Program. Weights are packed before anything names values inside of
@@ -19,6 +25,8 @@ def transform(program: Program, recipe: Recipe, progress: Callable[[str], None])
     Args:
         program: As it was exported. Its graphs are edited.
         recipe: What is wanted.
+        folder: The bundle in the making, where the program can be run from.
+        source: The pipeline that it was exported from, where it was one.
         progress: Told what is being worked on.
 
     Raises:
@@ -27,19 +35,25 @@ def transform(program: Program, recipe: Recipe, progress: Callable[[str], None])
         CalibrationError: Weights or measurements that cannot be used.
     """
     if recipe.vq is not None:
-        program = _packed(program, recipe, recipe.vq, progress)
+        program = _packed(program, recipe, recipe.vq, folder, source, progress)
     if recipe.inherit is not None:
         program = inherit(program, recipe.inherit)
     return partition(program)
 
 
-def _packed(program: Program, recipe: Recipe, bits: int, progress: Callable[[str], None]) -> Program:
+def _packed(
+    program: Program, recipe: Recipe, bits: int, folder: Path, source: Source | None, progress: Progress
+) -> Program:
     """The denoisers' weights as codes into codebooks."""
-    from trimtab.calibration.kmeans import Settings, make_codebooks
-    from trimtab.passes.vq import pack_weights
+    from trimtab.calibration.kmeans import Settings
+    from trimtab.calibration.packing import packed
 
-    settings = Settings(bits, recipe.vq_rules, recipe.vq_scale)
-    models = {
-        name: segment.model for name, segment in program.segments.items() if name.startswith("denoiser")
-    }
-    return pack_weights(program, make_codebooks(models, settings, recipe.vq_codebooks, progress=progress))
+    return packed(
+        program,
+        Settings(bits, recipe.vq_rules, recipe.vq_scale),
+        folder,
+        source=source,
+        minutes=recipe.vq_minutes,
+        store=recipe.vq_codebooks,
+        progress=progress,
+    )
