@@ -19,7 +19,7 @@ test: $(STAMP) lint types
 	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -1,6 +1,6 @@
 """Pipelines of the size of Stable Diffusion 1.5 with random weights, for benchmarks that need no download.
 
-    python benchmarks/models.py FOLDER [--part unet|whole|none]
+    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|none]
 
 A part that is not wanted at its real size is made tiny, so that the folder is a whole pipeline all the same.
 Random weights cost the same time and memory as trained ones.
@@ -25,7 +25,8 @@ def make(folder: Path, part: str) -> None:
 
     Args:
         folder: Where to.
-        part: What is made at its real size: "unet", "whole" or "none".
+        part: What is made at its real size: "unet", "vae", "whole" or "none"; "narrow" is a U-Net of the real one's
+            depth and levels, a tenth of its width and half its side.
 
     Raises:
         subprocess.CalledProcessError: It could not be made.
@@ -48,12 +49,17 @@ def _write(folder: Path, part: str) -> None:
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    whole, real = part == "whole", part in ("whole", "unet")
+    whole, real, real_vae = part == "whole", part in ("whole", "unet"), part in ("whole", "vae")
+    narrow = part == "narrow"
     width = 768 if real else 16
     # The numbers of the checkpoint's own config.json files; the tiny ones keep the structure.
     unet = UNet2DConditionModel(
-        sample_size=64 if real else 8,
-        block_out_channels=(320, 640, 1280, 1280) if real else (8, 16, 16, 16),
+        sample_size=64 if real else 32 if narrow else 8,
+        block_out_channels=(320, 640, 1280, 1280)
+        if real
+        else (32, 64, 128, 128)
+        if narrow
+        else (8, 16, 16, 16),
         cross_attention_dim=width,
         attention_head_dim=8 if real else 2,
         norm_num_groups=32 if real else 4,
@@ -74,11 +80,11 @@ def _write(folder: Path, part: str) -> None:
         pad_token_id=75,
     )
     vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512) if whole else (8, 8, 16, 16),
+        block_out_channels=(128, 256, 512, 512) if real_vae else (8, 8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2 if whole else 1,
-        norm_num_groups=32 if whole else 4,
+        layers_per_block=2 if real_vae else 1,
+        norm_num_groups=32 if real_vae else 4,
         latent_channels=4,
         sample_size=512 if real else 64,
     )
@@ -122,6 +128,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", choices=("unet", "whole", "none"), default="none")
+    parser.add_argument("--part", choices=("unet", "vae", "whole", "narrow", "none"), default="none")
     arguments = parser.parse_args()
     _write(arguments.folder, arguments.part)

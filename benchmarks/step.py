@@ -59,7 +59,7 @@ def ours(connection: Connection, bundle: str, shared: str, threads: int) -> None
         output = plan.steps[0].results["model_output"]
         timestep = call.inputs["timestep"]  # of the step that ran last
         np.savez(shared, output=output, timestep=timestep, **given)
-        _serve(connection, step, {"error": 0.0})
+        serve(connection, step, {"error": 0.0})
 
 
 def torch_eager(connection: Connection, folder: str, shared: str, threads: int) -> None:
@@ -90,10 +90,10 @@ def torch_eager(connection: Connection, folder: str, shared: str, threads: int) 
     assert float(given["timestep"]) == float(scheduler.timesteps[0])
     step(0)
     error = float((outputs[0] - given["output"]).norm() / outputs[0].norm())
-    _serve(connection, step, {"error": error, "threads": torch.get_num_threads()})
+    serve(connection, step, {"error": error, "threads": torch.get_num_threads()})
 
 
-def _serve(connection: Connection, step: Callable[[int], None], first: dict[str, Any]) -> None:
+def serve(connection: Connection, step: Callable[[int], None], first: dict[str, Any]) -> None:
     """Answers every message with the seconds of one step, on the clock and of the processor, and the peak memory."""
     connection.send(first)
     index = 0
@@ -114,19 +114,20 @@ def _peak_bytes() -> int:
 
 
 @contextmanager
-def _process(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+def process(target: Callable[..., None], *arguments: Any) -> Iterator[Connection]:
+    """A process that runs ``target(connection, *arguments)`` until the block ends; gives the other end."""
     context = multiprocessing.get_context("spawn")  # a fork would share memory
     here, there = context.Pipe()
-    process = context.Process(target=target, args=(there, *arguments), daemon=True)
-    process.start()
+    child = context.Process(target=target, args=(there, *arguments), daemon=True)
+    child.start()
     there.close()
     try:
         yield here
         here.send(False)
-        process.join(30)
+        child.join(30)
     finally:
-        process.terminate()
-        process.join()
+        child.terminate()
+        child.join()
 
 
 def measure(scratch: Path, part: str, rounds: int, threads: int) -> dict[str, Any]:
@@ -138,9 +139,9 @@ def measure(scratch: Path, part: str, rounds: int, threads: int) -> dict[str, An
     times: dict[str, list[float]] = {"trimtab": [], "torch": []}
     processor: dict[str, list[float]] = {"trimtab": [], "torch": []}
     peaks = {}
-    with _process(ours, str(bundle), str(shared), threads) as first:
+    with process(ours, str(bundle), str(shared), threads) as first:
         first.recv()  # torch reads what this one wrote
-        with _process(torch_eager, str(source), str(shared), threads) as second:
+        with process(torch_eager, str(source), str(shared), threads) as second:
             torch = second.recv()
             for _ in range(rounds):
                 for name, connection in (("trimtab", first), ("torch", second)):

@@ -1,4 +1,4 @@
-"""A builder that needs no backend, and a graph for it. Importable, so that spawned processes find them too."""
+"""A builder that needs no backend, a graph for it, and bundles with other engines. Spawned processes find them too."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from trimtab.bundle import Bundle, open_bundle, write_manifest
+from trimtab.storage import GRAPHS, read_program, with_engines
 from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.cache import EngineCache
 from trimtab.targets.device import Device, find_device
+from trimtab.targets.engines import make_engines
+from trimtab.weights import WeightStore
 
 DEVICE = find_device("cpu")
 OPTIONS = BuildOptions(shapes={"x": (1, 4)}, precision="fp16")
@@ -105,3 +109,14 @@ def churn(folder: Path, counter: Path, limit: int, turns: int) -> None:
             graph(), DEVICE, OPTIONS, FakeBuilder(counter, version=f"{turn % 5}")
         ) as entry:
             assert entry.path.read_bytes() == b"engine" * 100
+
+
+def rebuilt(folder: Path, *targets: str, cache: EngineCache | None = None) -> Bundle:
+    """The bundle with engines for other targets."""
+    bundle = open_bundle(folder)
+    segments = read_program(bundle).segments
+    sizes, store = [bundle.contents.size], WeightStore(folder / GRAPHS)
+    devices = [find_device(name) for name in targets]
+    made = make_engines(segments, bundle.contents, devices, sizes, store, folder, cache, lambda text: None)
+    write_manifest(folder, with_engines(bundle.contents, made))
+    return open_bundle(folder)

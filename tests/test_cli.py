@@ -23,7 +23,7 @@ from trimtab.cli import main
 
 pytestmark = pytest.mark.xdist_group("dit")
 
-COMMANDS = ("compile", "run", "bench", "compare", "inspect", "devices")
+COMMANDS = ("compile", "build", "run", "bench", "compare", "inspect", "devices")
 
 
 @pytest.fixture

@@ -18,6 +18,6 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("command", ["compile", "run", "bench", "compare", "inspect", "devices"])
+@pytest.mark.parametrize("command", ["compile", "build", "run", "bench", "compare", "inspect", "devices"])
 def test_every_command_is_in_the_changelog(command: str) -> None:
     assert re.search(rf"`(trimtab )?{command}`", (ROOT / "CHANGELOG.md").read_text())

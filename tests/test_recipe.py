@@ -53,3 +53,21 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
     (tmp_path / "x.toml").write_text("= 4")
     with pytest.raises(InputError, match="cannot be read as TOML"):
         read_toml(tmp_path / "x.toml")
+
+
+def test_further_sizes_are_buckets() -> None:
+    recipe = make_recipe({"size": "64x64", "buckets": ["128x64", [64, 128]]})
+    assert recipe.size == (64, 64) and recipe.buckets == ((128, 64), (64, 128))
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ({"size": "64x64", "buckets": "64x64"}, "a size is given twice"),
+        ({"buckets": "64x64"}, "without the native one"),
+        ({"size": "64x64", "buckets": [64]}, "is not a width and a height"),
+    ],
+)
+def test_sizes_that_make_no_sense_are_refused(values: dict[str, object], found: str) -> None:
+    with pytest.raises(InputError, match=found):
+        make_recipe(values)

@@ -1,7 +1,7 @@
 """The bundle: a compiled pipeline as a folder.
 
     bundle.json      what is in it: tasks, schedules, segments, engines, and every file with its hash
-    bundle.sha256    the hash of bundle.json
+    bundle.sha256    the hash of bundle.json; after it was replaced, also of the one before
     graphs/          NAME.onnx and NAME.weights of every segment
     engines/TARGET/  engines of targets that do not run the graphs themselves
     tokenizers/      NAME.json
@@ -17,7 +17,7 @@ import json
 import logging
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from trimtab.errors import BundleError, InputError
@@ -30,6 +30,7 @@ from trimtab.manifest import (
     from_json,
     to_json,
 )
+from trimtab.staging import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def open_bundle(folder: Path) -> Bundle:
         )
     if not digest.is_file():
         raise BundleError(f"{folder}: {DIGEST} is missing: copy the bundle again, whole")
-    if digest.read_bytes().strip() != hashlib.sha256(text).hexdigest().encode():
+    if hashlib.sha256(text).hexdigest().encode() not in digest.read_bytes().split():
         raise BundleError(f"{folder}: {MANIFEST} was changed since it was written: copy the bundle again")
     try:
         contents = from_json(data)
@@ -171,12 +172,36 @@ def write_manifest(folder: Path, contents: Contents) -> Contents:
         relative = path.relative_to(folder).as_posix()
         if relative not in (MANIFEST, DIGEST):
             files.append(FileEntry(relative, path.stat().st_size, file_hash(path)))
-    data = to_json(contents)
-    data["files"] = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in files]
-    text = json.dumps(data, separators=(",", ":")).encode()
+    contents = replace(contents, files=tuple(files))
+    text = _text(contents)
     (folder / MANIFEST).write_bytes(text)
     (folder / DIGEST).write_bytes(hashlib.sha256(text).hexdigest().encode())
-    return from_json(data)
+    return from_json(json.loads(text))
+
+
+def update_manifest(folder: Path, contents: Contents) -> None:
+    """Replaces bundle.json of a bundle that others may open meanwhile.
+
+    bundle.sha256 goes first and speaks of the old bundle.json as well, so that the bundle is whole at every moment.
+
+    Args:
+        folder: The bundle's.
+        contents: ``files`` are taken as they are; nothing is hashed.
+
+    Raises:
+        InputError: The folder cannot be written.
+        TrimtabError: The disk is full.
+    """
+    text = _text(contents)
+    hashes = [hashlib.sha256(data).hexdigest() for data in ((folder / MANIFEST).read_bytes(), text)]
+    write_file(folder / DIGEST, "\n".join(hashes).encode())
+    write_file(folder / MANIFEST, text)
+
+
+def _text(contents: Contents) -> bytes:
+    data = to_json(contents)
+    data["files"] = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in contents.files]
+    return json.dumps(data, separators=(",", ":")).encode()
 
 
 def _check_wiring(folder: Path, contents: Contents) -> None:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import logging
 import signal
 import sys
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__, options, render
-from trimtab.errors import InputError, MissingDependency, TrimtabError
+from trimtab.errors import MissingDependency, TrimtabError
 
 EXIT_FAILED = 1
 
@@ -41,11 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # A polite kill cleans up as Ctrl-C does.
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
-    logging.basicConfig(
-        level=logging.DEBUG if arguments.debug else logging.WARNING, handlers=[handler], force=True
-    )
+    render.logs(arguments.debug)
     try:
         result = arguments.command(arguments)
         if arguments.json:
@@ -54,39 +49,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in arguments.show(result):
                 print(line)
         return 0
-    except KeyboardInterrupt:
-        message = "interrupted: nothing was written"
-        if arguments.debug:
-            raise
-    except TrimtabError as error:
-        message = str(error)
-        if arguments.debug:
-            raise
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if arguments.debug or package not in _COMPILE_PACKAGES:
-            raise
-        message = str(MissingDependency(package, "compile"))
     except BrokenPipeError:
         sys.stderr.close()
         return EXIT_FAILED
-    except MemoryError:
-        message = "memory ran out: choose a smaller size or batch"
+    except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
             raise
-    except Exception as error:
-        if arguments.debug:
-            raise
-        line = str(error).strip().partition("\n")[0]
-        message = f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
+        message = _message(error, arguments.interrupted)
     print(f"trimtab: error: {message}", file=sys.stderr)
     return EXIT_FAILED
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = f"trimtab: {record.levelname.lower()}: {record.getMessage()}"
-        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+def _message(error: BaseException, interrupted: str) -> str:
+    """What to say of an error, in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return interrupted
+    if isinstance(error, TrimtabError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "memory ran out: choose a smaller size or batch"
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in _COMPILE_PACKAGES:
+            return str(MissingDependency(package, "compile"))
+    line = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
 
 
 # ---- arguments ----
@@ -111,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         command.add_argument("--debug", action="store_true", help="log everything; show tracebacks")
-        command.set_defaults(command=run, show=show)
+        command.set_defaults(command=run, show=show, interrupted="interrupted: nothing was written")
         return command
 
     command = add(
@@ -139,6 +126,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
+    command.add_argument(
+        "--hidiffusion",
+        action="store_true",
+        default=None,
+        help="for pictures larger than a U-Net was trained for (docs/hidiffusion.md)",
+    )
     command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
     command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
     options.packing_arguments(command)
@@ -146,6 +139,21 @@ def _parser() -> argparse.ArgumentParser:
     options.devices_argument(command)
     options.cache_arguments(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
+
+    command = add(
+        "build",
+        "finish or refresh the engines of a bundle on this machine",
+        "trimtab build sd15.bundle --target orin-nano-8gb",
+        _build,
+        render.build,
+    )
+    options.bundle_argument(command)
+    command.add_argument(
+        "--target", action="append", metavar="NAME", help="a new one is added (default: all)"
+    )
+    options.devices_argument(command)
+    options.cache_arguments(command)
+    command.set_defaults(interrupted="interrupted: finished engines are kept, and the next build goes on")
 
     command = add(
         "run",
@@ -156,10 +164,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.request_arguments(command)
     command.add_argument(
-        "--low-memory",
-        action="store_true",
-        help="hold one stage's engines at a time, and load them again for every picture",
+        "--low-memory", action="store_true", help="load one stage's engines at a time, for every picture"
     )
+    command.add_argument("--tile", type=int, metavar="N", help="decode in overlapping tiles of N x N pixels")
     command.add_argument(
         "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
     )
@@ -239,6 +246,7 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
             vq_scale=arguments.vq_scale,
             vq_minutes=arguments.vq_minutes,
             vq_codebooks=arguments.vq_codebooks,
+            hidiffusion=arguments.hidiffusion,
         )
     seconds = time.perf_counter() - start
     from trimtab.inspection import inspect
@@ -246,15 +254,25 @@ def _compile(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"bundle": str(arguments.output), "seconds": round(seconds, 2), **inspect(bundle)}
 
 
+def _build(arguments: argparse.Namespace) -> dict[str, Any]:
+    from trimtab.targets.finish import build
+
+    with render.status() as progress:
+        report = build(
+            arguments.bundle,
+            arguments.target or (),
+            device_file=arguments.device_file,
+            cache=arguments.cache,
+            progress=progress,
+        )
+    return {"bundle": str(arguments.bundle), **dataclasses.asdict(report)}
+
+
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trimtab.runtime.images import save_npy, save_png
+    from trimtab.runtime.images import check_name, save
     from trimtab.runtime.load import load
 
-    suffix = arguments.output.suffix.lower()
-    if suffix not in (".png", ".npy"):
-        raise InputError(f"{arguments.output} does not end in .png or .npy: choose one of them")
-    if arguments.output.is_dir():
-        raise InputError(f"{arguments.output} is a folder: give the name of a file")
+    check_name(arguments.output)
     start = time.perf_counter()
     with (
         load(
@@ -263,6 +281,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             provider=arguments.provider,
             threads=arguments.threads,
             low_memory=arguments.low_memory,
+            tile=arguments.tile,
             fast=arguments.fast,
         ) as pipe,
         render.bar() as on_step,
@@ -281,19 +300,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             strength=arguments.strength,
             on_step=on_step,
         )
-    paths = []
-    if suffix == ".npy":
-        paths.append(arguments.output)
-        save_npy(result.pixels, arguments.output)
-    else:
-        images = result.images
-        for index, image in enumerate(images):
-            path = arguments.output
-            if len(images) > 1:
-                path = path.with_name(f"{path.stem}-{index}{path.suffix}")
-            settings = result.settings | ({"index": index, "count": len(images)} if len(images) > 1 else {})
-            save_png(image, path, settings)
-            paths.append(path)
+    paths = save(result.pixels, result.settings, arguments.output)
     seconds = round(time.perf_counter() - start, 3)
     return {"images": [str(path) for path in paths], "settings": result.settings, "seconds": seconds}
 

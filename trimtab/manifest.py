@@ -138,6 +138,8 @@ def to_json(contents: Contents) -> dict[str, Any]:
                     "name": schedule_name,
                     "prologue": [number(call) for call in schedule.prologue],
                     "steps": [_step_json(step, number) for step in schedule.steps],
+                    "least_pixels": schedule.least_pixels,
+                    "size_multiple": schedule.size_multiple,
                 }
                 for schedule_name, schedule in task.schedules.items()
             ],
@@ -214,6 +216,8 @@ def from_json(data: Mapping[str, Any]) -> Contents:
             _of(str, schedule["name"]): Schedule(
                 steps=tuple(_step(step, chosen) for step in schedule["steps"]),
                 prologue=chosen(schedule["prologue"]),
+                least_pixels=_of(int, schedule.get("least_pixels", 0)),
+                size_multiple=max(1, _of(int, schedule.get("size_multiple", 1))),
             )
             for schedule in task["schedules"]
         }

@@ -89,10 +89,15 @@ class Schedule:
     Attributes:
         steps: In the order in which they run.
         prologue: Calls that only this schedule needs before its first step, after the task's own.
+        least_pixels: Of the schedules ``NAME``, ``NAME/2x``, ... the one with the largest of these areas that a
+            picture reaches is walked.
+        size_multiple: What both sides of a picture must be multiples of, in pixels.
     """
 
     steps: tuple[Step, ...]
     prologue: tuple[Call, ...] = ()
+    least_pixels: int = 0
+    size_multiple: int = 1
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,7 @@ class Program:
         epilogue: Latents -> image.
         outputs: What the program gives.
         size: Native (width, height) in pixels.
+        trained_size: What the model itself says of its size, where the user chose another as the native one.
         size_multiple: What both must be multiples of.
         fixed_size: Why no other size can be drawn, or None.
         slots: First axis of the tensor `STATE`.
@@ -177,6 +183,7 @@ class Program:
     size_multiple: int
     fixed_size: str | None
     slots: int
+    trained_size: tuple[int, int] | None = None
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     passes: tuple[PassEntry, ...] = ()

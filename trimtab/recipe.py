@@ -41,6 +41,7 @@ class Recipe:
         vq_scale: Whether every output channel of a packed weight has a factor of its own.
         vq_minutes: Of calibration of the packed weights; None for k-means alone.
         vq_codebooks: A folder where codebooks are kept, and found again when the work is cut off.
+        hidiffusion: Draw pictures larger than the model was trained for by HiDiffusion.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -56,6 +57,7 @@ class Recipe:
     vq_scale: bool = False
     vq_minutes: float | None = None
     vq_codebooks: Path | None = None
+    hidiffusion: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):

@@ -12,11 +12,39 @@ Result = dict[str, Any]
 """What a command prints with --json."""
 
 
+def logs(debug: bool) -> None:
+    """Sends warnings, or everything, to stderr: a line each, with tracebacks where there are any."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], force=True)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = f"trimtab: {record.levelname.lower()}: {record.getMessage()}"
+        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+
+
 def compile(result: Result) -> Iterator[str]:
     """A new bundle."""
     total = sum(f["bytes"] for f in result["files"])
     yield f"{result['bundle']}: {total / 1e6:.1f} MB in {result['seconds']:.1f} s"
     yield from inspect(result)
+
+
+def build(result: Result) -> Iterator[str]:
+    """The engines that were made, and why; what was not."""
+    if result["made"]:
+        rows = [
+            [made["target"], made["segment"], _mb(made["bytes"]), f"{made['seconds']:.1f}", made["reason"]]
+            for made in result["made"]
+        ]
+        yield _table(["target", "segment", "MB", "s", "why"], rows)
+    for target, reason in result["skipped"].items():
+        yield f"left out {target}: {reason}"
+    yield (
+        f"{result['bundle']}: {len(result['made'])} engines made, {result['kept']} kept, in {result['seconds']:.1f} s"
+    )
 
 
 def run(result: Result) -> Iterator[str]:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trimtab.export.source import Source
+from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
+from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
 from trimtab.program import Program
 from trimtab.recipe import Recipe
@@ -15,7 +17,7 @@ Progress = Callable[[str], None]
 
 
 def transform(
-    program: Program, recipe: Recipe, folder: Path, source: Source | None, progress: Progress
+    program: Program, recipe: Recipe, folder: Path, progress: Progress, *, source: Source | None = None
 ) -> Program:
     """Packs and skips, as the recipe says.
 
@@ -25,9 +27,9 @@ def transform(
     Args:
         program: As it was exported. Its graphs are edited.
         recipe: What is wanted.
-        folder: The bundle in the making, where the program can be run from.
-        source: The pipeline that it was exported from, where it was one.
+        folder: Where a program is drafted that has to be run; weights in ``folder / "graphs"`` are not copied.
         progress: Told what is being worked on.
+        source: The pipeline that it was exported from, where it was one: calibration trains its denoiser.
 
     Raises:
         InputError: Something that the recipe names is not there.
@@ -36,9 +38,20 @@ def transform(
     """
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, folder, source, progress)
+    if recipe.hidiffusion:
+        program = hidiffusion(program)
     if recipe.inherit is not None:
-        program = inherit(program, recipe.inherit)
+        program = inherit(program, _searched(program, recipe.inherit, folder, progress))
     return partition(program)
+
+
+def _searched(program: Program, plan: InheritPlan, folder: Path, progress: Progress) -> InheritPlan:
+    """The plan with its schedule, where it asks for a speed."""
+    if plan.speed is None:
+        return plan
+    from trimtab.calibration.drift import search
+
+    return search(program, plan, folder, progress=progress)
 
 
 def _packed(

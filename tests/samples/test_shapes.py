@@ -23,6 +23,8 @@ from shapes import Scene, Thing, forget, sample_scenes  # noqa: E402
 from train_dit import CLASSES, NULL_CLASS  # noqa: E402
 from vocabulary import MAX_LENGTH, new_tokenizer  # noqa: E402
 
+import trimtab  # noqa: E402
+
 SD, DIT = SAMPLE / "models" / "shapes-sd", SAMPLE / "models" / "shapes-dit"
 
 
@@ -189,3 +191,13 @@ def test_the_class_pipeline_draws_its_class(judge, dit):
     pictures = generate.from_classes(dit, classes, steps=12, guidance=3.0, seed=0)
     # Chance is 1 in 30. Thirty pictures have a standard error of 5%; the README has the number.
     assert class_score(judge, pictures, classes).value > 0.75
+
+
+@pytest.mark.xdist_group("shapes-sd")
+def test_the_compiled_text_pipeline_draws_what_diffusers_draws(sample_bundle, sd):
+    prompt = "a large red circle at the top left on a white background"
+    with trimtab.load(sample_bundle("shapes-sd")) as pipe:
+        ours = pipe(prompt, seed=0, schedule=3).pixels
+    generator = torch.Generator().manual_seed(0)
+    theirs = sd(prompt, num_inference_steps=3, generator=generator, output_type="np").images
+    assert np.abs(ours - theirs).max() <= 1e-3

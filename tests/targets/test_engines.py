@@ -11,13 +11,13 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from engines import FakeBuilder, graph
+from engines import FakeBuilder, graph, rebuilt
 from graphs import feeds_for
 
-from trimtab.bundle import Bundle, open_bundle, write_manifest
+from trimtab.bundle import Bundle, open_bundle
 from trimtab.errors import InputError, TrimtabError
 from trimtab.manifest import Engine
-from trimtab.storage import GRAPHS, read_program, with_engines
+from trimtab.storage import GRAPHS, read_program
 from trimtab.targets import cache as cache_module
 from trimtab.targets.base import BuildOptions
 from trimtab.targets.bindings import segment_shapes
@@ -35,17 +35,6 @@ def engines_of(bundle: Bundle, target: str) -> dict[str, Engine]:
         name: next(engine for engine in segment.engines if engine.target == target)
         for name, segment in bundle.contents.segments.items()
     }
-
-
-def rebuilt(folder: Path, *targets: str, cache: EngineCache | None = None) -> Bundle:
-    """The bundle with engines for other targets."""
-    bundle = open_bundle(folder)
-    segments = read_program(bundle).segments
-    sizes, store = [bundle.contents.size], WeightStore(folder / GRAPHS)
-    devices = [find_device(name) for name in targets]
-    made = make_engines(segments, bundle.contents, devices, sizes, store, folder, cache, logging.debug)
-    write_manifest(folder, with_engines(bundle.contents, made))
-    return open_bundle(folder)
 
 
 def outputs(file: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:

@@ -93,7 +93,7 @@ def test_a_note_cannot_lead_elsewhere(tmp_path: Path, builder: FakeBuilder) -> N
     get(machine(url, tmp_path, "one"), builder)
     note = next((tmp_path / "shared").glob("*.json"))
     data = json.loads(note.read_text())
-    data["engine"]["sha256"] = "/../../counter"
+    data["engine"]["pieces_sha256"] = "/../../counter"
     note.write_text(json.dumps(data))
     assert get(machine(url, tmp_path, "two"), builder).source == "built"
     assert builder.builds() == 2  # the counter was not touched

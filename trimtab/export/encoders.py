@@ -103,6 +103,17 @@ class JoinSD3TextWithoutT5(nn.Module):
         return clip, torch.cat([pooled, pooled_2], dim=-1)
 
 
+def to_picture(values: Tensor) -> Tensor:
+    """-1..1 (batch, 3, H, W) -> 0..1 (batch, H, W, 3). What is not finite stays so; all else is exact.
+
+    ONNX does not say what Clip makes of NaN, and a Clip that is a maximum and a minimum, as on a GPU, makes a bound
+    of it: a decoder that overflows would draw black, and nobody would know. So Clip never decides alone. The
+    comparison is false for NaN and for both infinities, in every precision, and its operators are in every opset.
+    """
+    scaled = values / 2 + 0.5
+    return torch.where(scaled.abs() < torch.inf, scaled.clamp(0, 1), scaled).permute(0, 2, 3, 1)
+
+
 class VaeDecoder(nn.Module):
     """Latents (batch, C, h, w) -> picture (batch, H, W, 3) float32 in 0..1."""
 
@@ -115,8 +126,7 @@ class VaeDecoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         config = self.model.config
         latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        picture = self.model.decode(latents, return_dict=False)[0]
-        return (picture / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return to_picture(self.model.decode(latents, return_dict=False)[0])
 
 
 class VaeEncoder(nn.Module):
@@ -144,7 +154,7 @@ class PixelDecoder(nn.Module):
     """What stands in the VAE's place for a model that draws pixels: -1..1 (batch, 3, H, W) -> 0..1."""
 
     def forward(self, latents: Tensor) -> Tensor:
-        return (latents / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return to_picture(latents)
 
 
 class MaskEncoder(nn.Module):

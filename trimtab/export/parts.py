@@ -42,6 +42,7 @@ class Parts:
         factor: Pixels to a latent, along a side.
         multiple: What a picture's sides must be multiples of, in pixels.
         size: Native (width, height) in pixels.
+        trained_size: What it was before the user chose another.
         fixed_size: Why the graphs only take the native size, or None.
         guidance: Default guidance scale, None without guidance.
         classifier_free: Guidance by a second, negative row.
@@ -64,6 +65,7 @@ class Parts:
     factor: int = 8
     multiple: int = 8
     size: tuple[int, int] = (512, 512)
+    trained_size: tuple[int, int] | None = None
     fixed_size: str | None = None
     guidance: float | None = 7.5
     classifier_free: bool = True

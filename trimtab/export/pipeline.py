@@ -90,6 +90,7 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
         epilogue=(Call(decoder, {"latents": "latents"}, {"image": "picture"}),),
         outputs=(TensorSpec("picture", "float32", ("batch", "height", "width", parts.colors)),),
         size=parts.size,
+        trained_size=parts.trained_size,
         size_multiple=parts.multiple,
         fixed_size=parts.fixed_size,
         slots=sampler.slots,
@@ -121,4 +122,6 @@ def _choose_size(parts: Parts, size: tuple[int, int] | None) -> None:
     if size is None:
         return
     check_size(size, parts.size, parts.multiple, parts.fixed_size)
+    if size != parts.size:
+        parts.trained_size = parts.trained_size or parts.size
     parts.size = size

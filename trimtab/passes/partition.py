@@ -169,8 +169,8 @@ class _Cut:
         values = {str(value.name): value for node in nodes for value in node.outputs}
         for name in sorted(self.inner - values.keys()):
             raise PassError(f"{self.name} is to be cut at {name}, and the graph has no such value")
-        local = local_nodes(graph)
         given = {kind: {values[v]: values[w] if w else None for v, w in kind.given} for kind in self.kinds}
+        local = local_nodes(graph, _swapped(given.values()))
         needs = {
             kind: reach([*graph.outputs, *(values[v] for v in kind.kept)], given[kind], local)
             for kind in self.kinds
@@ -261,6 +261,12 @@ def reach(
             needed.add(node)
             stack.extend(v for v in node.inputs if v is not None)
     return needed
+
+
+def _swapped(given: Iterable[Mapping[ir.Value, ir.Value | None]]) -> set[ir.Value]:
+    """Values that others stand for in some kind of call, and those others."""
+    swaps = ((v, w) for pairs in given for v, w in pairs.items() if w is not None)
+    return {value for pair in swaps for value in pair}
 
 
 class _Sources:

@@ -12,10 +12,17 @@ from trimtab.errors import PassError
 from trimtab.passes.sizes import canonical, is_size
 
 
-def local_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """Nodes that a part may repeat: arithmetic on sizes, and what is computed from constants alone."""
+def local_nodes(graph: ir.Graph, swapped: Container[ir.Value] = ()) -> set[ir.Node]:
+    """Nodes that a part may repeat: arithmetic on sizes, and what is computed from constants alone.
+
+    Args:
+        graph: The whole.
+        swapped: Values that some calls read others in the place of. They are nobody's own, nor is what follows.
+    """
     local: set[ir.Node] = set()
     for node in graph:
+        if any(value in swapped for value in node.outputs):
+            continue
         if all(is_size(value) for value in node.outputs) or all(
             value is None or value.is_initializer() or value.producer() in local for value in node.inputs
         ):
@@ -201,7 +208,7 @@ def _own_symbols(name: str, graph: ir.Graph) -> None:
     """Makes every open size of the outputs follow from plain names in the inputs' shapes.
 
     A part does not see the whole graph's inputs: what was ``(latent_height - 1)//2 + 1`` there is a size of its
-    own here.
+    own here, and another number in a call that puts a value of another size in its place.
     """
     plain = {
         dim.value
@@ -209,8 +216,6 @@ def _own_symbols(name: str, graph: ir.Graph) -> None:
         for dim in value.shape or ()
         if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isidentifier()
     }
-    if _symbols(graph.outputs) <= plain:
-        return
     fresh = (f"size_{index}" for index in itertools.count())
     known: dict[str, ast.expr] = {}
     for value in graph.inputs:
@@ -226,6 +231,8 @@ def _own_symbols(name: str, graph: ir.Graph) -> None:
     for node in graph:
         if node.op_type == "Conv":
             _learn_strides(node, known)
+        elif node.op_type == "Identity":
+            _learn_copy(node, known)
         for value in node.outputs:
             rename.apply(value)
     missing = _symbols(graph.outputs) - plain - names
@@ -278,6 +285,18 @@ def _learn_strides(node: ir.Node, known: dict[str, ast.expr]) -> None:
         rest = pads[axis] + pads[axis + axes] - dilations[axis] * (width - 1) - 1
         text = f"(({before.value}) + {rest}) // {strides[axis]} + 1"
         known.setdefault(_key(after.value), ast.parse(text, mode="eval").body)
+
+
+def _learn_copy(node: ir.Node, known: dict[str, ast.expr]) -> None:
+    """Adds that a copy has the sizes of what it copies, whatever they are called."""
+    source, result = node.inputs[0], node.outputs[0]
+    if source is None or source.shape is None or result.shape is None:
+        return
+    for before, after in zip(source.shape, result.shape, strict=True):
+        if isinstance(before, int) or isinstance(after, int):
+            continue
+        if before.value is not None and after.value is not None and not after.value.isidentifier():
+            known.setdefault(_key(after.value), ast.parse(before.value, mode="eval").body)
 
 
 class _Rename(ast.NodeTransformer):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float 
 
 def choose_schedule(
     names: Sequence[str], task: Task, schedule: str | int | None, strength: float | None
-) -> tuple[str, Schedule]:
-    """The schedule of a task, and its name.
+) -> str:
+    """The name of a task's schedule.
 
     Args:
         names: Of the bundle's schedules; the first is the default.
@@ -74,24 +75,52 @@ def choose_schedule(
     if task.strength is None:
         if strength is not None:
             raise InputError("a strength was given without a picture: give image= (--image FILE) too")
-        return name, task.schedules[name]
+        return name
     share = task.strength if strength is None else strength
     if not 0 < share <= 1:
         raise InputError(f"the strength {share} is not above 0 and at most 1")
     if share == 1 and name in task.schedules:
-        return name, task.schedules[name]  # nothing of the picture is left in the start noise
+        return name  # nothing of the picture is left in the start noise
     total = int(name.rpartition("-")[2])
     start = int(total - total * share) if task.strength_rounds_up else total - int(total * share)
     started = f"{name}/from-{start}"
     if started not in task.schedules:
-        starts = [int(n.rpartition("-")[2]) for n in task.schedules if n.startswith(f"{name}/from-")]
+        starts = [int(k) for n in task.schedules if (k := n.removeprefix(f"{name}/from-")).isdecimal()]
         if start >= total:
             raise InputError(
                 f"the strength {share} leaves none of {total} steps: use at least {1 / total:.2g}"
             )
         near = min(starts, key=lambda k: abs(k - start))
         raise InputError(f"{name} cannot start at step {start}: use strength {1 - near / total:.3g}")
-    return started, task.schedules[started]
+    return started
+
+
+def for_size(task: Task, name: str, size: tuple[int, int]) -> tuple[str, Schedule]:
+    """Of a schedule and those that stand beside it for larger pictures (``NAME/2x``), the one for a size.
+
+    Args:
+        task: What to do.
+        name: Of the plain schedule.
+        size: (width, height) in pixels.
+
+    Raises:
+        InputError: A side that the schedule cannot take.
+    """
+    beside = re.compile(re.escape(name) + r"(/\d+x)?")
+    fitting = [
+        (schedule.least_pixels, key, schedule)
+        for key, schedule in task.schedules.items()
+        if beside.fullmatch(key) and schedule.least_pixels <= size[0] * size[1]
+    ]
+    _, key, schedule = max(fitting, key=lambda entry: entry[0])
+    multiple = schedule.size_multiple
+    if any(side % multiple for side in size):
+        near = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
+        raise InputError(
+            f"{size[0]}x{size[1]} was asked for, and {key} needs both sides to be multiples of {multiple}, so that "
+            f"its attention windows divide them: use {near[0]}x{near[1]}"
+        )
+    return key, schedule
 
 
 def all_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:

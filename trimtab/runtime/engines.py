@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from trimtab.bundle import Bundle
 from trimtab.errors import BundleError, InputError, TrimtabError, WrongDevice
 from trimtab.manifest import Contents, Engine
 from trimtab.runtime.sessions import Backend, Buffer, Run, Session, open_backend
+
+
+class _Loaded(NamedTuple):
+    """A loaded engine, and what deferred sessions bound of it: a run holds its engine, so both go together."""
+
+    segment: str
+    session: Session
+    runs: dict[object, Run]
 
 
 class Engines:
@@ -39,7 +48,7 @@ class Engines:
     ) -> None:
         self._bundle = bundle
         self.target, self.backend = _choose(bundle, target, provider, threads, fast)
-        self._loaded: dict[str, tuple[str, Session]] = {}
+        self._loaded: dict[str, _Loaded] = {}
         self._stages = _stages(bundle.contents) if low_memory else None
 
     def session(self, segment: str, inputs: Mapping[str, Buffer] | None = None) -> Session:
@@ -55,14 +64,14 @@ class Engines:
             WrongDevice, TargetError: The engine cannot run here.
         """
         engine = self._engine(segment, inputs or {})
-        return _Deferred(self, segment, engine) if self._stages else self.loaded(segment, engine)
+        return _Deferred(self, segment, engine) if self._stages else self.loaded(segment, engine).session
 
-    def loaded(self, segment: str, engine: Engine) -> Session:
-        """The session of an engine, for those that load it late."""
+    def loaded(self, segment: str, engine: Engine) -> _Loaded:
+        """An engine, loaded if it is not; those of other stages go first where memory is low."""
         if engine.path not in self._loaded:
             if self._stages is not None:
                 stage = self._stages[segment]
-                self._close(path for path, (name, _) in self._loaded.items() if self._stages[name] != stage)
+                self._close(p for p, loaded in self._loaded.items() if self._stages[loaded.segment] != stage)
             # Every file beside the engine is verified with it: a graph reads weights that others wrote.
             folder = engine.path.rpartition("/")[0] + "/"
             weights = [f.path for f in self._bundle.contents.files if f.path.endswith(".weights")]
@@ -71,8 +80,8 @@ class Engines:
             )
             plugins = [self._bundle.path(path) for path in engine.plugins]
             session = self.backend.load(engine, self._bundle.path(engine.path), plugins)
-            self._loaded[engine.path] = (segment, session)
-        return self._loaded[engine.path][1]
+            self._loaded[engine.path] = _Loaded(segment, session, {})
+        return self._loaded[engine.path]
 
     def precision(self, segment: str) -> str:
         """What the engines of a segment compute in."""
@@ -96,7 +105,9 @@ class Engines:
 
     def _close(self, paths: Iterable[str]) -> None:
         for path in list(paths):
-            self._loaded.pop(path)[1].close()
+            loaded = self._loaded.pop(path)
+            loaded.runs.clear()
+            loaded.session.close()
 
 
 class _Deferred:
@@ -106,15 +117,13 @@ class _Deferred:
         self._engines, self._segment, self._engine = engines, segment, engine
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
-        bound: tuple[Session, Run] | None = None
+        key = object()
 
         def run() -> None:
-            nonlocal bound
-            session = self._engines.loaded(self._segment, self._engine)
-            if bound is None or bound[0] is not session:
-                bound = None  # what it held of the old session goes first
-                bound = (session, session.bind(inputs, outputs))
-            bound[1]()
+            loaded = self._engines.loaded(self._segment, self._engine)
+            if key not in loaded.runs:
+                loaded.runs[key] = loaded.session.bind(inputs, outputs)
+            loaded.runs[key]()
 
         return run
 

@@ -20,6 +20,7 @@ from trimtab.program import STATE, Call, Schedule, Task, TensorSpec
 from trimtab.runtime.constants import Constants
 from trimtab.runtime.inputs import Request, make_input
 from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session, in_turn
+from trimtab.runtime.tiles import bind_tiled
 from trimtab.shapes import bind, shape
 
 _SLICE = re.compile(r"^(\w+)\[(\d+)\]$")
@@ -152,6 +153,7 @@ def make_plan(
     symbols: Mapping[str, int],
     session: Callable[[str, Mapping[str, Buffer]], Session],
     backend: Backend,
+    tile: int | None = None,
 ) -> Plan:
     """Allocates and binds all buffers of a task.
 
@@ -162,10 +164,11 @@ def make_plan(
         symbols: "batch", "rows", "width" and "height".
         session: Gives the loaded engine of a segment for what it will read.
         backend: Whose engines they are: buffers lie in its memory.
+        tile: What makes the pictures is run on tiles of so many pixels along a side; None for the whole.
 
     Raises:
         BundleError: The calls do not fit together.
-        InputError: A graph has a fixed batch that is not this one.
+        InputError: A graph has a fixed batch that is not this one, or no such tile can be cut.
     """
     steps = schedule.steps
     calls = [call for step in steps for call in step.calls]
@@ -174,6 +177,7 @@ def make_plan(
     inputs = tuple(spec for spec in task.inputs if spec.source.get("always") or _reads(read, spec.name))
     table = _Buffers(contents.slots, backend)
     constants = Constants(contents, steps, backend)
+    pictures = {spec.name for spec in contents.outputs}
     for spec in inputs:
         table.make(spec.name, shape(spec.shape, symbols), spec.dtype)
 
@@ -186,7 +190,11 @@ def make_plan(
             for spec in segment.inputs
         }
         results = _outputs(segment, call, arrays, table, symbols)
-        return BoundCall(call.segment, session(call.segment, arrays).bind(arrays, results), arrays, results)
+        if tile is not None and pictures & set(call.outputs.values()):
+            run = bind_tiled(segment, arrays, results, tile, session, backend)
+        else:
+            run = session(call.segment, arrays).bind(arrays, results)
+        return BoundCall(call.segment, run, arrays, results)
 
     def together(calls: Iterable[BoundCall], fuse: Callable[[Sequence[Run]], Run] = in_turn) -> BoundCalls:
         calls = tuple(calls)

@@ -86,3 +86,28 @@ def save_npy(pixels: Pixels, path: Path) -> None:
     data = io.BytesIO()
     np.save(data, pixels, allow_pickle=False)
     write_file(path, data.getvalue())
+
+
+def check_name(path: Path) -> None:
+    """Raises InputError where a name is none for pictures."""
+    if path.suffix.lower() not in (".png", ".npy"):
+        raise InputError(f"{path} does not end in .png or .npy: choose one of them")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give the name of a file")
+
+
+def save(pixels: Pixels, settings: Mapping[str, Any], path: Path) -> list[Path]:
+    """Writes pictures (n, height, width, channels): as PNGs NAME-0.png, NAME-1.png, ..., or as one .npy.
+
+    Raises:
+        InputError: The place cannot be written.
+    """
+    if path.suffix.lower() == ".npy":
+        save_npy(pixels, path)
+        return [path]
+    images, paths = to_images(pixels), []
+    for index, image in enumerate(images):
+        several = {"index": index, "count": len(images)} if len(images) > 1 else {}
+        paths.append(path.with_name(f"{path.stem}-{index}{path.suffix}") if several else path)
+        save_png(image, paths[-1], {**settings, **several})
+    return paths

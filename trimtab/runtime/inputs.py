@@ -223,6 +223,12 @@ def _mask(spec: TensorSpec, request: Request) -> Array:
     return request.mask
 
 
+def _window_shifts(spec: TensorSpec, request: Request) -> Array:
+    """Shifts of attention windows, drawn from the first seed by a generator of their own: noise stays diffusers'."""
+    generator = np.random.RandomState(request.noise.seeds[0] & 0xFFFFFFFF)
+    return generator.randint(int(spec.source["shifts"]), size=shape(spec.shape, request.symbols))
+
+
 SOURCES: Mapping[str, Callable[[TensorSpec, Request], Array]] = {
     "tokens": _tokens,
     "token_mask": _token_mask,
@@ -233,5 +239,6 @@ SOURCES: Mapping[str, Callable[[TensorSpec, Request], Array]] = {
     "noise": _noise,
     "image": _image,
     "mask": _mask,
+    "window_shifts": _window_shifts,
 }
 """Kind of input -> what makes it."""

@@ -20,6 +20,7 @@ from trimtab.runtime.arguments import (
     all_seeds,
     all_texts,
     choose_schedule,
+    for_size,
     guidance_scale,
     plain,
 )
@@ -61,6 +62,7 @@ def load(
     provider: str | None = None,
     threads: int = 0,
     low_memory: bool = False,
+    tile: int | None = None,
     fast: bool = False,
 ) -> Pipeline:
     """Opens a bundle. Engines are loaded when they are first needed.
@@ -72,6 +74,9 @@ def load(
         provider: Where ONNX Runtime runs its graphs: "cpu", which is the default, or "cuda".
         threads: Threads for one operator on the CPU; 0 for one a core.
         low_memory: Hold the engines of one stage at a time, and load them again for every picture.
+        tile: Decode in overlapping tiles of so many pixels along a side, which takes the memory of one tile. The
+            picture differs a little from that of the whole (docs/memory.md). Engines of fixed sizes must have been
+            built for this size too.
         fast: On the CPU, decode packed weights once, at load: as fast as dense ones, and as large.
 
     Raises:
@@ -82,7 +87,13 @@ def load(
         TargetError: The target needs a GPU, and there is none.
     """
     return Pipeline(
-        open_bundle(Path(path)), target, threads, provider=provider, low_memory=low_memory, fast=fast
+        open_bundle(Path(path)),
+        target,
+        threads,
+        provider=provider,
+        low_memory=low_memory,
+        tile=tile,
+        fast=fast,
     )
 
 
@@ -95,6 +106,7 @@ class Pipeline:
         threads: Threads for one operator on the CPU; 0 for one a core.
         provider: As in `load`.
         low_memory: As in `load`.
+        tile: As in `load`.
         fast: As in `load`.
     """
 
@@ -106,9 +118,11 @@ class Pipeline:
         *,
         provider: str | None = None,
         low_memory: bool = False,
+        tile: int | None = None,
         fast: bool = False,
     ) -> None:
         self.bundle = bundle
+        self._tile = tile
         self.engines = Engines(bundle, target, provider, threads, low_memory, fast)
         self._sizes = fixed_sizes(bundle.contents, self.engines.target)
         self._tokenizers: dict[str, Tokenizer] | None = None
@@ -251,13 +265,14 @@ class Pipeline:
             tokenizers=self._load_tokenizers(),
         )
         requests = fit(whole, self._sizes, contents)
-        chosen, loop = choose_schedule(self.schedules, task, asked.schedule, asked.strength)
+        loop_name = choose_schedule(self.schedules, task, asked.schedule, asked.strength)
+        chosen, loop = for_size(task, loop_name, size)
         symbols = requests[0].symbols
         key = (name, chosen, *symbols.values())
         if self._plan is None or self._plan[0] != key:
             self._plan = None  # its buffers go before new ones come
             engines = self.engines
-            plan = make_plan(contents, task, loop, symbols, engines.session, engines.backend)
+            plan = make_plan(contents, task, loop, symbols, engines.session, engines.backend, self._tile)
             self._plan = (key, plan)
         settings = {
             "task": name,
@@ -268,6 +283,7 @@ class Pipeline:
             "seed": seeds[0] if len(seeds) == 1 else list(seeds),
             "schedule": chosen,
             "size": f"{size[0]}x{size[1]}",
+            "tile": self._tile,
             "strength": asked.strength if asked.strength is not None else task.strength,
             "model": contents.metadata.get("pipeline"),
             "trimtab": contents.version,

@@ -1,7 +1,7 @@
 """The engine cache: an engine is built once for everything that it was made from, and found again.
 
     entries/DIGEST/engine       the engine
-    entries/DIGEST/entry.json   its key, size, SHA-256 and what its build took; its mtime is the last use
+    entries/DIGEST/entry.json   its key, size, hash and what its build took; its mtime is the last use
     locks/DIGEST.lock           held while an entry is read, fetched, built or removed
     leases/DIGEST.*             held while somebody has the entry: such an entry is not evicted
     stage/DIGEST                an entry that is being made; renamed when it is whole

@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from trimtab.errors import InputError, TrimtabError
 from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine
-from trimtab.passes.specialize import Specialize
 from trimtab.program import Segment
 from trimtab.storage import GRAPHS, graph_path
 from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
@@ -84,6 +83,9 @@ def open_cache(place: Place) -> EngineCache | None:
 
 def specialized(model: ir.Model, shapes: Shapes) -> ir.Model:
     """A copy of a segment's graph with fixed sizes."""
+    # It needs onnxscript, which a device that builds has no use for: its graphs are lowered, and of fixed sizes.
+    from trimtab.passes.specialize import Specialize
+
     model = model.clone()
     Specialize(shapes)(model)
     return model

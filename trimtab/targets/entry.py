@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from trimtab.bundle import file_hash
 from trimtab.targets.base import EngineInfo
+from trimtab.targets.hashing import pieces_hash
 from trimtab.targets.key import EngineKey
 
 if TYPE_CHECKING:
@@ -60,36 +61,44 @@ def write_note(folder: Path, key: EngineKey, info: EngineInfo) -> None:
     note = {
         "schema": _SCHEMA,
         "key": key.plain(),
-        "engine": {"bytes": engine.stat().st_size, "sha256": file_hash(engine)},
+        "engine": {"bytes": engine.stat().st_size, "pieces_sha256": pieces_hash(engine)},
         "info": asdict(info),
     }
-    (folder / NOTE).write_text(json.dumps(note, indent=1), encoding="utf-8")
+    (folder / NOTE).write_text(json.dumps(note | {"sha256": _hash(note)}, indent=1), encoding="utf-8")
 
 
 def verified(folder: Path, key: EngineKey) -> EngineInfo | str:
     """What the note says of the engine if both are as they were written; else what is wrong, in a few words."""
     try:
         note: Any = json.loads((folder / NOTE).read_bytes())
+        sealed = note.pop("sha256") == _hash(note)
         info = EngineInfo(**note["info"])
-        size, sha256 = note["engine"]["bytes"], note["engine"]["sha256"]
+        size, written = note["engine"]["bytes"], note["engine"]["pieces_sha256"]
         ours = note["schema"] == _SCHEMA and note["key"] == key.plain()
     except FileNotFoundError:
         return f"{NOTE} is missing"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{NOTE} cannot be read"
+    if not sealed:
+        return f"{NOTE} was changed"
     if not ours:
         return f"{NOTE} is of another engine"
     try:
         actual = (folder / ENGINE).stat().st_size
         if actual != size:
             return f"{actual} bytes, and {size} were written"
-        if file_hash(folder / ENGINE) != sha256:
+        if pieces_hash(folder / ENGINE) != written:
             return "its hash is not that of what was written"
     except FileNotFoundError:
         return "the engine is missing"
     except OSError as error:  # a failing disk
         return f"the engine cannot be read: {error.strerror}"
     return info
+
+
+def _hash(note: Any) -> str:
+    """Of what a note says, however it is written."""
+    return hashlib.sha256(json.dumps(note, sort_keys=True).encode()).hexdigest()
 
 
 def last_use(folder: Path) -> int:

@@ -17,6 +17,7 @@ from trimtab.bundle import file_hash
 from trimtab.errors import InputError
 from trimtab.targets.base import Builder, BuildOptions
 from trimtab.targets.device import Device
+from trimtab.targets.hashing import on_all_cores
 
 _FORMAT = "trimtab-graph-1"
 """Goes up when the walk below covers more or less, so that no old digest is taken for a new one."""
@@ -125,9 +126,10 @@ class _Walk:
             self._origin[value] = f"{prefix}initializer:{name}"
         for index, value in enumerate(graph.inputs):
             self._origin[value] = f"{prefix}input:{index}"
+        tensors = [value.const_value for value in graph.initializers.values()]
         return {
             "inputs": [_interface(value)[0 if bound else 1 :] for value in graph.inputs],
-            "initializers": {name: _tensor(value.const_value) for name, value in graph.initializers.items()},
+            "initializers": dict(zip(graph.initializers, on_all_cores(_tensor, tensors), strict=True)),
             "nodes": [self._node(node) for node in graph],
             "outputs": [[self._wire(value), _interface(value) if bound else None] for value in graph.outputs],
         }

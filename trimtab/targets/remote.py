@@ -166,7 +166,7 @@ class Remote:
 def _engine_name(digest: str, note: bytes) -> str:
     """The name of the engine that a note speaks of; one that no engine has where the note is damaged."""
     try:
-        sha256 = json.loads(note)["engine"]["sha256"]
+        sha256 = json.loads(note)["engine"]["pieces_sha256"]
     except (ValueError, KeyError, TypeError, RecursionError):
         sha256 = ""
     # Notes are not believed: anything but a hash could be a path.

@@ -49,16 +49,16 @@ class TensorRT:
         name: "tensorrt" or "tensorrt_rtx".
         driver: The GPU.
         module: The backend's module; imported by default.
-        graphs: Launch the calls of a step as one CUDA graph, where they can be captured.
+        use_graphs: Launch the calls of a step as one CUDA graph, where they can be captured; may be changed later.
 
     Raises:
         MissingDependency: The backend is not installed.
     """
 
-    def __init__(self, name: str, driver: Driver, module: Any = None, graphs: bool = True) -> None:
+    def __init__(self, name: str, driver: Driver, module: Any = None, use_graphs: bool = True) -> None:
         self._trt: Any = import_backend(name) if module is None else module
         self._driver = driver
-        self._graphs = graphs
+        self.use_graphs = use_graphs
         self._log = _log(self._trt, TITLES[name])
         self._runtime: Any = self._trt.Runtime(self._log)
         self._sessions: list[TensorRTSession] = []
@@ -112,7 +112,7 @@ class TensorRT:
     @property
     def graphs(self) -> bool:
         """Whether steps are launched as CUDA graphs."""
-        return self._graphs and all(session.capturable for session in self._sessions)
+        return self.use_graphs and all(session.capturable for session in self._sessions)
 
     @property
     def scratch_bytes(self) -> int:

@@ -1,0 +1,170 @@
+"""Pictures larger than a U-Net was trained for: HiDiffusion (https://arxiv.org/abs/2311.17528).
+
+RAU-Net shows the deep blocks feature maps of the size that they know, for the first part of the steps, in which
+the picture is laid out; MSW-MSA gives the outermost self-attention windows, at all steps. Nothing is trained. Both
+are in one graph (`trimtab.passes.raunet`), and the schedules say which step reads which values and how many windows
+there are: so every weight stands once, and the deep blocks run at either size.
+
+Where and when is what the authors' repository says (https://github.com/megvii-research/HiDiffusion).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+from trimtab.errors import PassError
+from trimtab.passes.raunet import CONV, POOL, SHIFT, WINDOWS, Places, Swaps, add_alternatives, find_places
+from trimtab.passes.window_attention import SHIFTS
+from trimtab.program import Call, PassEntry, Program, Schedule, Step, TensorSpec
+
+SCALES = (2, 4)
+"""How many times the trained side there are phases for."""
+
+Phases = tuple[tuple[Fraction, tuple[str, ...]], ...]
+"""Stretches of steps: the share of the steps at which each ends, and what is rewritten in it; plain ones follow."""
+
+_AT_TOP: Mapping[int, Phases] = {
+    2: ((Fraction(40, 100), (CONV,)),),
+    4: ((Fraction(30, 100), (CONV, POOL)), (Fraction(70, 100), (CONV,))),
+}
+_BELOW: Mapping[int, Phases] = {
+    2: ((Fraction(8, 50), (CONV,)), (Fraction(40, 100), (POOL,))),
+    4: ((Fraction(30, 100), (CONV, POOL)), (Fraction(70, 100), (POOL,))),
+}
+
+
+def rewrites_at(places: Places, scale: int, step: int, steps: int) -> tuple[str, ...]:
+    """What step ``step`` of ``steps`` reads at a scale. Thresholds are cut off to whole steps, as in the repository.
+
+    Args:
+        places: SDXL's, whose windows lie one level down, has phases of its own.
+        scale: Of `SCALES`.
+        step: From 0.
+        steps: Of the whole loop.
+    """
+    for until, rewrites in (_BELOW if places.window_level else _AT_TOP)[scale]:
+        if step < math.floor(until * steps):
+            return rewrites
+    return ()
+
+
+def hidiffusion(program: Program) -> Program:
+    """Adds schedules for pictures of two and of four times the trained side to a U-Net's Program.
+
+    ``NAME/2x`` and ``NAME/4x`` stand beside each schedule; where the Program's own size is of such a scale already,
+    that scale's stand in the place of the plain ones. The shifts of the windows are an input that is drawn from the
+    seed, apart from the noise.
+
+    Args:
+        program: Its denoiser's graph gains alternatives in place; every plain value stays what it is.
+            `trimtab.passes.partition.partition` must follow.
+
+    Raises:
+        PassError: The denoiser is no U-Net that the method covers, or its windows cannot divide the native size.
+    """
+    model = program.segments["denoiser"].model
+    places = find_places(model)
+    trained = program.trained_size or program.size
+    # Windows cut an even side in two; where they lie in the pooled part, its half must be even too.
+    multiple = program.size_multiple * 2 ** (places.window_level + 1 + places.windows_are_pooled)
+    native = scale_of(program.size, trained)
+    if native > 1 and any(side % multiple for side in program.size):
+        raise PassError(
+            f"the windows of {places.windows[0]} cannot divide {program.size[0]}x{program.size[1]}: both sides "
+            f"must be multiples of {multiple} with HiDiffusion"
+        )
+    swaps, blocks = add_alternatives(model, places)
+    least = {scale: math.ceil(trained[0] * trained[1] * scale * scale / 2) for scale in SCALES}
+    loops = {
+        name: len(schedule.steps)
+        for task in program.tasks.values()
+        for name, schedule in task.schedules.items()
+        if "/" not in name
+    }
+
+    def at_scale(name: str, schedule: Schedule, scale: int) -> Schedule:
+        whole = loops.get(name.partition("/")[0], len(schedule.steps))
+        return dataclasses.replace(
+            schedule,
+            steps=_rewritten(schedule.steps, whole, places, scale, swaps),
+            least_pixels=least[scale] if native == 1 else 0,
+            size_multiple=multiple,
+        )
+
+    tasks = {}
+    for key, task in program.tasks.items():
+        schedules = {}
+        for name, schedule in task.schedules.items():
+            if native > 1:
+                schedules[name] = at_scale(name, schedule, native)
+                continue
+            schedules[name] = schedule
+            schedules |= {f"{name}/{scale}x": at_scale(name, schedule, scale) for scale in SCALES}
+        drawn = TensorSpec(
+            f"{SHIFT}s",
+            "int64",
+            (max(loops.values()), blocks),
+            {"kind": "window_shifts", "shifts": SHIFTS},
+        )
+        tasks[key] = dataclasses.replace(
+            task, inputs=(*task.inputs, drawn), schedules=_windowed(schedules, native)
+        )
+    entry = PassEntry("HiDiffusion", "denoiser", blocks + len(swaps), 0)
+    return dataclasses.replace(program, tasks=tasks, passes=(*program.passes, entry))
+
+
+def scale_of(size: tuple[int, int], trained: tuple[int, int]) -> int:
+    """1, 2 or 4: how many times the trained side a picture is, by its area, to the nearest power of two."""
+    ratio = math.sqrt(size[0] * size[1] / (trained[0] * trained[1]))
+    return 1 << min(2, max(0, round(math.log2(ratio))))
+
+
+def _windowed(schedules: Mapping[str, Schedule], native: int) -> dict[str, Schedule]:
+    """Every call of the denoiser reads its step's shifts, and how many windows there are at its scale."""
+
+    def windowed(step: Step, index: int, windows: int) -> Step:
+        calls = (
+            dataclasses.replace(call, inputs={**call.inputs, SHIFT: f"{SHIFT}s[{index}]", WINDOWS: WINDOWS})
+            if call.segment == "denoiser"
+            else call
+            for call in step.calls
+        )
+        return dataclasses.replace(
+            step, calls=tuple(calls), constants={**step.constants, WINDOWS: (windows,)}
+        )
+
+    return {
+        name: dataclasses.replace(
+            schedule,
+            steps=tuple(
+                windowed(step, index, 2 if native > 1 or schedule.least_pixels else 1)
+                for index, step in enumerate(schedule.steps)
+            ),
+        )
+        for name, schedule in schedules.items()
+    }
+
+
+def _rewritten(
+    steps: Sequence[Step], whole: int, places: Places, scale: int, swaps: Swaps
+) -> tuple[Step, ...]:
+    """Steps that read what their phase says; a loop that starts late, for a picture, starts late in the phases."""
+    result = []
+    for index, step in enumerate(steps, whole - len(steps)):
+        chosen = {v: w for name in rewrites_at(places, scale, index, whole) for v, w in swaps[name].items()}
+        result.append(dataclasses.replace(step, calls=tuple(_swapped(call, chosen) for call in step.calls)))
+    return tuple(result)
+
+
+def _swapped(call: Call, swaps: Mapping[str, str]) -> Call:
+    if call.segment != "denoiser":
+        return call
+    tensors = {value: f"denoiser/{other}" for value, other in swaps.items()}
+    return dataclasses.replace(
+        call,
+        inputs={**call.inputs, **tensors},
+        outputs={**call.outputs, **{other: tensors[value] for value, other in swaps.items()}},
+    )

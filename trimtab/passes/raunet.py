@@ -1,0 +1,270 @@
+"""Alternatives to a U-Net's values at its outermost levels: HiDiffusion's RAU-Net and the places of its windows.
+
+https://arxiv.org/abs/2311.17528, section 3.2. A downsampler that takes a quarter of the side in the place of a
+half, or a pooling inside of a block, hands everything behind it the feature maps of a picture of half the side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from trimtab.errors import PassError
+from trimtab.passes.alternatives import Alternatives, behind, relabel
+from trimtab.passes.scopes import Module, module_tree
+from trimtab.passes.window_attention import window_attention
+
+CONV, POOL = "conv", "pool"
+"""The rewrites: the resolution-aware downsampler, and the pooled path."""
+
+WINDOWS = "windows"
+"""Input of the denoiser: int64 scalar, how many windows attention has along each side; 1 is the plain graph."""
+
+SHIFT = "window_shift"
+"""Input of the denoiser: int64 (blocks,), the shift of each block's windows in quarters."""
+
+SCOPE = "hidiffusion"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a U-Net is rewritten.
+
+    Attributes:
+        conv: The down block whose downsampler goes to a quarter of the side.
+        pool: The down block that is pooled behind its first pair of ResNet and attention, and the up block whose
+            features are scaled back behind the last pair that reads pooled skips.
+        windows: Blocks whose self-attention is windowed.
+    """
+
+    conv: str
+    pool: tuple[str, str]
+    windows: tuple[str, ...]
+
+    @property
+    def upsampler(self) -> str:
+        """What goes back to the size that the rewritten downsampler started from."""
+        return f"up_blocks.{_level(self.pool[1]) - _level(self.conv)}.upsamplers.0"
+
+    @property
+    def pool_level(self) -> int:
+        """How often the latents' side is halved where the pooling begins, the rewritten downsampler counted twice.
+
+        Phases pool inside of what that downsampler leads to only where they rewrite it as well.
+        """
+        return _level(self.pool[0]) + (_level(self.conv) < _level(self.pool[0]))
+
+    @property
+    def window_level(self) -> int:
+        """The level of the windowed blocks: 0 is the sample's."""
+        return _level(self.windows[0])
+
+    @property
+    def windows_are_pooled(self) -> bool:
+        """Whether some of the windowed blocks lie between the pooling and the way back."""
+        return self.pool[0] in self.windows
+
+
+Swaps = dict[str, dict[str, str]]
+"""For `CONV` and `POOL`: value that is read -> value that stands for it."""
+
+
+def _level(block: str) -> int:
+    return int(block.rpartition(".")[2])
+
+
+def find_places(model: ir.Model) -> Places:
+    """Where a denoiser is rewritten: Stable Diffusion 1 and 2 have attention at the top level, SDXL has none.
+
+    Raises:
+        PassError: It is no U-Net, or one of too few levels.
+    """
+    tree = module_tree(model.graph)
+    blocks = sum(path.startswith("down_blocks.") and path.count(".") == 1 for path in tree)
+    if blocks == 0:
+        raise PassError("HiDiffusion rewrites U-Nets, and this denoiser has no down_blocks: leave it out")
+    pool = ("down_blocks.1", f"up_blocks.{blocks - 2}")
+    if "down_blocks.0.attentions.0" in tree:
+        places = Places("down_blocks.0", pool, ("down_blocks.0", f"up_blocks.{blocks - 1}"))
+    else:
+        places = Places("down_blocks.1", pool, pool)
+    for path in (f"{places.conv}.downsamplers.0", places.upsampler, *places.pool, *places.windows):
+        if path not in tree:
+            raise PassError(
+                f"HiDiffusion rewrites {path}, and this denoiser of {blocks} levels has none: leave it out"
+            )
+    return places
+
+
+def add_alternatives(model: ir.Model, places: Places) -> tuple[Swaps, int]:
+    """Adds all alternatives to a denoiser's graph, in place, and gives its attention windows.
+
+    With one window and no swap the graph computes what it computed, bit for bit.
+
+    Returns:
+        The alternatives, and the number of blocks that have windows.
+
+    Raises:
+        PassError: A module is not built as those that the method was made for.
+    """
+    graph, tree = model.graph, module_tree(model.graph)
+    swaps: Swaps = {CONV: {}, POOL: {}}
+    blocks = _add_windows(graph, tree, places, swaps)
+    _add_pool(graph, tree, places, swaps)
+    _add_conv(tree, places, swaps)
+    return swaps, blocks
+
+
+def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
+    """The downsampler's own kernel with stride 4 and dilation 2: it sees what it would see of half the picture."""
+    module = tree[f"{places.conv}.downsamplers.0"]
+    conv = next((n for n in module.nodes if n.op_type == "Conv"), None)
+    plain = {"strides": [2, 2], "dilations": [1, 1], "kernel_shape": [3, 3]}
+    if conv is None or any(
+        list(conv.attributes[name].as_ints()) != wanted
+        for name, wanted in plain.items()
+        if name in conv.attributes
+    ):
+        raise PassError(f"{module.path} is no 3x3 convolution of stride 2, which HiDiffusion rewrites")
+    output, source = conv.outputs[0], conv.inputs[0]
+    assert output.shape is not None and source is not None and source.shape is not None
+    assert output.dtype is not None
+    rest = {
+        name: value for name, value in conv.attributes.items() if name not in ("auto_pad", *plain, "pads")
+    }
+    assert conv.graph is not None and isinstance(conv.graph, ir.Graph)
+    other = Alternatives(conv.graph, conv, f"{SCOPE}/{module.path}").node(
+        "Conv",
+        conv.inputs,
+        rest | {"kernel_shape": [3, 3], "strides": [4, 4], "dilations": [2, 2], "pads": [2, 2, 2, 2]},
+        dtype=output.dtype,
+        shape=[*output.shape[:2], *(_part(dim, 4) for dim in source.shape[2:])],
+    )
+    relabel(output, tree[places.upsampler].nodes)
+    swaps[CONV][str(output.name)] = str(other.name)
+
+
+def _part(side: int | ir.SymbolicDim, divisor: int) -> int | str:
+    """A side divided and rounded up."""
+    return -(-side // divisor) if isinstance(side, int) else f"(({side.value}) - 1)//{divisor} + 1"
+
+
+def _add_pool(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
+    """Pooling behind the first pair, and bicubic scaling back to the size that the features had before."""
+    down, up = places.pool
+    pairs = _pairs(tree, down)
+    first, last = _feature(tree[pairs[0]]), _feature(tree[_pairs(tree, up)[len(pairs) - 1]])
+    assert first.shape is not None and last.shape is not None
+    assert first.dtype is not None and last.dtype is not None
+    read = behind(graph, first, f"{SCOPE}/{down}/first")
+    pooled = Alternatives(graph, read.producer(), f"{SCOPE}/{down}").node(
+        "AveragePool",
+        [first],
+        {"kernel_shape": [2, 2], "strides": [2, 2], "ceil_mode": 1},
+        dtype=first.dtype,
+        shape=[*first.shape[:2], *(_part(dim, 2) for dim in first.shape[2:])],
+    )
+    grid, _ = _grid(graph, places.pool_level, "pooled_from")
+    # Halved so often, each time rounded up.
+    sizes = [f"-(-latent_{side}//{2**places.pool_level})" for side in ("height", "width")]
+    back = behind(graph, last, f"{SCOPE}/{up}/last")
+    nodes = Alternatives(graph, back.producer(), f"{SCOPE}/{up}")
+    rows = nodes.int_node("Shape", [last], [2], start=0, end=2)
+    sides = nodes.int_node("Cast", [grid], [2], to=int(ir.DataType.INT64))
+    resized = nodes.node(
+        "Resize",
+        [last, None, None, nodes.int_node("Concat", [rows, sides], [4], axis=0)],
+        {"mode": "cubic", "cubic_coeff_a": -0.75, "coordinate_transformation_mode": "half_pixel"},
+        dtype=last.dtype,
+        shape=[*last.shape[:2], *sizes],
+    )
+    producer = back.producer()
+    assert producer is not None
+    relabel(read, [producer])
+    back.shape = last.shape
+    swaps[POOL] |= {str(read.name): str(pooled.name), str(back.name): str(resized.name)}
+
+
+def _pairs(tree: Mapping[str, Module], block: str) -> list[str]:
+    """The modules that end each pair of ResNet and attention of a block."""
+    kind = "attentions" if f"{block}.attentions.0" in tree else "resnets"
+    return [path for index in range(len(tree)) if (path := f"{block}.{kind}.{index}") in tree]
+
+
+def _feature(module: Module) -> ir.Value:
+    """A module's result: (rows, channels, height, width)."""
+    found = [
+        v
+        for v in module.outputs
+        if v.dtype is not None and v.dtype.is_floating_point() and v.shape is not None and v.shape.rank() == 4
+    ]
+    if not found:
+        raise PassError(f"{module.path} gives no feature map, which HiDiffusion rewrites")
+    return found[-1]
+
+
+def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> int:
+    """Window attention in the windowed blocks, and the inputs that steer it. Gives their number."""
+    paths = [
+        path
+        for path in tree
+        if path.endswith(".attn1") and any(path.startswith(f"{block}.") for block in places.windows)
+    ]
+    int64 = ir.TensorType(ir.DataType.INT64)
+    windows = ir.Value(name=WINDOWS, shape=ir.Shape([]), type=int64)
+    shifts = ir.Value(name=SHIFT, shape=ir.Shape([len(paths)]), type=int64)
+    graph.inputs.extend([windows, shifts])
+    whole, _ = _grid(graph, places.window_level, "windows")
+    inside = whole
+    if places.windows_are_pooled:
+        inside, half = _grid(graph, places.window_level, "pooled_windows")
+        swaps[POOL][str(inside.name)] = str(half.name)
+    for index, path in enumerate(paths):
+        attention = next((n for n in tree[path].nodes if n.op_type == "Attention"), None)
+        if attention is None:
+            raise PassError(f"{path} has no Attention operator, which HiDiffusion windows: export it again")
+        nodes = Alternatives(graph, _before(attention), f"{SCOPE}/{path}")
+        shift = nodes.int_node("Gather", [shifts, nodes.ints(index)], [], axis=0)
+        grid = inside if _is_pooled(tree, places, path) else whole
+        window_attention(nodes, attention, grid, windows, shift)
+    return len(paths)
+
+
+def _before(node: ir.Node) -> ir.Node:
+    """The node that stands before another in its graph."""
+    assert node.graph is not None
+    nodes = list(node.graph)
+    return nodes[nodes.index(node) - 1]
+
+
+def _is_pooled(tree: Mapping[str, Module], places: Places, path: str) -> bool:
+    """Whether a module lies between the pooling and the way back."""
+    down, up = places.pool
+    block, _, rest = path.partition(".attentions.")
+    index = int(rest.partition(".")[0])
+    return (block == down and index > 0) or (block == up and index < len(_pairs(tree, down)))
+
+
+def _grid(graph: ir.Graph, level: int, name: str) -> tuple[ir.Value, ir.Value]:
+    """(height, width) of a level as a value that can be swapped, and what stands for it at half the side.
+
+    float32 (2,) each: arithmetic on sizes alone is repeated by `partition` wherever it is needed, and cannot be
+    swapped.
+    """
+    nodes = Alternatives(graph, None, f"{SCOPE}/{name}")
+    state = next(value for value in graph.inputs if value.name == "state")
+    sizes = nodes.int_node("Shape", [state], [2], start=3, end=5)
+    one, two = nodes.ints([1]), nodes.ints([2])
+
+    def halved(value: ir.Value) -> ir.Value:
+        less = nodes.int_node("Sub", [value, one], [2])
+        return nodes.int_node("Add", [nodes.int_node("Div", [less, two], [2]), one], [2])
+
+    def floats(value: ir.Value) -> ir.Value:
+        return nodes.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, dtype=ir.DataType.FLOAT, shape=[2])
+
+    for _ in range(level):
+        sizes = halved(sizes)
+    return floats(sizes), floats(halved(sizes))

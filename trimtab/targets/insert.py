@@ -1,0 +1,219 @@
+"""Puts engines into a bundle that is whole at every moment.
+
+An engine is made beside the others and takes a name that bundle.json does not know; then bundle.json is replaced, and
+what it no longer names is removed last. So a build that is stopped, however, loses no engine that was finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from trimtab.bundle import Bundle, file_hash, update_manifest
+from trimtab.errors import BundleError, InputError, TrimtabError
+from trimtab.manifest import Contents, Engine, FileEntry, SegmentEntry
+from trimtab.storage import GRAPHS, with_engines
+from trimtab.targets.base import Progress
+from trimtab.targets.device import Device
+from trimtab.targets.engines import ENGINES, build_options, builder_for, engine_entry, obtain, specialized
+from trimtab.targets.wanted import reason_to_build
+
+if TYPE_CHECKING:
+    from trimtab.targets.cache import EngineCache
+
+_STAGE = ".building"
+"""In the folder of engines: what is being made. It is removed at the next start, whatever became of its process."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """An engine that this build put into the bundle.
+
+    Attributes:
+        target: Whose.
+        segment: Of which segment.
+        path: Its file, relative to the bundle.
+        bytes: Of the file.
+        reason: Why it was made.
+        seconds: What that took, the cache included.
+    """
+
+    target: str
+    segment: str
+    path: str
+    bytes: int
+    reason: str
+    seconds: float
+
+
+class Inserter:
+    """Puts engines into one bundle."""
+
+    def __init__(
+        self, bundle: Bundle, contents: Contents, cache: EngineCache | None, progress: Progress
+    ) -> None:
+        self.made: list[Made] = []
+        self._bundle = bundle
+        self._contents = contents
+        self._cache = cache
+        self._progress = progress
+
+    @contextlib.contextmanager
+    def stage(self) -> Iterator[None]:
+        """Makes room beside the engines, and leaves nothing that bundle.json does not name."""
+        folder = self._bundle.folder
+        engines = folder / ENGINES
+        if not engines.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(f"{engines} leads out of the bundle: do not use it")
+        with self._one_line():
+            self._sweep()
+            try:
+                yield
+            finally:
+                self._sweep()
+
+    def make(self, name: str, old: Engine, device: Device, version: str, why: str) -> None:
+        """Makes one engine, and says so in bundle.json."""
+        start = time.perf_counter()
+        self._progress(f"{name} for {device.name}: {why}")
+        if old.backend == "onnxruntime":
+            new = replace(old, built=True)
+        else:
+            new = self._same(name, old, device, version) or self._built(name, old, device)
+        self._put(name, old, new)
+        seconds = round(time.perf_counter() - start, 3)
+        self.made.append(Made(device.name, name, new.path, new.bytes, why, seconds))
+
+    def _same(self, name: str, wanted: Engine, device: Device, version: str) -> Engine | None:
+        """An engine of another target that serves this one too, as those built ahead of time do."""
+        if device.backend != "tensorrt_rtx":
+            return None
+        for engine in self._contents.segments[name].engines:
+            as_wanted = replace(
+                wanted,
+                built=True,
+                sm=device.sm,
+                version=version,
+                path=engine.path,
+                bytes=engine.bytes,
+                activation_bytes=engine.activation_bytes,
+            )
+            if replace(engine, target=wanted.target) == as_wanted and (
+                reason_to_build(self._now(), engine, device, version) is None
+            ):
+                return as_wanted
+        return None
+
+    def _built(self, name: str, old: Engine, device: Device) -> Engine:
+        builder = builder_for(device, self._cache)
+        model = self._graph(old)
+        options = replace(
+            build_options(device, old.shapes, old.precision),
+            plugins=tuple(self._bundle.path(path) for path in old.plugins),
+        )
+        stage = self._bundle.folder / ENGINES / _STAGE
+        info = obtain(
+            self._cache,
+            model,
+            device,
+            options,
+            builder,
+            stage / "engine",
+            lambda text: self._progress(f"{name} for {text}"),
+        )
+        path = self._free_path(self._contents.segments[name], device)
+        file = self._bundle.folder / path
+        file.parent.mkdir(exist_ok=True)
+        if not file.parent.resolve().is_relative_to(self._bundle.folder.resolve()):
+            raise BundleError(f"{file.parent} leads out of the bundle: do not use it")
+        entry = FileEntry(path, info.bytes, file_hash(stage / "engine"))
+        (stage / "engine").replace(file)
+        self._contents = replace(self._contents, files=(*self._contents.files, entry))
+        new = engine_entry(device, path, info, old.graph, old.shapes, old.precision)
+        return replace(new, plugins=old.plugins)
+
+    def _graph(self, engine: Engine) -> ir.Model:
+        """The graph of an engine with fixed sizes; it and the weights that it reads are verified."""
+        model = ir.load(self._bundle.path(engine.graph))
+        weights = {f"{GRAPHS}/{tensor.location}" for tensor in _external(model)}
+        self._bundle.verify(sorted(weights))  # and none that is not a file of the bundle
+        if all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs):
+            return model
+        return specialized(model, engine.shapes)
+
+    def _free_path(self, segment: SegmentEntry, device: Device) -> str:
+        """A name that bundle.json does not know."""
+        taken = {entry.path for entry in self._contents.files}
+        stem = PurePosixPath(segment.graph).stem
+        names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        return next(p for p in (f"{ENGINES}/{device.name}/{n}.engine" for n in names) if p not in taken)
+
+    def _put(self, name: str, old: Engine, new: Engine) -> None:
+        contents = self._contents
+        engines = {
+            segment.name: [new if engine is old else engine for engine in segment.engines]
+            for segment in contents.segments.values()
+        }
+        used = {
+            p for entries in engines.values() for engine in entries for p in (engine.path, *engine.plugins)
+        }
+        files = [f for f in contents.files if not f.path.startswith(f"{ENGINES}/") or f.path in used]
+        ordered = tuple(sorted(files, key=lambda entry: entry.path))
+        self._contents = replace(with_engines(contents, engines), files=ordered)
+        update_manifest(self._bundle.folder, self._contents)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Removes engines that bundle.json does not name: half of one, or one that another took the place of."""
+        named = {entry.path for entry in self._contents.files}
+        engines = self._bundle.folder / ENGINES
+        if (engines / _STAGE).is_symlink():
+            (engines / _STAGE).unlink()
+        shutil.rmtree(engines / _STAGE, ignore_errors=True)
+        for folder in engines.iterdir() if engines.is_dir() else ():
+            if folder.is_symlink():  # nothing out there is ours
+                continue
+            for path in folder.glob("*.engine"):
+                if path.relative_to(self._bundle.folder).as_posix() not in named:
+                    path.unlink()
+
+    def _now(self) -> Bundle:
+        return Bundle(self._bundle.folder, self._contents)
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Errors of the disk, said in one line."""
+        folder = self._bundle.folder
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise TrimtabError(
+                    f"the disk of {folder} is full; what was finished is kept: make room, and build again"
+                ) from error
+            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise InputError(
+                    f"{folder} cannot be written ({error.strerror}): copy the bundle to where it can"
+                ) from error
+            raise
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Every tensor of a graph that lies in a file."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    yield attribute.value
