@@ -4,7 +4,8 @@
 
 Puts decoded weights into the shipped models and draws judged pictures with them: DDIM, 25 steps, guidance 3 for the
 DiT and 5 for the U-Net, the same noise for every row. A row is kept in FOLDER/MODEL.jsonl as soon as it is measured;
-the table shows all that are there. A row "NAME=STORE" measures a folder of codebooks made elsewhere.
+the table shows all that are there. A row "NAME=STORE" measures a folder of codebooks made elsewhere; "calibrated-N"
+calibrates for --minutes with N candidates, from k-means, on 32 trajectories of the model's own.
 
 Bits are those of the weights that are packed, with codebooks, scales and offsets; rows of one model pack the same
 ones. "kept" is the score's share of FP32's.
@@ -33,7 +34,12 @@ from shapes import sample_scenes  # noqa: E402
 
 import trimtab  # noqa: E402
 from trimtab.calibration.codebooks import Codebooks, CodebookStore, read_index  # noqa: E402
+from trimtab.calibration.draft import draft  # noqa: E402
 from trimtab.calibration.kmeans import Settings, make_codebooks  # noqa: E402
+from trimtab.calibration.trajectories import record  # noqa: E402
+from trimtab.calibration.vq4dit import Training, calibrate, inputs_of  # noqa: E402
+from trimtab.export.denoisers import denoiser_module  # noqa: E402
+from trimtab.export.source import Source  # noqa: E402
 from trimtab.passes import vq_op  # noqa: E402
 from trimtab.storage import read_program  # noqa: E402
 
@@ -54,6 +60,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=1020)
     parser.add_argument("--rows", nargs="+", default=["fp32", "rounding", "k-means", "k-means+scale"])
+    parser.add_argument("--minutes", type=float, default=10, help="of processor time for every calibration")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     results = options.work / f"{options.model}.jsonl"
@@ -63,7 +70,7 @@ def main() -> None:
         if any(d["row"] == name and d["pictures"] == options.pictures for d in done):
             continue
         start = time.process_time()
-        weights, bits = _weights(name, store, options.model, options.work)
+        weights, bits = _weights(name, store, options)
         score = _measure(options.model, weights, options.pictures)
         record = {"row": name, "pictures": options.pictures, "bits": bits, **score}
         record["cpu_seconds"] = round(time.process_time() - start)
@@ -73,8 +80,9 @@ def main() -> None:
     _show(options.model, done)
 
 
-def _weights(row: str, store: str, model: str, work: Path) -> tuple[Rows, float]:
-    """A row's weights, and their bits."""
+def _weights(row: str, store: str, options: argparse.Namespace) -> tuple[Rows, float]:
+    """A row's weights and biases, and the bits of the packed ones."""
+    model, work = options.model, options.work
     if row == "fp32":
         return {}, 32.0
     books = _stored(Path(store)) if store else _codebooks(model, work, row.endswith("+scale"))
@@ -85,15 +93,35 @@ def _weights(row: str, store: str, model: str, work: Path) -> tuple[Rows, float]
         count = sum(w.size for w in weights.values())
         channels = sum(len(w) for w in weights.values())
         return weights, BITS + 2 * 32 * channels / count
+    if row.startswith("calibrated-"):
+        candidates = int(row.partition("-")[2].partition("+")[0])
+        books = _calibrated(model, work, books, Training(options.minutes, candidates))
     count = sum(len(layer.codes) * layer.columns for layer in books.layers.values())
     size = sum(layer.nbytes for layer in books.layers.values())
-    return {_parameter(name): layer.rows() for name, layer in books.layers.items()}, 8 * size / count
+    made = {_parameter(name): layer.rows() for name, layer in books.layers.items()}
+    return made | dict(books.parameters), 8 * size / count
+
+
+def _calibrated(model: str, work: Path, books: Codebooks, training: Training) -> Codebooks:
+    """Eight trajectories at a time, 25 steps each, with guidance: 16 rows an evaluation."""
+    module = denoiser_module(Source(MODELS[model]))
+    program = read_program(trimtab.load(work / f"{model}.bundle").bundle)
+    with draft(program, work / f"{model}-draft", threads=1) as pipeline:
+        if model == "dit":
+            asked = [{"label": [n % 30 for n in range(8 * k, 8 * k + 8)]} for k in range(4)]
+        else:
+            captions = [s.caption for s in sample_scenes(77, 32)]
+            asked = [{"prompt": captions[8 * k : 8 * k + 8]} for k in range(4)]
+        samples = record(pipeline, [{**a, "seed": k, "schedule": STEPS} for k, a in enumerate(asked)])
+    return calibrate(
+        module, books, inputs_of(module, samples), training, progress=print, clock=time.process_time
+    )
 
 
 def _codebooks(model: str, work: Path, scale: bool) -> Codebooks:
     bundle = work / f"{model}.bundle"
     if not bundle.exists():
-        trimtab.compile(MODELS[model], bundle)
+        trimtab.compile(MODELS[model], bundle, steps=(STEPS,))
     segments = read_program(trimtab.load(bundle).bundle).segments
     store = work / f"{model}-k-means{'-scale' if scale else ''}"
     return make_codebooks(
@@ -145,6 +173,9 @@ def _measure(model: str, weights: Rows, pictures: int) -> dict[str, float]:
     module = _denoiser(pipeline)
     for name, rows in weights.items():
         parameter = module.get_parameter(name)
+        if rows.ndim == 1:
+            parameter.copy_(torch.from_numpy(rows))
+            continue
         made = vq_op.from_rows(rows, parameter.shape)
         parameter.copy_(torch.from_numpy(np.ascontiguousarray(made)))
     if model == "dit":

@@ -102,21 +102,15 @@ def test_compile_packs_on_request(
 
     output = tmp_path / "small.bundle"
     rule = ["--vq-rule", "transformer_blocks.0.attn1.*=keep"]
-    arguments = [
-        "compile",
-        str(pipeline_folder("dit")),
-        "--vq",
-        "3",
-        *rule,
-        "-o",
-        str(output),
-        "--steps",
-        "3",
-    ]
+    books = tmp_path / "books"
+    store = ["--vq-minutes", "0.05", "--vq-codebooks", str(books)]
+    arguments = ["compile", str(pipeline_folder("dit")), "--vq", "3", *rule, *store, "--steps", "3"]
+    arguments += ["-o", str(output)]
     assert main(arguments) == 0
     bundle = trimtab.load(output).bundle
     (entry,) = [p for p in bundle.contents.passes if p.name == "PackWeights"]
     assert entry.applied > 0 and bundle.contents.segments["denoiser"].domains == {"trimtab": 1}
+    assert (books / "calibrated" / "parameters").is_file()
     kept = read_program(bundle).segments["denoiser"].model.graph.initializers
     assert "transformer_blocks.0.attn1.to_q.weight.T" in kept
     dense = trimtab.load(bundle_folder("dit")).bundle

@@ -33,7 +33,18 @@ _COMPILE_PACKAGES = (
 )
 
 _RECIPE = (
-    *("steps", "scheduler", "eta", "precision", "inherit", "vq", "vq_scale", "vq_codebooks", "hidiffusion"),
+    *(
+        "steps",
+        "scheduler",
+        "eta",
+        "precision",
+        "inherit",
+        "vq",
+        "vq_scale",
+        "vq_minutes",
+        "vq_codebooks",
+        "hidiffusion",
+    ),
     *removal_commands.RECIPE,
 )
 """Options of compile that are fields of a recipe, by the same name."""

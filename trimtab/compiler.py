@@ -89,7 +89,8 @@ def compile(
         program = export_model(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
-        program = transform(program, chosen, stage, progress)
+        source = Source(path) if path.is_dir() else None
+        program = transform(program, chosen, stage, progress, source=source)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)

@@ -23,6 +23,12 @@ def packing_arguments(command: argparse.ArgumentParser) -> None:
         "--vq-scale", action="store_true", default=None, help="a factor for every output channel"
     )
     command.add_argument(
+        "--vq-minutes",
+        type=float,
+        metavar="M",
+        help="calibrate packed weights for so long (default: not at all)",
+    )
+    command.add_argument(
         "--vq-codebooks", type=Path, metavar="DIR", help="keep codebooks there, and go on from them"
     )
 

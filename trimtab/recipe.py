@@ -45,6 +45,7 @@ class Recipe:
         vq_rules: Pattern of module paths -> bits or "keep", before the rule that a layer of a repeated block is
             packed; the first that fits decides.
         vq_scale: Whether every output channel of a packed weight has a factor of its own.
+        vq_minutes: Of calibration of the packed weights; None for k-means alone.
         vq_codebooks: A folder where codebooks are kept, and found again when the work is cut off.
         hidiffusion: Draw pictures larger than the model was trained for by HiDiffusion.
     """
@@ -66,6 +67,7 @@ class Recipe:
     vq: int | None = None
     vq_rules: tuple[tuple[str, int | str], ...] = ()
     vq_scale: bool = False
+    vq_minutes: float | None = None
     vq_codebooks: Path | None = None
     hidiffusion: bool = False
 
@@ -98,9 +100,11 @@ class Recipe:
             )
         if self.vq is not None and self.vq not in VQ_BITS:
             raise InputError(f"vq {self.vq!r}: weights are packed to 2, 3 or 4 bits")
+        if self.vq_minutes is not None and not self.vq_minutes > 0:
+            raise InputError(f"vq_minutes {self.vq_minutes}: more than 0 are needed, or leave it out")
         if any(bits not in (*VQ_BITS, "keep") for _, bits in self.vq_rules):
             raise InputError('a vq rule gives neither 2, 3 or 4 bits nor "keep": write PATTERN=BITS')
-        if self.vq is None and (self.vq_rules or self.vq_scale or self.vq_codebooks):
+        if self.vq is None and (self.vq_rules or self.vq_scale or self.vq_minutes or self.vq_codebooks):
             raise InputError("something is said about packed weights and none are asked for: give vq as well")
 
 

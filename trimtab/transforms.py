@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from trimtab.errors import InputError
+from trimtab.export.source import Source
 from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
@@ -14,8 +16,12 @@ from trimtab.passes.student import WEIGHTS, put_back
 from trimtab.program import Program
 from trimtab.recipe import Recipe
 
+Progress = Callable[[str], None]
 
-def transform(program: Program, recipe: Recipe, folder: Path, progress: Callable[[str], None]) -> Program:
+
+def transform(
+    program: Program, recipe: Recipe, folder: Path, progress: Progress, *, source: Source | None = None
+) -> Program:
     """Removes, packs and skips, as the recipe says.
 
     Each step is a function from Program to Program. Layers are removed from the whole model, as it was scored.
@@ -27,15 +33,21 @@ def transform(program: Program, recipe: Recipe, folder: Path, progress: Callable
         recipe: What is wanted.
         folder: Where a program is drafted that has to be run; weights in ``folder / "graphs"`` are not copied.
         progress: Told what is being worked on.
+        source: The pipeline that it was exported from, where it was one: calibration trains its denoiser.
 
     Raises:
         InputError: Something that the recipe names is not there.
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
+    removed = recipe.remove is not None or recipe.removal_plan is not None
+    if removed and recipe.vq_minutes is not None:
+        raise InputError(
+            "--vq-minutes trains the model whole, and layers are to be removed: leave one of them out"
+        )
     program = _remove(program, recipe, folder, progress)
     if recipe.vq is not None:
-        program = _packed(program, recipe, recipe.vq, progress)
+        program = _packed(program, recipe, recipe.vq, folder, source, progress)
     if recipe.hidiffusion:
         program = hidiffusion(program)
     if recipe.inherit is not None:
@@ -43,9 +55,7 @@ def transform(program: Program, recipe: Recipe, folder: Path, progress: Callable
     return partition(program)
 
 
-def _searched(
-    program: Program, plan: InheritPlan, folder: Path, progress: Callable[[str], None]
-) -> InheritPlan:
+def _searched(program: Program, plan: InheritPlan, folder: Path, progress: Progress) -> InheritPlan:
     """The plan with its schedule, where it asks for a speed."""
     if plan.speed is None:
         return plan
@@ -54,19 +64,25 @@ def _searched(
     return search(program, plan, folder, progress=progress)
 
 
-def _packed(program: Program, recipe: Recipe, bits: int, progress: Callable[[str], None]) -> Program:
+def _packed(
+    program: Program, recipe: Recipe, bits: int, folder: Path, source: Source | None, progress: Progress
+) -> Program:
     """The denoisers' weights as codes into codebooks."""
-    from trimtab.calibration.kmeans import Settings, make_codebooks
-    from trimtab.passes.vq import pack_weights
+    from trimtab.calibration.kmeans import Settings
+    from trimtab.calibration.packing import packed
 
-    settings = Settings(bits, recipe.vq_rules, recipe.vq_scale)
-    models = {
-        name: segment.model for name, segment in program.segments.items() if name.startswith("denoiser")
-    }
-    return pack_weights(program, make_codebooks(models, settings, recipe.vq_codebooks, progress=progress))
+    return packed(
+        program,
+        Settings(bits, recipe.vq_rules, recipe.vq_scale),
+        folder,
+        source=source,
+        minutes=recipe.vq_minutes,
+        store=recipe.vq_codebooks,
+        progress=progress,
+    )
 
 
-def _remove(program: Program, recipe: Recipe, folder: Path, progress: Callable[[str], None]) -> Program:
+def _remove(program: Program, recipe: Recipe, folder: Path, progress: Progress) -> Program:
     """The program with layers removed, where the recipe says so; the plan lies in the bundle."""
     student = Path(recipe.removal_plan) if recipe.removal_plan is not None else None
     if student is not None:

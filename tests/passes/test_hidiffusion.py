@@ -181,13 +181,15 @@ def top(
 
 
 @pytest.fixture(scope="module")
-def below(bundle_folder: BundleFolder, pipeline_folder: BundleFolder) -> Iterator[tuple[Pipeline, Any]]:
+def below(
+    bundle_folder: BundleFolder, pipeline_folder: BundleFolder, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Pipeline, Any]]:
     """A U-Net without attention at the top level, as SDXL's."""
     from diffusers import UNet2DConditionModel
 
     folder = bundle_folder("sd_below")
     program = partition(hidiffusion(read_program(open_bundle(folder))))
-    with draft(program, folder.with_name("sd_below_hidiffusion")) as pipe:
+    with draft(program, tmp_path_factory.mktemp("below")) as pipe:
         yield pipe, UNet2DConditionModel.from_pretrained(pipeline_folder("sd_below") / "unet").eval()
 
 

@@ -19,6 +19,8 @@ from trimtab.staging import write_file
 
 SCHEMA = 1
 INDEX = "codebooks.json"
+PARAMETERS = "parameters"
+"""Its file in a store; those of weights end in .safetensors."""
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,13 @@ class Codebooks:
         fingerprint: Of the weights that they were made from, by `fingerprint`.
         layers: Initializer's name -> its codes.
         kept: Initializer's name -> why it stays as it is.
+        parameters: Initializer's name -> what it becomes: biases that were trained with the codes.
     """
 
     fingerprint: str
     layers: Mapping[str, PackedWeight]
     kept: Mapping[str, str] = field(default_factory=dict)
+    parameters: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
 
 def fingerprint(weights: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:
@@ -188,6 +192,33 @@ class CodebookStore:
         if not whole:
             raise CalibrationError(f"{path} is damaged: delete it, and run this again")
         return packed
+
+    def has_parameters(self) -> bool:
+        """Whether what was trained beside the codes is there: it is written last."""
+        return (self.folder / PARAMETERS).is_file()
+
+    def put_parameters(self, parameters: Mapping[str, npt.NDArray[np.float32]]) -> None:
+        """Writes what was trained beside the codes; the file is whole or not there."""
+        from safetensors.numpy import save
+
+        write_file(
+            self.folder / PARAMETERS, save({k: np.ascontiguousarray(v) for k, v in parameters.items()})
+        )
+
+    def get_parameters(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Reads what was trained beside the codes.
+
+        Raises:
+            CalibrationError: The file is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        path = self.folder / PARAMETERS
+        try:
+            return dict(load(path.read_bytes()))
+        except (OSError, ValueError, SafetensorError):
+            raise CalibrationError(f"{path} is damaged: delete it, and run this again") from None
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{quote(name, safe='')}.safetensors"

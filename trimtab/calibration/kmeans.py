@@ -26,7 +26,7 @@ KEEP = "keep"
 
 ITERATIONS = (60, 40)
 """Lloyd steps on a sample, then on all sub-vectors: 100 as in VQ4DiT. The sample finds the codewords, and what it
-missed of them the rest mends: benchmarks/vq_kmeans.py compares with 100 steps on everything."""
+missed of them the rest mends."""
 
 SAMPLE = 1024
 """Sub-vectors in the sample, for each codeword."""
@@ -261,6 +261,14 @@ def cluster(
 def nearest(vectors: npt.NDArray[np.float32], codebook: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
     """(n,) the index of the nearest codeword of each vector (n, d)."""
     return _search(vectors, codebook)[0]
+
+
+def neighbours(
+    vectors: npt.NDArray[np.float32], codebook: npt.NDArray[np.float32], count: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """The nearest codewords of each vector and their squared distances, (n, count) each, nearest first."""
+    distances, codes = _faiss().knn(vectors, codebook, count)
+    return codes, distances
 
 
 def rounded(codebook: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

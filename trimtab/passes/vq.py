@@ -105,6 +105,9 @@ class PackWeights(Pass):
                 refused.append(Refusal(site.name, self.codebooks.kept[site.name]))
         if applied:
             _add_functions(model)
+            for name, array in self.codebooks.parameters.items():
+                if name in model.graph.initializers:
+                    model.graph.initializers[name].const_value = ir.Tensor(array, name=name)
         return PassResult(model, bool(applied), tuple(applied), tuple(refused))
 
 
