@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from trimtab.errors import InputError
 from trimtab.export.source import Source
 from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
@@ -40,11 +39,6 @@ def transform(
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
-    removed = recipe.remove is not None or recipe.removal_plan is not None
-    if removed and recipe.vq_minutes is not None:
-        raise InputError(
-            "--vq-minutes trains the model whole, and layers are to be removed: leave one of them out"
-        )
     program = _remove(program, recipe, folder, progress)
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, folder, source, progress)
