@@ -95,14 +95,14 @@ def compile(
 
         write_graphs(program, stage, store)
         sizes = (program.size, *chosen.buckets)
-        check_room(program, write_contents(program, stage), groups, sizes)
+        contents = write_contents(program, stage)
+        check_room(program, contents, groups, sizes)
         ranges = None
         if "fp16" in groups:
             ranges = measure_ranges(program, stage, earlier=output / RANGES, progress=progress)
             ranges.save(stage / RANGES)
         forms = {precision: in_precision(program, precision, ranges) for precision in groups}
-        program = replace(program, passes=tuple(dict.fromkeys(e for f in forms.values() for e in f.passes)))
-        contents = write_contents(program, stage)
+        contents = replace(contents, passes=tuple(dict.fromkeys(e for f in forms.values() for e in f.passes)))
         engines: dict[str, tuple[Engine, ...]] = dict.fromkeys(program.segments, ())
         opened = _open_cache(cache, devices)
         for precision, form in forms.items():
