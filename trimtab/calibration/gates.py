@@ -13,6 +13,7 @@ import onnx_ir.passes.common as common
 
 from trimtab.errors import CalibrationError
 from trimtab.passes.candidates import Candidates
+from trimtab.passes.constants import add_constant
 from trimtab.runtime.sessions import OnnxRuntimeSession
 
 Array = npt.NDArray[Any]
@@ -55,7 +56,7 @@ def add_gates(model: ir.Model, candidates: Candidates) -> ir.Model:
         for _, name, stand_in in sorted(switches[value], key=lambda switch: switch[0]):
             index = f"{GATES}/{names[name]}"
             if index not in graph.initializers:
-                graph.register_initializer(_constant(index, names[name]))
+                add_constant(graph, index, np.array(names[name], np.int64))
             gate = ir.node("Gather", [gates, graph.initializers[index]], {"axis": 0})
             inputs = [gate.outputs[0], current.get(value, value), current.get(stand_in, stand_in)]
             switch = ir.node("Where", inputs)
@@ -72,11 +73,6 @@ def add_gates(model: ir.Model, candidates: Candidates) -> ir.Model:
         raise CalibrationError(f"the denoiser has no output {OUTPUT}: fuse the sampler first")
     common.RemoveUnusedNodesPass()(gated)
     return gated
-
-
-def _constant(name: str, number: int) -> ir.Value:
-    tensor = ir.tensor(np.array(number, np.int64), name=name)
-    return ir.Value(name=name, shape=ir.Shape([]), type=ir.TensorType(tensor.dtype), const_value=tensor)
 
 
 class GatedDenoiser:

@@ -11,9 +11,9 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
+from trimtab.passes.constants import add_constant
 from trimtab.passes.scopes import SCOPES
 
 Dim = int | str | ir.SymbolicDim | None
@@ -70,16 +70,7 @@ class Alternatives:
 
     def ints(self, values: int | Sequence[int]) -> ir.Value:
         """An int64 constant, of no axes where a number is given."""
-        return self._constant(np.array(values, np.int64))
-
-    def _constant(self, array: npt.NDArray[Any]) -> ir.Value:
-        name = self._name("constant")
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-        )
-        self.graph.register_initializer(value)
-        return value
+        return add_constant(self.graph, self._name("constant"), np.array(values, np.int64))
 
     def _name(self, kind: str) -> str:
         self._count += 1

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import NameFixPass
 
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.constants import constant
 from trimtab.passes.scopes import scopes
 
 
@@ -77,11 +78,7 @@ class _Body:
 
     def constant(self, values: Any, dtype: ir.DataType = ir.DataType.INT64) -> ir.Value:
         name = f"{self.node.name}/constant_{len(self.constants)}"
-        array = np.asarray(values).astype(dtype.numpy())
-        tensor = ir.tensor(array, dtype=dtype, name=name)
-        value = ir.Value(
-            name=name, shape=ir.Shape(array.shape), type=ir.TensorType(dtype), const_value=tensor
-        )
+        value = constant(name, np.asarray(values).astype(dtype.numpy()))
         self.constants.append(value)
         return value
 

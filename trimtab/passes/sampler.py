@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.constants import add_constant
 
 SCOPE = "sampler"
 """The module path that the new nodes carry."""
@@ -302,10 +303,4 @@ class _Fusion:
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
         name = f"{SCOPE}/{name}"
         known = self.graph.initializers.get(name)
-        if known is not None:
-            return known
-        tensor = ir.tensor(array, name=name)
-        dtype = ir.TensorType(tensor.dtype)
-        value = ir.Value(name=name, shape=ir.Shape(array.shape), type=dtype, const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+        return add_constant(self.graph, name, array) if known is None else known

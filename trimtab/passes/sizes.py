@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.constants import add_constant
 from trimtab.passes.scopes import SCOPES
 
 _COPY, _INFER = 0, -1
@@ -160,7 +161,7 @@ def _vector(
         else:
             while stop < len(sizes) and not isinstance(sizes[stop], str):
                 stop += 1
-            part = constant(graph, f"{name}/{start}", np.array(sizes[start:stop], np.int64))
+            part = add_constant(graph, f"{name}/{start}", np.array(sizes[start:stop], np.int64))
         parts.append(part)
         start = stop
     if len(parts) == 1:
@@ -176,13 +177,3 @@ def _insert(before: ir.Node, node: ir.Node, length: int) -> ir.Value:
     assert before.graph is not None
     before.graph.insert_before(before, node)
     return output
-
-
-def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    """A new initializer."""
-    tensor = ir.tensor(array, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value

@@ -15,6 +15,7 @@ from trimtab.calibration.codebooks import Codebooks, PackedWeight
 from trimtab.errors import PassError
 from trimtab.passes import vq_op
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.constants import add_constant
 from trimtab.program import PassEntry, Program, Segment
 
 _READERS = {"MatMul": 1, "Gemm": 1, "Conv": 1}
@@ -136,9 +137,9 @@ def _pack(model: ir.Model, site: Site, packed: PackedWeight) -> None:
             "make the codebooks again from this model"
         )
     graph, users = model.graph, [node for node, _ in site.value.uses()]
-    codes = _initializer(graph, f"{site.name}.codes", packed.codes)
-    codebook = _initializer(graph, f"{site.name}.codebook", packed.codebook)
-    scale = None if packed.scale is None else _initializer(graph, f"{site.name}.scale", packed.scale)
+    codes = add_constant(graph, f"{site.name}.codes", packed.codes)
+    codebook = add_constant(graph, f"{site.name}.codebook", packed.codebook)
+    scale = None if packed.scale is None else add_constant(graph, f"{site.name}.scale", packed.scale)
     # Where the kernel is one position, the order of the axes does not matter, and nothing need be turned.
     kernel = shape[2:]
     turned = bool(kernel) and int(np.prod(kernel)) > 1
@@ -163,15 +164,6 @@ def _pack(model: ir.Model, site: Site, packed: PackedWeight) -> None:
         node.metadata_props.update(first.metadata_props)
     graph.insert_before(first, new)
     del graph.initializers[site.name]
-
-
-def _initializer(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
-    tensor = ir.Tensor(array, name=name)
-    value = ir.Value(
-        name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
 
 
 def _transposed(value: ir.Value, perm: tuple[int, ...], name: str) -> ir.Node:

@@ -20,6 +20,7 @@ import onnx_ir as ir
 
 from trimtab.passes import vq_op
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.constants import add_constant
 
 _MIDDLE = 128
 """Taken off a code so that 0 to 255 becomes -128 to 127."""
@@ -60,10 +61,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, packed: npt.NDArray[Any], name: str
     tape = ir.tape.Tape()
 
     def constant(part: str, array: npt.NDArray[Any]) -> ir.Value:
-        value = ir.Value(name=f"{name}.{part}", const_value=ir.Tensor(array, name=f"{name}.{part}"))
-        value.shape, value.type = ir.Shape(array.shape), ir.TensorType(ir.DataType.from_numpy(array.dtype))
-        graph.register_initializer(value)
-        return value
+        return add_constant(graph, f"{name}.{part}", array)
 
     centred = constant("int8", (codes.astype(np.int16) - _MIDDLE).astype(np.int8))
     plain = tape.op("DequantizeLinear", [centred, constant("one", np.array(1, np.float32))])

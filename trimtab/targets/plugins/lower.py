@@ -10,6 +10,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.constants import add_constant
 from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, write_kernels
 from trimtab.targets.plugins.codes import as_words
 from trimtab.targets.plugins.qdp import DECODE_OP, MATMUL_OP, NAMESPACE
@@ -161,11 +162,7 @@ class _Weight:
         assert array is not None
         name = f"{self.node.outputs[0].name}.{name}"
         if name not in graph.initializers:
-            tensor = ir.tensor(array.astype((dtype or self.type).numpy()), name=name)  # type: ignore[union-attr]
-            value = ir.Value(
-                name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
-            )
-            graph.register_initializer(value)
+            add_constant(graph, name, array.astype((dtype or self.type).numpy()))  # type: ignore[union-attr]
         return graph.initializers[name]
 
 
