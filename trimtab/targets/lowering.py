@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes.common import (
-    DeduplicateHashedInitializersPass,
-    InlinePass,
-    RemoveUnusedOpsetsPass,
-)
+from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
 
 from trimtab.errors import UnsupportedOp
 from trimtab.passes.base import Pass
 from trimtab.passes.decompose import DecomposeOperators
+from trimtab.passes.merge import MergeWeights
 from trimtab.passes.scopes import scopes
 from trimtab.targets.operators import IR_VERSIONS, Parser
 
@@ -38,8 +35,7 @@ def lower(model: ir.Model, parser: Parser, forms: Sequence[Pass] = ()) -> ir.Mod
     for form in forms:
         form(model)
     InlinePass()(model)
-    # A DiT's 28 blocks have the same embedders, by 28 names: an engine would hold 28 copies.
-    DeduplicateHashedInitializersPass()(model)
+    MergeWeights()(model)
     result = DecomposeOperators(lambda node: parser.refuses(node) is not None)(model)
     reasons = {refusal.where: refusal.reason for refusal in result.refused}
     for node in model.graph.all_nodes():
