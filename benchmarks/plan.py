@@ -1,10 +1,10 @@
 """Claim: what a plan says of memory is what is measured: an engine's activations within 25%, a CPU run within 15%.
 
     python benchmarks/plan.py BUNDLE... [--target rtx-4090] [--precision fp16] [--cache DIR]
-                              [--skip-engines] [--skip-cpu] [--json]
+                              [--size WxH] [--skip-engines] [--skip-cpu] [--json]
 
-Engines are built by TensorRT for RTX (no GPU is needed), strongly typed, at the native size, and report the memory
-that they ask for beside their weights. The CPU run is one process of its own: it loads the bundle, draws with the
+Engines are built by TensorRT for RTX (no GPU is needed), strongly typed, at the native size or `--size`, and report
+the memory that they ask for beside their weights. The CPU run is one process of its own: it loads the bundle, draws with the
 first schedule's first two steps, and its resident memory at the most is read from /proc. BUNDLE is compiled for
 `cpu`; benchmarks/models.py writes Stable Diffusion 1.5 at its size, whose engine takes 11 GB of memory to build.
 """
@@ -22,6 +22,7 @@ from typing import Any
 from trimtab.bundle import Bundle, open_bundle
 from trimtab.passes.precision import convert
 from trimtab.program import Program
+from trimtab.recipe import parse_size
 from trimtab.storage import read_program
 from trimtab.targets.bindings import segment_shapes
 from trimtab.targets.cache import EngineCache
@@ -58,15 +59,15 @@ def cpu_peak(bundle: Path) -> int:
 
 
 def engines(
-    bundle: Bundle, program: Program, target: str, precision: str, cache: Path
+    bundle: Bundle, program: Program, target: str, precision: str, size: tuple[int, int], cache: Path
 ) -> list[dict[str, Any]]:
     """Predicted and reported activations of every segment that a picture calls."""
     device = find_device(target)
     builder = builder_for(device)
     store = EngineCache(cache)
-    shapes = segment_shapes(bundle.contents, bundle.contents.size)
+    shapes = segment_shapes(bundle.contents, size)
     made = []
-    for segment in plan(program, bundle.contents, device, precision=precision).segments:
+    for segment in plan(program, bundle.contents, device, precision=precision, size=size).segments:
         graph = convert(program.segments[segment.name].model, precision, {}).model
         fixed = specialized(graph, shapes[segment.name][0])
         options = build_options(device, shapes[segment.name][0], precision)
@@ -91,6 +92,9 @@ def main() -> None:
     parser.add_argument("--target", default="rtx-4090")
     parser.add_argument("--precision", default="fp16")
     parser.add_argument("--cache", type=Path, default=Path("~/.cache/trimtab"))
+    parser.add_argument(
+        "--size", type=parse_size, metavar="WxH", help="of the engines; default: the native one"
+    )
     parser.add_argument("--skip-engines", action="store_true")
     parser.add_argument("--skip-cpu", action="store_true")
     parser.add_argument("--json", action="store_true")
@@ -112,7 +116,8 @@ def main() -> None:
                 }
             )
         if not arguments.skip_engines:
-            found += engines(bundle, program, arguments.target, arguments.precision, arguments.cache)
+            size = arguments.size or bundle.contents.size
+            found += engines(bundle, program, arguments.target, arguments.precision, size, arguments.cache)
         for row in found:
             ratio = row["predicted"] / row["measured"] if row["measured"] else None
             rows.append({"bundle": path.name} | row | {"ratio": ratio})

@@ -77,6 +77,21 @@ def test_an_attention_holds_its_scores_where_the_backend_keeps_them() -> None:
     assert peak_bytes(text, Rules(scores=0)) == 0
 
 
+@pytest.mark.parametrize(
+    ("dtype", "head", "held"), [("float16", 8, 0), ("float16", 4, 2), ("float16", 16, 2), ("float", 8, 2)]
+)
+def test_one_kernel_attends_in_16_bits_with_heads_that_suit_it(dtype: str, head: int, held: int) -> None:
+    text = f"""
+    agraph ({dtype}[2, 3, 50, {head}] q, {dtype}[2, 3, 70, {head}] k) => ({dtype}[2, 50, 3, {head}] y) {{
+        a = Attention (q, k, k)
+        y = Transpose <perm = [0, 2, 1, 3]> (a)
+    }}
+    """
+    item = 2 if dtype == "float16" else 4
+    rules = Rules(fuses=True, scores=2, fused_heads=range(8, 9))
+    assert peak_bytes(text, rules) == held * (2 * 3 * 50 * 70) * item
+
+
 def test_views_are_no_tensors_and_keep_what_they_look_at() -> None:
     text = """
     agraph (float[10, 10] x) => (float[10, 10] y) <int64[1] flat = {-1}, int64[2] square = {10, 10}> {

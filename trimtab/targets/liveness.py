@@ -43,12 +43,14 @@ class Rules:
         in_place: A pointwise result takes the place of an input of its size that nobody reads later; where kernels
             are fused, of a larger one too.
         scores: How often attention holds its scores, rows x heads x queries x keys, while it runs.
+        fused_heads: In 16 bits, heads of these sizes are attended to by one kernel, which holds no scores.
     """
 
     fuses: bool = False
     joins: bool = False
     in_place: bool = True
     scores: int = 1
+    fused_heads: range = range(0)
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,10 @@ class _Walk:
     ) -> Peak:
         live: dict[ir.Value, tuple[ir.Node, int]] = {}
         total, best = 0, Peak(0, None, {})
+        scratch: dict[ir.Node, tuple[ir.Node, int]] = {}
+        for node in self.nodes:
+            if extra := self._extra(node):  # a kernel has at most one such node
+                scratch[self.tail[node]] = (node, extra)
         for index, node in enumerate(self.nodes):
             if self.tail[node] is not node or self._is_view(node):
                 continue
@@ -182,9 +188,9 @@ class _Walk:
             for value, maker in births.get(index, []):
                 live[value] = (maker, self.extents[value].bytes)
                 total += live[value][1]
-            extra = self._extra(node)
+            heavy, extra = scratch.get(node, (node, 0))
             if total + extra > best.bytes:
-                held: dict[ir.Node, int] = {node: extra} if extra else {}
+                held: dict[ir.Node, int] = {heavy: extra} if extra else {}
                 for maker, size in live.values():
                     held[maker] = held.get(maker, 0) + size
                 best = Peak(
@@ -211,14 +217,16 @@ class _Walk:
         return 0
 
     def _extra(self, node: ir.Node) -> int:
-        """What a node holds while it runs, beside its inputs and outputs."""
-        return self.rules.scores * self._scores(node) if node.op_type == "Attention" else 0
-
-    def _scores(self, node: ir.Node) -> int:
-        """Bytes of rows x heads x queries x keys."""
+        """What a node holds while it runs, beside its inputs and outputs: an attention's scores, or nothing."""
+        if node.op_type != "Attention":
+            return 0
         query, key = (self.extents[v] for v in node.inputs[:2] if v is not None)
         heads = query.shape[1] if len(query.shape) == 4 else node.attributes.get_int("q_num_heads", 1)
-        return query.shape[0] * heads * query.shape[-2] * key.shape[-2] * query.dtype.bitwidth // 8
+        size = query.shape[-1] if len(query.shape) == 4 else query.shape[-1] // heads
+        if query.dtype.bitwidth == 16 and size in self.rules.fused_heads:
+            return 0
+        scores = query.shape[0] * heads * query.shape[-2] * key.shape[-2]
+        return self.rules.scores * scores * query.dtype.bitwidth // 8
 
     def _group(self) -> None:
         """Node -> the last node of the kernel that it runs in.
