@@ -4,9 +4,9 @@
                               [--size WxH] [--skip-engines] [--skip-cpu] [--json]
 
 Engines are built by TensorRT for RTX (no GPU is needed), strongly typed, at the native size or `--size`, and report
-the memory that they ask for beside their weights. The CPU run is one process of its own: it loads the bundle, draws with the
-first schedule's first two steps, and its resident memory at the most is read from /proc. BUNDLE is compiled for
-`cpu`; benchmarks/models.py writes Stable Diffusion 1.5 at its size, whose engine takes 11 GB of memory to build.
+the memory that they ask for beside their weights. The CPU run is one process of its own: it loads the bundle, draws
+with the first schedule's first two steps, and its resident memory at the most is read from /proc. BUNDLE is compiled
+for `cpu`; benchmarks/models.py writes Stable Diffusion 1.5 at its size, whose engine takes 11 GB of memory to build.
 """
 
 from __future__ import annotations
