@@ -1,6 +1,6 @@
-"""Pipelines of the size of Stable Diffusion 1.5 with random weights, for benchmarks that need no download.
+"""Pipelines of the size of Stable Diffusion 1.5, or DiT-XL/2, with random weights: benchmarks need no download.
 
-    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|none]
+    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|dit|none]
 
 A part that is not wanted at its real size is made tiny, so that the folder is a whole pipeline all the same.
 Random weights cost the same time and memory as trained ones.
@@ -26,7 +26,7 @@ def make(folder: Path, part: str) -> None:
     Args:
         folder: Where to.
         part: What is made at its real size: "unet", "vae", "whole" or "none"; "narrow" is a U-Net of the real one's
-            depth and levels, a tenth of its width and half its side.
+            depth and levels, a tenth of its width and half its side. "dit" is DiT-XL/2 for 256x256 pixels instead.
 
     Raises:
         subprocess.CalledProcessError: It could not be made.
@@ -38,17 +38,15 @@ def make(folder: Path, part: str) -> None:
 
 def _write(folder: Path, part: str) -> None:
     import torch
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
+    from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.utils import logging
     from transformers import CLIPTextConfig, CLIPTextModel
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
+    if part == "dit":
+        _write_dit(folder)
+        return
     whole, real, real_vae = part == "whole", part in ("whole", "unet"), part in ("whole", "vae")
     narrow = part == "narrow"
     width = 768 if real else 16
@@ -79,17 +77,8 @@ def _write(folder: Path, part: str) -> None:
         eos_token_id=75,
         pad_token_id=75,
     )
-    vae = AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512) if real_vae else (8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=2 if real_vae else 1,
-        norm_num_groups=32 if real_vae else 4,
-        latent_channels=4,
-        sample_size=512 if real else 64,
-    )
     pipeline = StableDiffusionPipeline(
-        vae=vae,
+        vae=_vae(real_vae, 512 if real else 64),
         text_encoder=CLIPTextModel(text),
         tokenizer=_tokenizer(folder),
         unet=unet,
@@ -106,6 +95,51 @@ def _write(folder: Path, part: str) -> None:
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
+
+
+def _write_dit(folder: Path) -> None:
+    """DiT-XL/2, its embedders equal in every block as in the published checkpoint, and a tiny decoder."""
+    import torch
+    from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=8,
+        num_layers=28,
+        sample_size=32,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        activation_fn="gelu-approximate",
+        attention_bias=True,
+    )
+    first = transformer.transformer_blocks[0].norm1.emb.state_dict()
+    with torch.no_grad():
+        for block in transformer.transformer_blocks:
+            block.norm1.emb.load_state_dict(first)
+    DiTPipeline(
+        transformer=transformer,
+        vae=_vae(False, 256),
+        scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
+        id2label={i: f"thing {i}" for i in range(1000)},
+    ).save_pretrained(folder)
+
+
+def _vae(real: bool, size: int) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512) if real else (8, 8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2 if real else 1,
+        norm_num_groups=32 if real else 4,
+        latent_channels=4,
+        sample_size=size,
+    )
 
 
 def _tokenizer(folder: Path) -> Any:
@@ -128,6 +162,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", choices=("unet", "vae", "whole", "narrow", "none"), default="none")
+    parser.add_argument("--part", choices=("unet", "vae", "whole", "narrow", "dit", "none"), default="none")
     arguments = parser.parse_args()
     _write(arguments.folder, arguments.part)

@@ -74,6 +74,44 @@ def test_scores_of_an_attention_are_bounded_from_above() -> None:
     assert np.abs(scores).max() < bound == pytest.approx(longest, rel=1e-5)
 
 
+def test_a_tensor_is_measured_as_soon_as_it_is_there(tmp_path: Path) -> None:
+    import onnxruntime
+
+    layers = 12
+    body = "\n".join(f"x{n + 1} = MatMul (x{n}, w)" for n in range(layers))
+    text = f"""<ir_version: 10, opset_import: ["" : 23]>
+    agraph (float[64, 64] x0, float[64, 64] w) => (float[64, 64] x{layers}) {{ {body} }}"""
+    model = ir.from_onnx_text(text)
+    for number, node in enumerate(model.graph):
+        node.name, node.outputs[0].type = f"layer {number}", ir.TensorType(ir.DataType.FLOAT)
+    names = module._watch(model)
+    options = onnxruntime.SessionOptions()
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    ones = np.ones((64, 64), np.float32)
+    session.run(None, {"x0": ones, "w": ones / 64})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    order = [e["name"].removesuffix("_kernel_time") for e in events if e["name"].endswith("_kernel_time")]
+    maxima = {node.inputs[0].name: node.name for node in model.graph if node.op_type == "ReduceMax"}
+    assert len(names) == layers + 2
+    for number in range(layers - 2):
+        measured, later = order.index(maxima[f"x{number + 1}"]), order.index(f"layer {number + 2}")
+        assert measured < later, f"x{number + 1} waits for its measurement"
+
+
+def test_few_steps_are_measured_on_more_pictures(
+    bundle_folder: BundleFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        steps = min(len(s.steps) for s in pipe.bundle.contents.tasks[pipe.tasks[0]].schedules.values())
+        for evaluations, pictures in ((steps, 1), (steps + 1, 2), (100 * steps, module.PICTURES)):
+            monkeypatch.setattr(module, "EVALUATIONS", evaluations)
+            assert len(module._requests(pipe)) == pictures
+
+
 def test_ranges_are_saved_and_taken_again_for_the_same_program_alone(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
