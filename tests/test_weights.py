@@ -38,6 +38,12 @@ def test_equal_tensors_of_two_graphs_are_written_once(tmp_path: Path) -> None:
     assert np.array_equal(arrays(other)["y"], BIG) and np.array_equal(arrays(other)["z"], BIG + 1)
 
 
+def test_bytes_that_several_tensors_share_count_once(tmp_path: Path) -> None:
+    model = WeightStore(tmp_path).keep("a", graph(x=BIG, y=BIG.copy(), z=BIG + 1, small=BIG[:4], same=BIG[:4]))
+    assert weight_bytes(model) == 2 * BIG.nbytes + 2 * BIG[:4].nbytes
+    assert weight_bytes(graph(x=BIG, y=BIG.copy())) == 2 * BIG.nbytes
+
+
 def test_equal_bytes_of_another_shape_or_type_are_other_tensors(tmp_path: Path) -> None:
     store = WeightStore(tmp_path)
     model = store.keep("a", graph(x=BIG, y=BIG.reshape(10, 100), z=BIG.view(np.int32)))

@@ -132,5 +132,9 @@ def parameter_count(model: ir.Model) -> int:
 
 
 def weight_bytes(model: ir.Model) -> int:
-    """Bytes of all initializers."""
-    return sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    """Bytes of all initializers; what several of them share in a `WeightStore` counts once."""
+    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
+    places = {
+        (str(t.path), t.offset) if isinstance(t, ir.ExternalTensor) else id(t): t.nbytes for t in tensors
+    }
+    return sum(places.values())

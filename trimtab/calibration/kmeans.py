@@ -24,12 +24,19 @@ logger = logging.getLogger(__name__)
 
 KEEP = "keep"
 
-ITERATIONS = (60, 40)
+ITERATIONS = (80, 20)
 """Lloyd steps on a sample, then on all sub-vectors: 100 as in VQ4DiT. The sample finds the codewords, and what it
 missed of them the rest mends."""
 
-SAMPLE = 1024
+SAMPLE = 2048
 """Sub-vectors in the sample, for each codeword."""
+
+_OVERSHOOT = 1.8
+"""How far a codeword moves towards its mean, and beyond: the factor of Lee, Baek and Sung (Modified K-means algorithm
+for vector quantizer design, IEEE Signal Processing Letters 4(1), 1997). It ends nearer to the best for the same steps."""
+
+_PLAIN = 3
+"""Last steps of each part that move to the mean itself."""
 
 PER_CODEWORD = 8
 """Sub-vectors for each codeword, at least: smaller weights get fewer codewords. Then a codebook of 32-bit numbers is
@@ -221,7 +228,7 @@ def cluster(
     iterations: tuple[int, int] = ITERATIONS,
     sample: int = SAMPLE,
 ) -> npt.NDArray[np.float32]:
-    """Lloyd's k-means, first on a sample and then on everything.
+    """Lloyd's k-means with moves of `_OVERSHOOT`, first on a sample and then on everything.
 
     Args:
         vectors: (n, d) float32.
@@ -247,14 +254,17 @@ def cluster(
         few = vectors[np.sort(random.choice(len(vectors), sample * count, replace=False))]
     codebook = few[random.choice(len(few), count, replace=False)]
     for part, steps in zip((few, vectors), iterations, strict=True):
-        last = np.inf
-        for _ in range(steps):
+        last, move = np.inf, _OVERSHOOT
+        for left in range(steps, 0, -1):
             codes, distances = _search(part, codebook)
             total = float(distances.sum(dtype=np.float64))
-            if total >= last * (1 - 1e-7):
+            settled = total >= last * (1 - 1e-7)
+            if settled and move == 1:
                 break
-            last = total
-            codebook = _means(part, codes, distances, codebook)
+            if settled or left <= _PLAIN:
+                move = 1.0
+            last = min(last, total)
+            codebook = _moved(part, codes, distances, codebook, move)
     return codebook
 
 
@@ -294,21 +304,23 @@ def _search(
     return codes[: len(vectors), 0], distances[: len(vectors), 0]
 
 
-def _means(
+def _moved(
     vectors: npt.NDArray[np.float32],
     codes: npt.NDArray[np.int64],
     distances: npt.NDArray[np.float32],
     codebook: npt.NDArray[np.float32],
+    move: float,
 ) -> npt.NDArray[np.float32]:
-    """Every codeword's mean; those that nothing chose move to the vectors that are farthest from theirs."""
+    """Every codeword, moved so far towards its mean; what nothing chose goes to the vectors farthest from theirs."""
     count = len(codebook)
     members = np.bincount(codes, minlength=count)
     sums = np.stack([np.bincount(codes, column, count) for column in vectors.T], 1)
-    means = (sums / np.maximum(members, 1)[:, None]).astype(np.float32)
+    means = sums / np.maximum(members, 1)[:, None]
+    moved: npt.NDArray[np.float32] = (codebook + move * (means - codebook)).astype(np.float32)
     idle = np.flatnonzero(members == 0)
     if len(idle):
-        means[idle] = vectors[np.argpartition(distances, -len(idle))[-len(idle) :]]
-    return means
+        moved[idle] = vectors[np.argpartition(distances, -len(idle))[-len(idle) :]]
+    return moved
 
 
 def _finite(array: npt.NDArray[Any]) -> bool:
