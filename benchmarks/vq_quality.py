@@ -5,7 +5,8 @@
 Puts decoded weights into the shipped models and draws judged pictures with them: DDIM, 25 steps, guidance 3 for the
 DiT and 5 for the U-Net, the same noise for every row. A row is kept in FOLDER/MODEL.jsonl as soon as it is measured;
 the table shows all that are there. A row "NAME=STORE" measures a folder of codebooks made elsewhere; "calibrated-N"
-calibrates for --minutes with N candidates, from k-means, on 32 trajectories of the model's own.
+calibrates for --minutes with N candidates, from k-means, on 32 trajectories of the model's own; "rounding-3" rounds to
+3 bits: small models' codebooks are as large as their codes, and 2 bits are more than 2 there.
 
 Bits are those of the weights that are packed, with codebooks, scales and offsets; rows of one model pack the same
 ones. "kept" is the score's share of FP32's.
@@ -86,13 +87,14 @@ def _weights(row: str, store: str, options: argparse.Namespace) -> tuple[Rows, f
     if row == "fp32":
         return {}, 32.0
     books = _stored(Path(store)) if store else _codebooks(model, work, row.endswith("+scale"))
-    if row == "rounding":
+    if row.startswith("rounding"):
+        bits = int(row.partition("-")[2] or BITS)
         module = _denoiser(_pipeline(model))
         dense = {_parameter(name): module.get_parameter(_parameter(name)) for name in books.layers}
-        weights = {name: _rounded(p.detach().numpy()) for name, p in dense.items()}
+        weights = {name: _rounded(p.detach().numpy(), bits) for name, p in dense.items()}
         count = sum(w.size for w in weights.values())
         channels = sum(len(w) for w in weights.values())
-        return weights, BITS + 2 * 32 * channels / count
+        return weights, bits + 2 * 32 * channels / count
     if row.startswith("calibrated-"):
         candidates = int(row.partition("-")[2].partition("+")[0])
         books = _calibrated(model, work, books, Training(options.minutes, candidates))
@@ -135,8 +137,8 @@ def _stored(folder: Path) -> Codebooks:
     return Codebooks(index["fingerprint"], {name: store.get(name) for name in store.names()})
 
 
-def _rounded(weight: np.ndarray) -> np.ndarray:
-    """Every output channel on four evenly spaced levels, of the range that suits the channel best.
+def _rounded(weight: np.ndarray, bits: int) -> np.ndarray:
+    """Every output channel on evenly spaced levels, four for 2 bits, of the range that suits the channel best.
 
     The best of 20 ranges around the channel's middle, by squared error; each costs an offset and a step.
     """
@@ -145,9 +147,9 @@ def _rounded(weight: np.ndarray) -> np.ndarray:
     middle, half = (low + high) / 2, (high - low) / 2
     best, least = rows, np.full((len(rows), 1), np.inf)
     for share in np.linspace(0.05, 1, 20):
-        step = np.maximum(2 * share * half / (2**BITS - 1), 1e-30)
+        step = np.maximum(2 * share * half / (2**bits - 1), 1e-30)
         bottom = middle - share * half
-        levels = np.clip(np.round((rows - bottom) / step), 0, 2**BITS - 1)
+        levels = np.clip(np.round((rows - bottom) / step), 0, 2**bits - 1)
         made = bottom + levels * step
         lost = np.square(made - rows).sum(1, keepdims=True)
         best, least = np.where(lost < least, made, best), np.minimum(lost, least)

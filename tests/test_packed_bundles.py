@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,15 @@ import numpy as np
 import pytest
 
 import trimtab
-from trimtab.bundle import Bundle
+from trimtab.bundle import Bundle, open_bundle, update_manifest
 from trimtab.calibration.codebooks import Codebooks
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import Settings, make_codebooks
 from trimtab.errors import BundleError
 from trimtab.inspection import inspect
 from trimtab.passes.vq import pack_weights, sites
-from trimtab.storage import read_program
+from trimtab.storage import read_program, with_engines
+from trimtab.targets.finish import build
 
 BundleFolder = Callable[[str], Path]
 
@@ -117,3 +120,29 @@ def test_compile_packs_on_request(
     assert _weight_file(bundle) < _weight_file(dense), "the file still holds what was packed"
     with trimtab.load(output) as pipe:
         assert np.isfinite(pipe(label=1, seed=0).pixels).all()
+
+
+def test_build_makes_the_form_for_onnxruntime_where_it_is_missing(
+    packed_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(packed_folder, tmp_path / "b"))
+    whole = open_bundle(folder).contents
+    (engine,) = whole.segments["denoiser"].engines
+    assert engine.path != engine.graph and engine.packed
+    (folder / engine.path).unlink()
+    bare = with_engines(
+        dataclasses.replace(whole, files=tuple(f for f in whole.files if f.path != engine.path)),
+        {
+            name: [dataclasses.replace(e, path=e.graph, built=False) for e in segment.engines]
+            for name, segment in whole.segments.items()
+        },
+    )
+    update_manifest(folder, bare)
+    report = build(folder, cache=None)
+    assert {made.segment for made in report.made} == set(whole.segments)
+    bundle = open_bundle(folder)
+    bundle.verify()
+    assert bundle.contents.segments["denoiser"].engines == (engine,)
+    options: dict[str, Any] = {"label": 1, "seed": 0, "schedule": 3}
+    with trimtab.load(folder) as ours, trimtab.load(packed_folder) as theirs:
+        assert np.array_equal(ours(**options).pixels, theirs(**options).pixels)

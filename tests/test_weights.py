@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from trimtab.weights import INLINE_BYTES, WeightStore, parameter_count, weight_bytes
+from trimtab.weights import INLINE_BYTES, WeightStore, parameter_count, repeated_bytes, weight_bytes
 
 
 def graph(**weights: np.ndarray) -> ir.Model:
@@ -39,8 +39,11 @@ def test_equal_tensors_of_two_graphs_are_written_once(tmp_path: Path) -> None:
 
 
 def test_bytes_that_several_tensors_share_count_once(tmp_path: Path) -> None:
-    model = WeightStore(tmp_path).keep("a", graph(x=BIG, y=BIG.copy(), z=BIG + 1, small=BIG[:4], same=BIG[:4]))
+    model = WeightStore(tmp_path).keep(
+        "a", graph(x=BIG, y=BIG.copy(), z=BIG + 1, small=BIG[:4], same=BIG[:4])
+    )
     assert weight_bytes(model) == 2 * BIG.nbytes + 2 * BIG[:4].nbytes
+    assert repeated_bytes(model) == BIG.nbytes
     assert weight_bytes(graph(x=BIG, y=BIG.copy())) == 2 * BIG.nbytes
 
 

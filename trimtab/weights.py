@@ -133,8 +133,20 @@ def parameter_count(model: ir.Model) -> int:
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers; what several of them share in a `WeightStore` counts once."""
-    tensors = [v.const_value for v in model.graph.initializers.values() if v.const_value is not None]
-    places = {
-        (str(t.path), t.offset) if isinstance(t, ir.ExternalTensor) else id(t): t.nbytes for t in tensors
+    return sum(_places(model).values())
+
+
+def repeated_bytes(model: ir.Model) -> int:
+    """Bytes that `weight_bytes` leaves out: those of initializers that lie where another one does."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None) - weight_bytes(model)
+
+
+def _places(model: ir.Model) -> dict[object, int]:
+    """Where initializers lie -> their bytes."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    return {
+        (str(t.path), t.offset) if isinstance(t, ir.ExternalTensor) else id(t): t.nbytes
+        for t in tensors
+        if t is not None
     }
-    return sum(places.values())

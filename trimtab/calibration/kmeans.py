@@ -33,7 +33,7 @@ SAMPLE = 2048
 
 _OVERSHOOT = 1.8
 """How far a codeword moves towards its mean, and beyond: the factor of Lee, Baek and Sung (Modified K-means algorithm
-for vector quantizer design, IEEE Signal Processing Letters 4(1), 1997). It ends nearer to the best for the same steps."""
+for vector quantizer design, IEEE Signal Processing Letters 4(1), 1997). It ends nearer to the best."""
 
 _PLAIN = 3
 """Last steps of each part that move to the mean itself."""

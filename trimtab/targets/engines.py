@@ -158,9 +158,10 @@ class _Maker:
         self._progress = progress
 
     def graph(self, segment: Segment, device: Device) -> Engine:
-        """ONNX Runtime's engine: the segment's own graph."""
-        builder, path = builder_for(device), graph_path(segment)
+        """ONNX Runtime's engine: the segment's own graph, or beside it what that was lowered to."""
+        builder, graph = builder_for(device), graph_path(segment)
         model = builder.lower(segment.model, device)
+        path = graph if model is segment.model else lowered_path(graph, builder.backend)
         info = builder.build(model, device, BuildOptions(), self._folder / path, self._progress)
         packed = OPERATORS_DOMAIN in segment.model.opset_imports
         return Engine(
@@ -168,7 +169,7 @@ class _Maker:
             info.backend,
             path,
             info.bytes,
-            graph=path,
+            graph=graph,
             precision=segment.precision,
             packed=packed,
         )
@@ -224,6 +225,11 @@ class _Maker:
         ir.save(model, self._folder / path)
         size = (self._folder / path).stat().st_size + weight_bytes(model)
         return Engine(device.name, device.backend, path, size, graph=path, built=False, **common)
+
+
+def lowered_path(graph: str, backend: str) -> str:
+    """Where a backend's form of an open graph lies: beside it, where its weights are."""
+    return f"{graph.removesuffix('.onnx')}.{backend}.onnx"
 
 
 def build_options(device: Device, shapes: Shapes, precision: str) -> BuildOptions:

@@ -22,9 +22,17 @@ from trimtab.bundle import Bundle, file_hash, update_manifest
 from trimtab.errors import BundleError, InputError, TrimtabError
 from trimtab.manifest import Contents, Engine, FileEntry, SegmentEntry
 from trimtab.storage import GRAPHS, with_engines
-from trimtab.targets.base import Progress
+from trimtab.targets.base import BuildOptions, Progress
 from trimtab.targets.device import Device
-from trimtab.targets.engines import ENGINES, build_options, builder_for, engine_entry, obtain, specialized
+from trimtab.targets.engines import (
+    ENGINES,
+    build_options,
+    builder_for,
+    engine_entry,
+    lowered_path,
+    obtain,
+    specialized,
+)
 from trimtab.targets.wanted import reason_to_build
 
 if TYPE_CHECKING:
@@ -86,7 +94,7 @@ class Inserter:
         start = time.perf_counter()
         self._progress(f"{name} for {device.name}: {why}")
         if old.backend == "onnxruntime":
-            new = replace(old, built=True)
+            new = self._open(old, device) if old.packed else replace(old, built=True)
         else:
             new = self._same(name, old, device, version) or self._built(name, old, device)
         self._put(name, old, new)
@@ -112,6 +120,19 @@ class Inserter:
             ):
                 return as_wanted
         return None
+
+    def _open(self, old: Engine, device: Device) -> Engine:
+        """ONNX Runtime's form of a graph with packed weights, beside it."""
+        builder, path = builder_for(device), lowered_path(old.graph, old.backend)
+        model = builder.lower(self._verified(old), device)
+        stage = self._bundle.folder / ENGINES / _STAGE
+        stage.mkdir(parents=True, exist_ok=True)
+        info = builder.build(model, device, BuildOptions(), stage / "engine", self._progress)
+        entry = FileEntry(path, (stage / "engine").stat().st_size, file_hash(stage / "engine"))
+        (stage / "engine").replace(self._bundle.folder / path)
+        others = (file for file in self._contents.files if file.path != path)
+        self._contents = replace(self._contents, files=(*others, entry))
+        return replace(old, path=path, bytes=info.bytes, built=True)
 
     def _built(self, name: str, old: Engine, device: Device) -> Engine:
         builder = builder_for(device, self._cache)
@@ -143,12 +164,16 @@ class Inserter:
 
     def _graph(self, engine: Engine) -> ir.Model:
         """The graph of an engine with fixed sizes; it and the weights that it reads are verified."""
-        model = ir.load(self._bundle.path(engine.graph))
-        weights = {f"{GRAPHS}/{tensor.location}" for tensor in _external(model)}
-        self._bundle.verify(sorted(weights))  # and none that is not a file of the bundle
+        model = self._verified(engine)
         if all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs):
             return model
         return specialized(model, engine.shapes)
+
+    def _verified(self, engine: Engine) -> ir.Model:
+        model = ir.load(self._bundle.path(engine.graph))
+        weights = {f"{GRAPHS}/{tensor.location}" for tensor in _external(model)}
+        self._bundle.verify(sorted(weights))  # and none that is not a file of the bundle
+        return model
 
     def _free_path(self, segment: SegmentEntry, device: Device) -> str:
         """A name that bundle.json does not know."""

@@ -1,4 +1,4 @@
-"""ONNX Runtime: the default that works everywhere, and runs the graphs as they are."""
+"""ONNX Runtime: the default that works everywhere, and runs the graphs as they are or nearly so."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from trimtab.manifest import OPERATORS_DOMAIN
+from trimtab.passes.merge import MergeWeights
+from trimtab.passes.vq_on_demand import DecodeOnDemand
 from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.device import Device
-from trimtab.weights import weight_bytes
+from trimtab.weights import repeated_bytes, weight_bytes
 
 
 class OnnxRuntimeBuilder:
-    """Its engine is the graph itself: ONNX Runtime optimises at load, for the machine at hand."""
+    """Its engine is a graph: ONNX Runtime optimises at load, for the machine at hand."""
 
     backend = "onnxruntime"
     version = ""
@@ -22,7 +25,19 @@ class OnnxRuntimeBuilder:
     device_fields: tuple[str, ...] = ()
 
     def lower(self, model: ir.Model, device: Device) -> ir.Model:
-        """Nothing to do: every operator of opset 23 that the exporter writes has a CPU kernel."""
+        """The model itself: every operator of opset 23 that the exporter writes has a CPU kernel.
+
+        Two kinds of graph are changed, in a copy. Packed weights are decoded when they are needed. And where equal
+        weights are a hundredth of all or more, as the embedders of a DiT's blocks, they become one: ONNX Runtime
+        lays out each name's numbers anew in memory, and computes again what reads them.
+        """
+        packed = OPERATORS_DOMAIN in model.opset_imports
+        if not packed and repeated_bytes(model) < 0.01 * weight_bytes(model):
+            return model
+        model = model.clone()
+        MergeWeights()(model)
+        if packed:
+            DecodeOnDemand()(model)
         return model
 
     def build(

@@ -80,6 +80,9 @@ class OnnxRuntimeSession:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
             options.enable_mem_pattern = False
+        if not fold:
+            # A plan of all buffers is as large as the decoded weights that it keeps apart; without it they share one.
+            options.enable_mem_pattern = False
         options.log_severity_level = 4  # its errors are raised below, and are not printed as well
         providers = [provider] if device == "cpu" else [provider, "CPUExecutionProvider"]
         try:
