@@ -20,7 +20,7 @@ import onnx_ir as ir
 
 from trimtab.bundle import Bundle, file_hash, update_manifest
 from trimtab.errors import BundleError, InputError, TrimtabError
-from trimtab.manifest import Contents, Engine, FileEntry, SegmentEntry
+from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine, FileEntry, SegmentEntry
 from trimtab.storage import GRAPHS, with_engines
 from trimtab.targets.base import Progress
 from trimtab.targets.device import Device
@@ -116,10 +116,9 @@ class Inserter:
     def _built(self, name: str, old: Engine, device: Device) -> Engine:
         builder = builder_for(device, self._cache)
         model = self._graph(old)
-        options = replace(
-            build_options(device, old.shapes, old.precision),
-            plugins=tuple(self._bundle.path(path) for path in old.plugins),
-        )
+        packed = OPERATORS_DOMAIN in self._contents.segments[name].domains
+        plugins = tuple(self._bundle.path(path) for path in old.plugins)
+        options = build_options(device, old.shapes, old.precision, packed=packed, plugins=plugins)
         stage = self._bundle.folder / ENGINES / _STAGE
         info = obtain(
             self._cache,

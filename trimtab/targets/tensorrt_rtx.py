@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trimtab.errors import TargetError
+from trimtab.passes.vq_apart import KeepBlocksApart
 from trimtab.passes.vq_int8 import DecodeFromInt8
 from trimtab.targets.device import Device
 from trimtab.targets.network import NetworkBuilder
@@ -21,7 +22,7 @@ class TensorRTRTXBuilder(NetworkBuilder):
 
     backend = "tensorrt_rtx"
     extra = "rtx"
-    forms = (DecodeFromInt8(),)
+    forms = (KeepBlocksApart(), DecodeFromInt8())
 
     @property
     def device_fields(self) -> tuple[str, ...]:
