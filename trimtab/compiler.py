@@ -73,7 +73,8 @@ def compile(
     chosen = make_recipe((read_toml(Path(recipe)) if recipe else {}) | given)
     devices = [find_device(name, device_file) for name in chosen.targets]
     groups = by_precision(devices, chosen.precision)
-    check_targets(devices)
+    halves = [device for precision, those in groups.items() if precision != "fp32" for device in those]
+    check_targets(devices, kernels=halves if chosen.vq is not None else ())
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))

@@ -67,19 +67,46 @@ def test_options_and_plugins_reach_it(fake: Fake, tmp_path: Path) -> None:
     assert ["build", 4, 2] in calls() and ["load_library", str(library)] in calls()
 
 
+def with_plugins() -> ir.Model:
+    """A graph whose weights trimtab's plugins decode."""
+    graph = single("TrimtabVQMatMul1", {"x": (1, 4)}, (1, 4))
+    graph.graph.node(0).domain = "trimtab"
+    return graph
+
+
 def test_packed_weights_need_a_tensorrt_that_carries_kernels_or_the_library(
     fake: Fake, tmp_path: Path
 ) -> None:
     calls = fake()
-    graph = single("TrimtabVQMatMul1", {"x": (1, 4)}, (1, 4))
-    graph.graph.node(0).domain = "trimtab"
     with pytest.raises(BuildFailed, match=r"10\.3\.0\.30 has no plugins that carry their kernels"):
-        build(tmp_path, graph=graph)
+        build(tmp_path, graph=with_plugins())
     assert not any(call[0] == "parse_from_file" for call in calls())
     library = tmp_path / "libtrimtab_vq.so"
     library.write_bytes(b"")
-    build(tmp_path, BuildOptions(plugins=(library,)), graph=graph)
+    build(tmp_path, BuildOptions(plugins=(library,)), graph=with_plugins())
     assert ["load_library", str(library)] in calls() and ["create_network", 2] in calls()
+
+
+def test_from_10_9_on_plugins_that_carry_their_kernels_are_registered_before_the_graph_is_parsed(
+    fake: Fake, tmp_path: Path
+) -> None:
+    calls = fake(version="10.13.3.9")
+    build(tmp_path, graph=with_plugins())
+    assert [call for call in calls() if call[0] != "init_libnvinfer_plugins"][:4] == [
+        ["register", "trimtab::TrimtabVQMatMul1"],
+        ["register", "trimtab::TrimtabVQDecode1"],
+        ["create_network", 2 | 8],  # strongly typed, with ahead-of-time plugins preferred
+        ["parse_from_file", ["graph.onnx"]],
+    ]
+
+
+def test_a_library_that_tensorrt_does_not_take_ends_the_build(fake: Fake, tmp_path: Path) -> None:
+    calls = fake()
+    library = tmp_path / "strange.so"
+    library.write_bytes(b"")
+    with pytest.raises(BuildFailed, match=r"did not take the plugin library .*strange\.so"):
+        build(tmp_path, BuildOptions(plugins=(library,)), graph=with_plugins())
+    assert not any(call[0] == "parse_from_file" for call in calls())
 
 
 def test_when_memory_runs_out_it_tries_with_less(

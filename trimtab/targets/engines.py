@@ -20,6 +20,7 @@ from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.device import Device
 from trimtab.targets.network import NetworkBuilder
 from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
+from trimtab.targets.plugins.aot import check_kernels
 from trimtab.targets.tensorrt import TensorRTBuilder
 from trimtab.targets.tensorrt_rtx import TensorRTRTXBuilder
 from trimtab.weights import WeightStore, weight_bytes
@@ -47,13 +48,20 @@ def builder_for(device: Device, cache: EngineCache | None = None) -> Builder:
     return OnnxRuntimeBuilder()
 
 
-def check_targets(devices: Iterable[Device]) -> None:
+def check_targets(devices: Iterable[Device], *, kernels: Iterable[Device] = ()) -> None:
     """Refuses, before any work, targets whose engines cannot be built here.
 
+    Args:
+        devices: All.
+        kernels: Those whose engines will have packed weights in 16 bits.
+
     Raises:
-        MissingDependency: A builder is not installed.
+        MissingDependency: A builder is not installed, or Triton, which compiles the kernels.
         TargetError: It does not build for the device.
     """
+    for device in kernels:
+        if isinstance(builder_for(device), TensorRTBuilder) and device.sm is not None:
+            check_kernels(int(device.sm.replace(".", "")))
     for device in devices:
         builder = builder_for(device)
         if isinstance(builder, TensorRTRTXBuilder):

@@ -65,7 +65,8 @@ def _build(job: dict[str, Any], lines: TextIO) -> dict[str, Any]:
     if hasattr(trt, "init_libnvinfer_plugins"):  # some operators are plugins of TensorRT's own
         trt.init_libnvinfer_plugins(log, "")
     for path in job["plugins"]:
-        trt.get_plugin_registry().load_library(path)
+        if trt.get_plugin_registry().load_library(path) is None:
+            raise log.failure(f"TensorRT did not take the plugin library {path}")
     flags = ["STRONGLY_TYPED"]
     if job["packed"] and not job["plugins"]:  # else a library has them
         from trimtab.targets.plugins import qdp
