@@ -78,6 +78,7 @@ def compile(
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))
+    opened = _open_cache(cache, devices)  # what is wrong with it is said before hours of work
 
     with staged_folder(output, MANIFEST) as stage:
         (stage / GRAPHS).mkdir()
@@ -105,7 +106,6 @@ def compile(
         forms = {precision: in_precision(program, precision, ranges) for precision in groups}
         contents = replace(contents, passes=tuple(dict.fromkeys(e for f in forms.values() for e in f.passes)))
         engines: dict[str, tuple[Engine, ...]] = dict.fromkeys(program.segments, ())
-        opened = _open_cache(cache, devices)
         for precision, form in forms.items():
             write_graphs(form, stage, store)
             made = make_engines(

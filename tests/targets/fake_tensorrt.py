@@ -1,12 +1,13 @@
 """TensorRT as far as a build needs it: notes every call, fails as it is told. Tests copy it to tensorrt/__init__.py.
 
 ``behaviour.json`` beside it says: ``version``; ``strongly_typed_only`` (as from 11 on, without the flag); ``unknown``
-operators; and ``endings``, one for each build: "engine", "memory", "none", "killed", "abort", "hang" or "error".
+operators; and ``endings``, one for each build: "engine", "memory", "none", "killed", "abort", "hang", "error" or "full".
 """
 
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import os
 import signal
@@ -145,6 +146,8 @@ class Builder:
         if ending == "hang":
             (_HERE / "pid").write_text(str(os.getpid()))
             time.sleep(60)
+        if ending == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
         if ending == "error":
             raise RuntimeError("what now")
         if ending == "engine":

@@ -15,7 +15,7 @@ from trimtab.errors import BuildFailed, MissingDependency, UnsupportedOp
 from trimtab.targets.base import BuildOptions
 from trimtab.targets.cache import EngineCache
 from trimtab.targets.device import find_device
-from trimtab.targets.engines import build_options
+from trimtab.targets.engines import build_options, obtain
 from trimtab.targets.tensorrt import TensorRTBuilder
 
 ORIN, THOR = find_device("orin-nano-8gb"), find_device("agx-thor")
@@ -140,6 +140,21 @@ def test_a_build_that_fails_is_one_line_and_leaves_nothing(
     )
     assert sum(call[0] == "build" for call in calls()) == tries
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_that_does_not_take_the_engine_is_said_and_a_cache_on_it_left_out(
+    fake: Fake, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake("full", "full", "engine")
+    with pytest.raises(
+        BuildFailed, match=r"cannot be written to .*out \(No space left on device\): make room there"
+    ):
+        build(tmp_path)
+    out = tmp_path / "out" / "engine"
+    cache = EngineCache(tmp_path / "cache")
+    obtain(cache, GRAPH, ORIN, OPTIONS, TensorRTBuilder(), out, lambda text: None)
+    assert out.read_bytes() == b"an engine" and "the engine is built without the cache" in caplog.text
+    assert not list((tmp_path / "cache" / "entries").iterdir())
 
 
 def test_an_operator_that_it_does_not_know_is_found_before_it_parses(fake: Fake, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ import onnx_ir as ir
 from trimtab.bundle import Bundle, file_hash, update_manifest
 from trimtab.errors import BundleError, InputError, TrimtabError
 from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine, FileEntry, SegmentEntry
+from trimtab.staging import FULL
 from trimtab.storage import GRAPHS, with_engines
 from trimtab.targets.base import Progress
 from trimtab.targets.device import Device
@@ -212,7 +213,7 @@ class Inserter:
         try:
             yield
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in FULL:
                 raise TrimtabError(
                     f"the disk of {folder} is full; what was finished is kept: make room, and build again"
                 ) from error

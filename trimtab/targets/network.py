@@ -113,7 +113,8 @@ class NetworkBuilder(abc.ABC):
         Raises:
             MissingDependency: TensorRT is not installed.
             UnsupportedOp: Its parser does not know an operator.
-            BuildFailed: It gave up, at the lowest optimisation level too if memory ran out.
+            BuildFailed: It gave up, at the lowest optimisation level too if memory ran out; or the disk did not take
+                the engine, and then its cause is an OSError.
         """
         version = self.installed_version()
         start = time.perf_counter()
@@ -163,6 +164,10 @@ class NetworkBuilder(abc.ABC):
                     f"{self.backend} {self.installed_version()} has no {ending.reason}: "
                     "choose another target, or report this"
                 )
+            if ending.kind == "disk":
+                raise BuildFailed(
+                    f"the engine cannot be written to {folder.parent} ({ending.reason}): make room there"
+                ) from OSError(ending.errno, ending.reason)
             if ending.kind != "memory":
                 break
             logger.warning(
