@@ -1,7 +1,7 @@
 """TensorRT as far as a build needs it: notes every call, fails as it is told. Tests copy it to tensorrt/__init__.py.
 
 ``behaviour.json`` beside it says: ``version``; ``strongly_typed_only`` (as from 11 on, without the flag); ``unknown``
-operators; and ``endings``, one for each build: "engine", "memory", "none", "killed", "abort", "hang", "error" or "full".
+operators; and ``endings``, one a build: "engine", "memory", "none", "killed", "abort", "hang", "error" or "full".
 """
 
 from __future__ import annotations

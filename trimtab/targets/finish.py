@@ -166,7 +166,7 @@ def _look(device: Device) -> preflight.Machine:
         )
         raise WrongDevice(
             f"engines for {device.name} are built on the device itself{packs}, and this machine has no NVIDIA GPU: "
-            "copy the bundle there and run trimtab build"
+            "copy the bundle there and run trimtab build (in a container, one that was started with --runtime nvidia)"
         ) from error
 
 
