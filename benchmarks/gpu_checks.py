@@ -87,8 +87,9 @@ Check = Callable[[Path], dict[str, Any]]
 def look() -> Machine:
     """This machine."""
     from trimtab.errors import TargetError
+    from trimtab.runtime.sessions.check import JETSON
     from trimtab.runtime.sessions.cuda import Driver
-    from trimtab.targets.preflight import L4T_RELEASE, l4t_version, read_text, run_text
+    from trimtab.targets.preflight import l4t_version, read_text, run_text
 
     versions = {}
     for package in PACKAGES:
@@ -107,7 +108,7 @@ def look() -> Machine:
             shared_memory=driver.integrated,
             driver=said[0] if said else None,
             cuda=driver.version,
-            jetson=l4t_version(read_text(L4T_RELEASE)),
+            jetson=l4t_version(read_text(JETSON)),
             versions=versions,
         )
     finally:

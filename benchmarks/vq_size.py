@@ -41,6 +41,7 @@ def main() -> None:
     sizes = {name: int(size) for name, _, size in (pair.partition("=") for pair in options.symbols)}
     print(
         f"{'weights':<14}{'graph bytes':>15}{'engine bytes':>15}{'of FP32':>10}{'of FP16':>10}{'peak GB':>9}"
+        f"{'activations MB':>16}"
     )
     dense: dict[str, int] = {}
     for precision in ("fp32", "fp16"):
@@ -50,16 +51,20 @@ def main() -> None:
                 PackWeights(_random_codes(list(sites(model)), bits))(model)
             model = convert(model, precision, {}).model
             held = weight_bytes(model)
-            size, peak = _built(model, options.device, sizes)
+            size, peak, activations = _built(model, options.device, sizes)
             if bits is None:
                 dense[precision] = size
             of = [f"1/{dense[p] / size:.2f}" if p in dense else "" for p in ("fp32", "fp16")]
             name = precision if bits is None else f"{precision}, {bits} bits"
-            print(f"{name:<14}{held:>15,}{size:>15,}{of[0]:>10}{of[1]:>10}{peak / 1e9:>9.2f}", flush=True)
+            print(
+                f"{name:<14}{held:>15,}{size:>15,}{of[0]:>10}{of[1]:>10}{peak / 1e9:>9.2f}"
+                f"{activations / 1e6:>16.1f}",
+                flush=True,
+            )
 
 
-def _built(model: ir.Model, name: str, sizes: dict[str, int]) -> tuple[int, int]:
-    """Bytes of the engine, and the build's most memory."""
+def _built(model: ir.Model, name: str, sizes: dict[str, int]) -> tuple[int, int, int]:
+    """Bytes of the engine, the build's most memory, and the engine's activations."""
     device = find_device(name)
     builder = builder_for(device)
     shapes = {
@@ -72,7 +77,7 @@ def _built(model: ir.Model, name: str, sizes: dict[str, int]) -> tuple[int, int]
         info = builder.build(
             lowered, device, BuildOptions(shapes=shapes), Path(folder) / "engine", lambda text: None
         )
-    return info.bytes, info.peak_bytes or 0
+    return info.bytes, info.peak_bytes or 0, info.activation_bytes or 0
 
 
 def _random_codes(found: list[Site], bits: int) -> Codebooks:

@@ -17,10 +17,15 @@ from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.cache import EngineCache
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import make_engines
+from trimtab.targets.preflight import Machine
 from trimtab.weights import WeightStore
 
 DEVICE = find_device("cpu")
 OPTIONS = BuildOptions(shapes={"x": (1, 4)}, precision="fp16")
+
+NANO = "orin-nano-8gb"
+ORIN = Machine("Orin", "8.7", "36.4.3", "6.2", "10.3.0.30", 6 << 30, 7 << 30)
+"""What a board of it says of itself."""
 
 
 def graph(weights: np.ndarray | None = None, *, names: str = "", order: int = 1) -> ir.Model:

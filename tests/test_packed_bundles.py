@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 import trimtab
@@ -18,11 +20,17 @@ from trimtab.bundle import Bundle, open_bundle, update_manifest
 from trimtab.calibration.codebooks import Codebooks
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import Settings, make_codebooks
+from trimtab.calibration.ranges import Ranges
 from trimtab.errors import BundleError
 from trimtab.inspection import inspect
 from trimtab.passes.vq import pack_weights, sites
+from trimtab.program import Program
+from trimtab.shapes import shape
 from trimtab.storage import read_program, with_engines
+from trimtab.targets.device import find_device
+from trimtab.targets.engines import build_options, builder_for, specialized
 from trimtab.targets.finish import build
+from trimtab.targets.precision import in_precision
 
 BundleFolder = Callable[[str], Path]
 
@@ -146,3 +154,59 @@ def test_build_makes_the_form_for_onnxruntime_where_it_is_missing(
     options: dict[str, Any] = {"label": 1, "seed": 0, "schedule": 3}
     with trimtab.load(folder) as ours, trimtab.load(packed_folder) as theirs:
         assert np.array_equal(ours(**options).pixels, theirs(**options).pixels)
+
+
+@pytest.fixture(scope="module")
+def packed(bundle_folder: BundleFolder, codebooks: Codebooks) -> Program:
+    """Packed, its blocks' embedders equal as in the published DiT."""
+    program = read_program(trimtab.load(bundle_folder("dit")).bundle)
+    weights = program.segments["denoiser"].model.graph.initializers
+    for name in [name for name in weights if ".norm1.emb." in name]:
+        first = weights[re.sub(r"blocks\.\d+", "blocks.0", name)].const_value
+        assert first is not None
+        weights[name].const_value = ir.Tensor(first.numpy(), name=name)
+    return pack_weights(program, codebooks)
+
+
+@pytest.fixture(scope="module")
+def in_fp16(packed: Program) -> Program:
+    return in_precision(packed, "fp16", Ranges("", {name: {} for name in packed.segments}))
+
+
+def test_packed_weights_in_fp16_draw_what_they_draw_in_fp32(
+    packed: Program, in_fp16: Program, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"label": 1, "seed": 0, "schedule": 3}
+    with draft(packed, tmp_path / "fp32") as pipe:
+        expected = pipe(**options).pixels
+    draft(in_fp16, tmp_path / "fp16").close()
+    for fast in (False, True):
+        with trimtab.load(tmp_path / "fp16", fast=fast) as pipe:
+            assert np.abs(pipe(**options).pixels - expected).max() <= 2 / 255
+
+
+def test_a_jetson_s_kernels_and_an_rtx_s_engine_keep_weights_packed_and_embedders_once(
+    in_fp16: Program, codebooks: Codebooks, tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("tensorrt_rtx")
+    model = in_fp16.segments["denoiser"].model
+    sizes = {"batch": 1, "rows": 2}
+    shapes = {
+        value.name: shape([d if isinstance(d, int) else str(d.value) for d in value.shape], sizes)
+        for value in model.graph.inputs
+    }
+    fixed = specialized(model, shapes)
+    for name in ("orin-nano-8gb", "rtx-4090"):
+        device = find_device(name)
+        builder = builder_for(device)
+        lowered = builder.lower(fixed, device)
+        embedders = [n for n in lowered.graph.initializers if n.endswith("timestep_embedder.linear_1.weight")]
+        assert len(embedders) == 1
+        nodes = [node.op_type for node in lowered.graph if node.domain == "trimtab"]
+        assert nodes == (["TrimtabVQMatMul1"] * len(codebooks.layers) if name == "orin-nano-8gb" else [])
+    options = build_options(device, shapes, "fp16", packed=True)
+    builder.build(lowered, device, options, tmp_path / "engine", lambda text: None)
+    engine = (tmp_path / "engine").read_bytes()
+    for layer in codebooks.layers.values():
+        assert (layer.codes.astype(np.int16) - 128).astype(np.int8).tobytes() in engine

@@ -44,9 +44,10 @@ def test_a_new_folder_takes_the_old_one_s_place_whole(tmp_path: Path) -> None:
     assert names(target) == ["marker", "new"] and names(tmp_path) == ["out"]
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_said_in_one_line(tmp_path: Path, number: int) -> None:
     with pytest.raises(TrimtabError, match="is full"), staged_folder(tmp_path / "out", "marker"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
     assert names(tmp_path) == []
 
 

@@ -73,10 +73,12 @@ def compile(
     chosen = make_recipe((read_toml(Path(recipe)) if recipe else {}) | given)
     devices = [find_device(name, device_file) for name in chosen.targets]
     groups = by_precision(devices, chosen.precision)
-    check_targets(devices)
+    halves = [device for precision, those in groups.items() if precision != "fp32" for device in those]
+    check_targets(devices, kernels=halves if chosen.vq is not None else ())
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))
+    opened = _open_cache(cache, devices)  # what is wrong with it is said before hours of work
 
     with staged_folder(output, MANIFEST) as stage:
         (stage / GRAPHS).mkdir()
@@ -104,7 +106,6 @@ def compile(
         forms = {precision: in_precision(program, precision, ranges) for precision in groups}
         contents = replace(contents, passes=tuple(dict.fromkeys(e for f in forms.values() for e in f.passes)))
         engines: dict[str, tuple[Engine, ...]] = dict.fromkeys(program.segments, ())
-        opened = _open_cache(cache, devices)
         for precision, form in forms.items():
             write_graphs(form, stage, store)
             made = make_engines(

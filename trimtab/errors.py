@@ -64,11 +64,11 @@ class MissingDependency(TrimtabError):
     Args:
         package: The name that was imported.
         extra: The extra of trimtab that installs it.
+        advice: What to do, where that is another thing than to install the extra.
     """
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"the package {package!r} is not installed and is needed here: run pip install 'trimtab[{extra}]'"
-        )
+    def __init__(self, package: str, extra: str, advice: str | None = None) -> None:
+        advice = advice or f"run pip install 'trimtab[{extra}]'"
+        super().__init__(f"the package {package!r} is not installed and is needed here: {advice}")
         self.package = package
         self.extra = extra

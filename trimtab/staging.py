@@ -12,6 +12,9 @@ from pathlib import Path
 
 from trimtab.errors import InputError, TrimtabError
 
+FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+"""What a system says where there is no more room: on the disk, in one's share of it, or in a file."""
+
 
 @contextlib.contextmanager
 def staged_folder(target: Path, marker: str) -> Iterator[Path]:
@@ -45,7 +48,7 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in FULL:
             raise TrimtabError(
                 f"the disk of {target.parent} is full, and nothing was kept there: make room, or choose another place"
             ) from error
@@ -80,7 +83,7 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.replace(path)
         temporary = None
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in FULL:
             raise TrimtabError(
                 f"the disk of {path.parent} is full: make room, or choose another place"
             ) from error

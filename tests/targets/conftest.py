@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from engines import NANO, ORIN, rebuilt
+
+from trimtab.targets import preflight
+from trimtab.targets.preflight import Machine
 
 Fake = Callable[..., Callable[[], list[Any]]]
 
@@ -20,8 +24,10 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 
     def install(*endings: str, **told: Any) -> Callable[[], list[Any]]:
         folder = tmp_path / "site"
-        folder.mkdir(exist_ok=True)
-        shutil.copyfile(Path(__file__).parent / "fake_tensorrt.py", folder / "tensorrt.py")
+        (folder / "tensorrt").mkdir(parents=True, exist_ok=True)
+        for name in ("__init__", "plugin"):
+            source = "fake_tensorrt" if name == "__init__" else "fake_tensorrt_plugin"
+            shutil.copyfile(Path(__file__).parent / f"{source}.py", folder / "tensorrt" / f"{name}.py")
         behaviour = {"version": "10.3.0.30", "strongly_typed_only": False, "unknown": []} | told
         (folder / "behaviour.json").write_text(json.dumps(behaviour | {"endings": endings or ["engine"]}))
         monkeypatch.syspath_prepend(folder)
@@ -32,3 +38,31 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fake]:
 
     yield install
     sys.modules.pop("tensorrt", None)
+
+
+@pytest.fixture(scope="session")
+def for_jetson(bundle_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle as a workstation compiles it for an Orin Nano. To be read only."""
+    folder = tmp_path_factory.mktemp("jetson") / "b"
+    shutil.copytree(bundle_folder("dit"), folder)
+    rebuilt(folder, "cpu", NANO)
+    return folder
+
+
+@pytest.fixture
+def folder(for_jetson: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(for_jetson, tmp_path / "b"))
+
+
+@pytest.fixture
+def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
+    """Makes this machine another."""
+    return lambda machine: monkeypatch.setattr(preflight, "look", lambda backend: machine)
+
+
+@pytest.fixture
+def orin(fake: Fake, at: Callable[[Machine], None]) -> Callable[[], int]:
+    """This machine is an Orin with a TensorRT; gives how many engines it was asked for."""
+    calls = fake()
+    at(ORIN)
+    return lambda: sum(call[0] == "build" for call in calls())

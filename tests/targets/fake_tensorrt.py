@@ -1,12 +1,13 @@
-"""TensorRT as far as a build needs it: notes every call, and fails as it is told. Copied to tensorrt.py by tests.
+"""TensorRT as far as a build needs it: notes every call, fails as it is told. Tests copy it to tensorrt/__init__.py.
 
 ``behaviour.json`` beside it says: ``version``; ``strongly_typed_only`` (as from 11 on, without the flag); ``unknown``
-operators; and ``endings``, one for each build: "engine", "memory", "none", "killed", "abort", "hang" or "error".
+operators; and ``endings``, one a build: "engine", "memory", "none", "killed", "abort", "hang", "error" or "full".
 """
 
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_HERE = Path(__file__).parent
+_HERE = Path(__file__).parents[1]
 _TOLD = json.loads((_HERE / "behaviour.json").read_text())
 __version__ = _TOLD["version"]
 
@@ -39,6 +40,7 @@ class MemoryPoolType(enum.Enum):
 
 class NetworkDefinitionCreationFlag(enum.IntEnum):
     EXPLICIT_BATCH = 0
+    PREFER_AOT_PYTHON_PLUGINS = 3
     if not _TOLD["strongly_typed_only"]:
         STRONGLY_TYPED = 1
 
@@ -53,8 +55,9 @@ def init_libnvinfer_plugins(log: Any, namespace: str) -> None:
 
 
 class _Registry:
-    def load_library(self, path: str) -> None:
+    def load_library(self, path: str) -> object:
         _note("load_library", path)
+        return None if "strange" in path else object()
 
 
 def get_plugin_registry() -> _Registry:
@@ -143,6 +146,8 @@ class Builder:
         if ending == "hang":
             (_HERE / "pid").write_text(str(os.getpid()))
             time.sleep(60)
+        if ending == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
         if ending == "error":
             raise RuntimeError("what now")
         if ending == "engine":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import rebuilt
+from engines import NANO, ORIN
 
 from trimtab.bundle import DIGEST, MANIFEST, Bundle, open_bundle, update_manifest
 from trimtab.cli import main
@@ -33,7 +33,7 @@ from trimtab.errors import (
 )
 from trimtab.manifest import Engine
 from trimtab.storage import with_engines
-from trimtab.targets import finish, insert, preflight
+from trimtab.targets import finish, insert
 from trimtab.targets.device import find_device
 from trimtab.targets.finish import Report, build
 from trimtab.targets.preflight import Machine
@@ -41,38 +41,7 @@ from trimtab.targets.wanted import with_target
 
 pytestmark = pytest.mark.xdist_group("dit")
 
-ORIN = Machine("Orin", "8.7", "36.4.3", "6.2", "10.3.0.30", 6 << 30, 7 << 30)
-NANO = "orin-nano-8gb"
-
 Fake = Callable[..., Callable[[], list[Any]]]
-
-
-@pytest.fixture(scope="session")
-def for_jetson(bundle_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle as a workstation compiles it for an Orin Nano. To be read only."""
-    folder = tmp_path_factory.mktemp("jetson") / "b"
-    shutil.copytree(bundle_folder("dit"), folder)
-    rebuilt(folder, "cpu", NANO)
-    return folder
-
-
-@pytest.fixture
-def folder(for_jetson: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(for_jetson, tmp_path / "b"))
-
-
-@pytest.fixture
-def at(monkeypatch: pytest.MonkeyPatch) -> Callable[[Machine], None]:
-    """Makes this machine another."""
-    return lambda machine: monkeypatch.setattr(preflight, "look", lambda backend: machine)
-
-
-@pytest.fixture
-def orin(fake: Fake, at: Callable[[Machine], None]) -> Callable[[], int]:
-    """This machine is an Orin with a TensorRT; gives how many engines it was asked for."""
-    calls = fake()
-    at(ORIN)
-    return lambda: sum(call[0] == "build" for call in calls())
 
 
 def made(report: Report) -> list[tuple[str, str]]:
@@ -269,7 +238,7 @@ def test_two_builds_at_once_are_refused(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"backend_version": None}, MissingDependency, r"pip install 'trimtab\[tensorrt\]'"),
+        ({"backend_version": None}, MissingDependency, "apt-get install python3-libnvinfer"),
         ({"jetpack": "6.1"}, TargetError, r"JetPack 6\.1 and orin-nano-8gb needs 6\.2 or 7\.2: flash"),
         ({"sm": "8.9", "gpu": "RTX 4090"}, WrongDevice, r"8\.7 and this machine's RTX 4090 has 8\.9"),
         ({"free_bytes": 1000}, TargetError, r"0\.0 GiB of memory are free and .* GiB are needed"),

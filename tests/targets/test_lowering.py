@@ -92,6 +92,31 @@ def test_functions_are_written_out() -> None:
         assert "trimtab" not in lowered.opset_imports
 
 
+def test_embedders_that_are_equal_are_computed_once() -> None:
+    x = value("x", [2, 4])
+    weight = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
+    nodes, ends = [], []
+    for block in range(3):
+        embedded = ir.node("MatMul", [x, value(f"blocks.{block}.embedder", [])], name=f"embed{block}")
+        bent = ir.node("Tanh", embedded.outputs, name=f"bend{block}")
+        own = ir.node("Mul", [bent.outputs[0], value(f"blocks.{block}.own", [])], name=f"own{block}")
+        nodes += [embedded, bent, own]
+        ends.append(own.outputs[0])
+    total = ir.node("Sum", ends, name="total")
+    for node in (*nodes, total):
+        node.outputs[0].name, node.outputs[0].shape = f"{node.name}_y", ir.Shape([2, 4])
+        node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    weights = {f"blocks.{block}.embedder": weight.copy() for block in range(3)}
+    weights |= {f"blocks.{block}.own": np.full(4, block + 1, np.float32) for block in range(3)}
+    whole = model([x], [*nodes, total], total.outputs, weights)
+    lowered = lower(whole, RTX)
+    assert sorted(node.op_type for node in lowered.graph) == ["MatMul", "Mul", "Mul", "Mul", "Sum", "Tanh"]
+    assert sum(name.endswith("embedder") for name in lowered.graph.initializers) == 1
+    feeds = feeds_for(whole)
+    for name, expected in run(whole, feeds).items():
+        assert np.array_equal(run(lowered, feeds)[name], expected)
+
+
 @pytest.mark.parametrize("parser", [JETPACK6, RTX], ids=lambda parser: parser.name)
 def test_an_operator_of_a_domain_of_its_own_is_refused_and_never_reaches_the_parser(parser: Parser) -> None:
     x = value("x", [3])

@@ -92,8 +92,20 @@ def test_memory_is_in_bytes() -> None:
         ({"sm": "11.0", "gpu": "Thor"}, WrongDevice, r"8\.7 and this machine's Thor has 11\.0"),
         ({"l4t": None, "jetpack": None}, WrongDevice, "no /etc/nv_tegra_release"),
         ({"jetpack": None, "l4t": "40.1.0"}, TargetError, r"Jetson Linux 40\.1\.0.*flash JetPack 6\.2"),
+        (
+            {
+                "backend_version": None,
+                "trouble": "TensorRT cannot be loaded (libnvinfer.so.10: ...): install it",
+            },
+            TargetError,
+            r"^TensorRT cannot be loaded \(libnvinfer",
+        ),
         ({"jetpack": "6.1"}, TargetError, r"has JetPack 6\.1 and orin-nano-8gb needs 6\.2 or 7\.2"),
-        ({"backend_version": None}, MissingDependency, r"trimtab\[tensorrt\]"),
+        (
+            {"backend_version": None},
+            MissingDependency,
+            r"comes with JetPack .*: apt-get install python3-libnvinfer",
+        ),
         (
             {"backend_version": "11.2.0"},
             TargetError,

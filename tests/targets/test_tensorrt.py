@@ -15,7 +15,7 @@ from trimtab.errors import BuildFailed, MissingDependency, UnsupportedOp
 from trimtab.targets.base import BuildOptions
 from trimtab.targets.cache import EngineCache
 from trimtab.targets.device import find_device
-from trimtab.targets.engines import build_options
+from trimtab.targets.engines import build_options, obtain
 from trimtab.targets.tensorrt import TensorRTBuilder
 
 ORIN, THOR = find_device("orin-nano-8gb"), find_device("agx-thor")
@@ -67,19 +67,46 @@ def test_options_and_plugins_reach_it(fake: Fake, tmp_path: Path) -> None:
     assert ["build", 4, 2] in calls() and ["load_library", str(library)] in calls()
 
 
+def with_plugins() -> ir.Model:
+    """A graph whose weights trimtab's plugins decode."""
+    graph = single("TrimtabVQMatMul1", {"x": (1, 4)}, (1, 4))
+    graph.graph.node(0).domain = "trimtab"
+    return graph
+
+
 def test_packed_weights_need_a_tensorrt_that_carries_kernels_or_the_library(
     fake: Fake, tmp_path: Path
 ) -> None:
     calls = fake()
-    graph = single("TrimtabVQMatMul1", {"x": (1, 4)}, (1, 4))
-    graph.graph.node(0).domain = "trimtab"
     with pytest.raises(BuildFailed, match=r"10\.3\.0\.30 has no plugins that carry their kernels"):
-        build(tmp_path, graph=graph)
+        build(tmp_path, graph=with_plugins())
     assert not any(call[0] == "parse_from_file" for call in calls())
     library = tmp_path / "libtrimtab_vq.so"
     library.write_bytes(b"")
-    build(tmp_path, BuildOptions(plugins=(library,)), graph=graph)
+    build(tmp_path, BuildOptions(plugins=(library,)), graph=with_plugins())
     assert ["load_library", str(library)] in calls() and ["create_network", 2] in calls()
+
+
+def test_from_10_9_on_plugins_that_carry_their_kernels_are_registered_before_the_graph_is_parsed(
+    fake: Fake, tmp_path: Path
+) -> None:
+    calls = fake(version="10.13.3.9")
+    build(tmp_path, graph=with_plugins())
+    assert [call for call in calls() if call[0] != "init_libnvinfer_plugins"][:4] == [
+        ["register", "trimtab::TrimtabVQMatMul1"],
+        ["register", "trimtab::TrimtabVQDecode1"],
+        ["create_network", 2 | 8],  # strongly typed, with ahead-of-time plugins preferred
+        ["parse_from_file", ["graph.onnx"]],
+    ]
+
+
+def test_a_library_that_tensorrt_does_not_take_ends_the_build(fake: Fake, tmp_path: Path) -> None:
+    calls = fake()
+    library = tmp_path / "strange.so"
+    library.write_bytes(b"")
+    with pytest.raises(BuildFailed, match=r"did not take the plugin library .*strange\.so"):
+        build(tmp_path, BuildOptions(plugins=(library,)), graph=with_plugins())
+    assert not any(call[0] == "parse_from_file" for call in calls())
 
 
 def test_when_memory_runs_out_it_tries_with_less(
@@ -113,6 +140,21 @@ def test_a_build_that_fails_is_one_line_and_leaves_nothing(
     )
     assert sum(call[0] == "build" for call in calls()) == tries
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_disk_that_does_not_take_the_engine_is_said_and_a_cache_on_it_left_out(
+    fake: Fake, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake("full", "full", "engine")
+    with pytest.raises(
+        BuildFailed, match=r"cannot be written to .*out \(No space left on device\): make room there"
+    ):
+        build(tmp_path)
+    out = tmp_path / "out" / "engine"
+    cache = EngineCache(tmp_path / "cache")
+    obtain(cache, GRAPH, ORIN, OPTIONS, TensorRTBuilder(), out, lambda text: None)
+    assert out.read_bytes() == b"an engine" and "the engine is built without the cache" in caplog.text
+    assert not list((tmp_path / "cache" / "entries").iterdir())
 
 
 def test_an_operator_that_it_does_not_know_is_found_before_it_parses(fake: Fake, tmp_path: Path) -> None:

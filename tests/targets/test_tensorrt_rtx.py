@@ -12,13 +12,18 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from graphs import model, single, value
+from packed import random_codes
 
+from trimtab.calibration.codebooks import Codebooks
 from trimtab.errors import BuildFailed, MissingDependency, TargetError, UnsupportedOp
+from trimtab.passes.precision import convert
+from trimtab.passes.scopes import SCOPES
+from trimtab.passes.vq import PackWeights
 from trimtab.targets import network
 from trimtab.targets.base import BuildOptions
 from trimtab.targets.cache import EngineCache
 from trimtab.targets.device import Device, find_device, known_devices
-from trimtab.targets.engines import check_targets
+from trimtab.targets.engines import build_options, check_targets
 from trimtab.targets.operators import RTX
 from trimtab.targets.tensorrt_rtx import COMPUTE_CAPABILITIES, TensorRTRTXBuilder
 
@@ -146,3 +151,51 @@ def test_a_build_takes_nothing_heavy_into_its_process() -> None:
     heavy = ("torch", "onnx", "onnx_ir", "numpy", "diffusers", "tensorrt_rtx")
     done = subprocess.run([sys.executable, "-c", code, *heavy], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+def modulated(blocks: int, side: int) -> ir.Model:
+    """As in a DiT: an embedder, and blocks that each shift and scale by what a packed weight makes of it."""
+    wide, codes, nodes = (2, 16, side), {}, []
+    x, h = value("x", (2, side)), value("h", wide)
+    random = np.random.default_rng(0).standard_normal((side, side)).astype(np.float32)
+    weights = {"embedder": random, "ones": np.ones(side, np.float32), "axis": np.array([1])}
+
+    def add(op: str, inputs: list[Any], shape: tuple[int, ...], count: int = 1, **attributes: Any) -> Any:
+        made = ir.node(op, inputs, attributes, num_outputs=count, name=f"{op}{len(nodes)}")
+        for number, output in enumerate(made.outputs):
+            output.name, output.shape = f"{made.name}.{number}", ir.Shape(shape)
+            output.type = ir.TensorType(ir.DataType.FLOAT)
+        made.metadata_props[SCOPES] = repr(["", f"blocks.{block}", "node"])
+        nodes.append(made)
+        return made.outputs[0] if count == 1 else made.outputs
+
+    block, last = 0, h
+    embedded = add("MatMul", [x, value("embedder", [])], (2, side))
+    for block in range(blocks):
+        codes[f"{block}.w"] = random_codes((2 * side, side), seed=block)
+        weights[f"{block}.w"] = codes[f"{block}.w"].rows()
+        made = add("Gemm", [embedded, value(f"{block}.w", [])], (2, 2 * side), transB=1)
+        shift, scale = add("Split", [made], (2, side), 2, axis=1, num_outputs=2)
+        normal = add("LayerNormalization", [last, value("ones", [])], wide)
+        scaled = add("Mul", [normal, add("Unsqueeze", [scale, value("axis", [])], (2, 1, side))], wide)
+        last = add("Add", [scaled, add("Unsqueeze", [shift, value("axis", [])], (2, 1, side))], wide)
+    whole = model([x, h], nodes, [last], weights)
+    PackWeights(Codebooks("", codes))(whole)
+    return whole
+
+
+@pytest.mark.parametrize(("precision", "itemsize"), [("fp32", 4), ("fp16", 2)])
+def test_packed_weights_of_many_blocks_are_neither_stored_nor_decoded_at_once(
+    precision: str, itemsize: int, tmp_path: Path
+) -> None:
+    blocks, side = 8, 512
+    shapes = {"x": (2, side), "h": (2, 16, side)}
+    options = build_options(find_device("rtx-4090"), shapes, precision, packed=True)
+    info, _ = build(
+        convert(modulated(blocks, side), precision, {}).model, "8.9", tmp_path / "engine", options
+    )
+    codes, decoded = blocks * 2 * side * side // 4, 2 * side * side * itemsize
+    assert info.bytes < codes + decoded // 2 + 1_500_000, (
+        "the engine holds decoded weights"
+    )  # and the embedder
+    assert info.activation_bytes < 8 * 2**20 + 2 * decoded, "it decodes the weights of many blocks at once"

@@ -30,7 +30,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from trimtab.errors import BuildFailed, InputError, MissingDependency, TrimtabError
-from trimtab.staging import write_file
+from trimtab.staging import FULL, write_file
 from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
 from trimtab.targets.device import Device
 from trimtab.targets.entry import ENGINE, NOTE, CacheEntry, last_use, verified, write_note
@@ -363,7 +363,7 @@ class EngineCache:
         try:
             yield
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in FULL:
                 raise TrimtabError(
                     f"the disk of {self.folder} is full, and nothing was kept there: make room, or lower the limit"
                 ) from error

@@ -19,8 +19,9 @@ from trimtab.targets.device import Device, find_device, known_devices
 from trimtab.targets.engines import DEFAULT_CACHE, Place, builder_for, open_cache
 from trimtab.targets.insert import Inserter, Made
 from trimtab.targets.network import NetworkBuilder
+from trimtab.targets.plugins.build import check_tools
 from trimtab.targets.recognise import recognise
-from trimtab.targets.wanted import reason_to_build, with_target
+from trimtab.targets.wanted import needs_library, present_library, reason_to_build, with_target
 
 logger = logging.getLogger(__name__)
 
@@ -145,6 +146,10 @@ def _work(bundle: Bundle, contents: Contents, device: Device) -> _Work:
                     (segment.name, engine, reason_to_build(bundle, engine, device, work.version))
                 )
     if machine is not None:
+        wanted = [(contents.segments[name], engine) for name, engine, why in work.engines if why]
+        served = present_library(bundle, device, work.version)
+        if not served and any(needs_library(*each, work.version) for each in wanted):
+            check_tools()
         largest = max((engine.bytes for _, engine, why in work.engines if why), default=0)
         preflight.preflight(device, machine, needed_bytes=_HELD * largest)
     return work
@@ -161,7 +166,7 @@ def _look(device: Device) -> preflight.Machine:
         )
         raise WrongDevice(
             f"engines for {device.name} are built on the device itself{packs}, and this machine has no NVIDIA GPU: "
-            "copy the bundle there and run trimtab build"
+            "copy the bundle there and run trimtab build (in a container, one that was started with --runtime nvidia)"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Puts engines into a bundle that is whole at every moment.
 
 An engine is made beside the others and takes a name that bundle.json does not know; then bundle.json is replaced, and
-what it no longer names is removed last. So a build that is stopped, however, loses no engine that was finished.
+what it no longer names is removed last. The library that packed weights need on TensorRT 10.3 is made and named so too.
+So a build that is stopped, however, loses no engine that was finished.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
 from trimtab.bundle import Bundle, file_hash, update_manifest
 from trimtab.errors import BundleError, InputError, TrimtabError
-from trimtab.manifest import Contents, Engine, FileEntry, SegmentEntry
+from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine, FileEntry, SegmentEntry
+from trimtab.staging import FULL
 from trimtab.storage import GRAPHS, with_engines
 from trimtab.targets.base import BuildOptions, Progress
 from trimtab.targets.device import Device
@@ -33,7 +35,8 @@ from trimtab.targets.engines import (
     obtain,
     specialized,
 )
-from trimtab.targets.wanted import reason_to_build
+from trimtab.targets.plugins.build import build_library
+from trimtab.targets.wanted import needs_library, present_library, reason_to_build
 
 if TYPE_CHECKING:
     from trimtab.targets.cache import EngineCache
@@ -96,7 +99,7 @@ class Inserter:
         if old.backend == "onnxruntime":
             new = self._open(old, device) if old.packed else replace(old, built=True)
         else:
-            new = self._same(name, old, device, version) or self._built(name, old, device)
+            new = self._same(name, old, device, version) or self._built(name, old, device, version)
         self._put(name, old, new)
         seconds = round(time.perf_counter() - start, 3)
         self.made.append(Made(device.name, name, new.path, new.bytes, why, seconds))
@@ -128,19 +131,21 @@ class Inserter:
         stage = self._bundle.folder / ENGINES / _STAGE
         stage.mkdir(parents=True, exist_ok=True)
         info = builder.build(model, device, BuildOptions(), stage / "engine", self._progress)
-        entry = FileEntry(path, (stage / "engine").stat().st_size, file_hash(stage / "engine"))
-        (stage / "engine").replace(self._bundle.folder / path)
-        others = (file for file in self._contents.files if file.path != path)
-        self._contents = replace(self._contents, files=(*others, entry))
+        others = tuple(file for file in self._contents.files if file.path != path)
+        self._contents = replace(self._contents, files=others)
+        self._add(stage / "engine", path)
         return replace(old, path=path, bytes=info.bytes, built=True)
 
-    def _built(self, name: str, old: Engine, device: Device) -> Engine:
+    def _built(self, name: str, old: Engine, device: Device, version: str) -> Engine:
         builder = builder_for(device, self._cache)
         model = self._graph(old)
-        options = replace(
-            build_options(device, old.shapes, old.precision),
-            plugins=tuple(self._bundle.path(path) for path in old.plugins),
-        )
+        segment = self._contents.segments[name]
+        packed = OPERATORS_DOMAIN in segment.domains
+        plugins: tuple[str, ...] = ()
+        if needs_library(segment, old, version):
+            plugins = present_library(self._now(), device, version) or (self._library(device),)
+        files = tuple(self._now().path(path) for path in plugins)
+        options = build_options(device, old.shapes, old.precision, packed=packed, plugins=files)
         stage = self._bundle.folder / ENGINES / _STAGE
         info = obtain(
             self._cache,
@@ -151,16 +156,29 @@ class Inserter:
             stage / "engine",
             lambda text: self._progress(f"{name} for {text}"),
         )
-        path = self._free_path(self._contents.segments[name], device)
+        path = self._free_path(segment, device)
+        self._add(stage / "engine", path)
+        new = engine_entry(device, path, info, old.graph, old.shapes, old.precision)
+        return replace(new, plugins=plugins)
+
+    def _library(self, device: Device) -> str:
+        """Builds the plugin library beside the engines of a target. Its name has its hash: no two are one file."""
+        self._progress(f"the plugin library for {device.name}")
+        built = build_library(self._bundle.folder / ENGINES / _STAGE)
+        path = f"{ENGINES}/{device.name}/{built.path.stem}-{built.sha256[:16]}{built.path.suffix}"
+        self._add(built.path, path)
+        return path
+
+    def _add(self, made: Path, path: str) -> None:
+        """Gives a finished file its place, and a line in the list of files; bundle.json is not written yet."""
         file = self._bundle.folder / path
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         if not file.parent.resolve().is_relative_to(self._bundle.folder.resolve()):
             raise BundleError(f"{file.parent} leads out of the bundle: do not use it")
-        entry = FileEntry(path, info.bytes, file_hash(stage / "engine"))
-        (stage / "engine").replace(file)
-        self._contents = replace(self._contents, files=(*self._contents.files, entry))
-        new = engine_entry(device, path, info, old.graph, old.shapes, old.precision)
-        return replace(new, plugins=old.plugins)
+        entry = FileEntry(path, made.stat().st_size, file_hash(made))
+        made.replace(file)
+        others = tuple(file for file in self._contents.files if file.path != path)
+        self._contents = replace(self._contents, files=(*others, entry))
 
     def _graph(self, engine: Engine) -> ir.Model:
         """The graph of an engine with fixed sizes; it and the weights that it reads are verified."""
@@ -188,18 +206,16 @@ class Inserter:
             segment.name: [new if engine is old else engine for engine in segment.engines]
             for segment in contents.segments.values()
         }
-        used = {
-            p for entries in engines.values() for engine in entries for p in (engine.path, *engine.plugins)
-        }
+        contents = with_engines(contents, engines)
+        used = _used(contents)
         files = [f for f in contents.files if not f.path.startswith(f"{ENGINES}/") or f.path in used]
-        ordered = tuple(sorted(files, key=lambda entry: entry.path))
-        self._contents = replace(with_engines(contents, engines), files=ordered)
+        self._contents = replace(contents, files=tuple(sorted(files, key=lambda entry: entry.path)))
         update_manifest(self._bundle.folder, self._contents)
         self._sweep()
 
     def _sweep(self) -> None:
         """Removes engines that bundle.json does not name: half of one, or one that another took the place of."""
-        named = {entry.path for entry in self._contents.files}
+        named = _used(self._contents)
         engines = self._bundle.folder / ENGINES
         if (engines / _STAGE).is_symlink():
             (engines / _STAGE).unlink()
@@ -207,7 +223,7 @@ class Inserter:
         for folder in engines.iterdir() if engines.is_dir() else ():
             if folder.is_symlink():  # nothing out there is ours
                 continue
-            for path in folder.glob("*.engine"):
+            for path in (*folder.glob("*.engine"), *folder.glob("*.so")):
                 if path.relative_to(self._bundle.folder).as_posix() not in named:
                     path.unlink()
 
@@ -221,7 +237,7 @@ class Inserter:
         try:
             yield
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno in FULL:
                 raise TrimtabError(
                     f"the disk of {folder} is full; what was finished is kept: make room, and build again"
                 ) from error
@@ -230,6 +246,12 @@ class Inserter:
                     f"{folder} cannot be written ({error.strerror}): copy the bundle to where it can"
                 ) from error
             raise
+
+
+def _used(contents: Contents) -> set[str]:
+    """Every file that some engine is, or needs beside it."""
+    engines = [engine for segment in contents.segments.values() for engine in segment.engines]
+    return {path for engine in engines for path in (engine.path, *engine.plugins)}
 
 
 def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
-from onnx_ir.passes.common import InlinePass, RemoveUnusedOpsetsPass
+from onnx_ir.passes.common import (
+    CommonSubexpressionEliminationPass,
+    InlinePass,
+    RemoveUnusedOpsetsPass,
+)
 
 from trimtab.errors import UnsupportedOp
 from trimtab.passes.base import Pass
@@ -18,9 +22,9 @@ from trimtab.targets.operators import IR_VERSIONS, Parser
 def lower(model: ir.Model, parser: Parser, forms: Sequence[Pass] = ()) -> ir.Model:
     """A copy of a graph that a parser takes.
 
-    Functions are written out, equal weights become one, unknown operators are decomposed, and the opset is the
-    newest that both know. Between opsets 19 and 23 every other operator only gained types, so the graph needs no
-    conversion.
+    Equal weights become one, and then nodes that compute the same from the same: a DiT's 28 blocks bring 28 embedders,
+    and an engine has one. Functions are written out, unknown operators are decomposed, and the opset is the newest that
+    both know. Between opsets 19 and 23 every other operator only gained types, so the graph needs no conversion.
 
     Args:
         model: Of fixed sizes. Stays as it was; weights are shared.
@@ -32,10 +36,12 @@ def lower(model: ir.Model, parser: Parser, forms: Sequence[Pass] = ()) -> ir.Mod
         UnsupportedOp: A node that the parser does not take, and that nothing here replaces.
     """
     model = model.clone()
+    MergeWeights()(model)
+    CommonSubexpressionEliminationPass()(model)
     for form in forms:
         form(model)
     InlinePass()(model)
-    MergeWeights()(model)
+    MergeWeights()(model)  # constants that the forms and the functions brought
     result = DecomposeOperators(lambda node: parser.refuses(node) is not None)(model)
     reasons = {refusal.where: refusal.reason for refusal in result.refused}
     for node in model.graph.all_nodes():

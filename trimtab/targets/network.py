@@ -16,8 +16,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trimtab.errors import BuildFailed, MissingDependency, TargetError, UnsupportedOp
+from trimtab.errors import BuildFailed, TargetError, UnsupportedOp
 from trimtab.passes.base import Pass
+from trimtab.passes.vq_apart import KeepBlocksApart
+from trimtab.passes.vq_int8 import DecodeFromInt8
+from trimtab.runtime.sessions.check import missing
 from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.device import Device
 from trimtab.targets.lowering import lower
@@ -35,19 +38,19 @@ _LADDER = (1, 0)
 https://docs.nvidia.com/deeplearning/tensorrt/latest/performance/best-practices.html, builder optimization level."""
 
 
+PACKED_FORMS: tuple[Pass, ...] = (KeepBlocksApart(), DecodeFromInt8())
+"""What keeps weights packed without a plugin."""
+
+
 class NetworkBuilder(abc.ABC):
     """Builds engines out of strongly typed networks, each in a process of its own.
 
     Attributes:
         backend: The runtime that loads them, and the package that builds them.
-        extra: The extra of trimtab that installs it.
         on_device: Whether it builds only for the GPU of this machine.
-        forms: What it does best with trimtab's own functions; see `trimtab.targets.lowering.lower`.
     """
 
     backend: str
-    extra: str
-    forms: tuple[Pass, ...] = ()
     on_device = False
 
     @property
@@ -63,7 +66,7 @@ class NetworkBuilder(abc.ABC):
             TargetError: It is, and cannot be loaded.
         """
         if importlib.util.find_spec(self.backend) is None:
-            raise MissingDependency(self.backend, self.extra)
+            raise missing(self.backend)
         try:
             return str(importlib.import_module(self.backend).__version__)
         except (ImportError, OSError, AttributeError) as error:
@@ -93,7 +96,7 @@ class NetworkBuilder(abc.ABC):
         Raises:
             UnsupportedOp: It has an operator that the parser does not take, and that nothing here replaces.
         """
-        return lower(model, self.parser(device), self.forms)
+        return lower(model, self.parser(device), PACKED_FORMS)
 
     def build(
         self, model: ir.Model, device: Device, options: BuildOptions, out: Path, progress: Progress
@@ -110,7 +113,8 @@ class NetworkBuilder(abc.ABC):
         Raises:
             MissingDependency: TensorRT is not installed.
             UnsupportedOp: Its parser does not know an operator.
-            BuildFailed: It gave up, at the lowest optimisation level too if memory ran out.
+            BuildFailed: It gave up, at the lowest optimisation level too if memory ran out; or the disk did not take
+                the engine, and then its cause is an OSError.
         """
         version = self.installed_version()
         start = time.perf_counter()
@@ -160,6 +164,10 @@ class NetworkBuilder(abc.ABC):
                     f"{self.backend} {self.installed_version()} has no {ending.reason}: "
                     "choose another target, or report this"
                 )
+            if ending.kind == "disk":
+                raise BuildFailed(
+                    f"the engine cannot be written to {folder.parent} ({ending.reason}): make room there"
+                ) from OSError(ending.errno, ending.reason)
             if ending.kind != "memory":
                 break
             logger.warning(

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trimtab.errors import MissingDependency, TargetError, WrongDevice
+from trimtab.runtime.sessions.check import JETSON, missing
 from trimtab.runtime.sessions.cuda import Driver
 from trimtab.runtime.sessions.tensorrt import import_backend
 from trimtab.targets.device import Device, JetPack
 
-L4T_RELEASE = Path("/etc/nv_tegra_release")
 MEMINFO = Path("/proc/meminfo")
 DPKG = ("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack")
 DPKG_SECONDS = 10.0
@@ -54,6 +54,7 @@ class Machine:
         l4t: Jetson Linux, such as "36.4.3".
         jetpack: Such as "6.2.1".
         backend_version: Of the backend that is to build, as its module says.
+        trouble: Why that module cannot be loaded, where it is installed and cannot.
         free_bytes: Memory that an engine can get: on a Jetson what the system would give to a program.
         total_bytes: All of that memory.
     """
@@ -65,6 +66,7 @@ class Machine:
     backend_version: str | None = None
     free_bytes: int | None = None
     total_bytes: int | None = None
+    trouble: str | None = None
 
 
 def read_text(path: Path) -> str:
@@ -109,10 +111,13 @@ def look(
     Raises:
         TargetError: There is no GPU.
     """
+    installed = trouble = None
     try:
-        installed: str | None = version(backend)
+        installed = version(backend)
     except MissingDependency:
-        installed = None
+        pass
+    except TargetError as error:
+        trouble = str(error)
     gpu = driver()
     try:
         free, total = gpu.memory()
@@ -121,7 +126,7 @@ def look(
             meminfo = read(MEMINFO)
             free = memory_bytes(meminfo, "MemAvailable") or free
             total = memory_bytes(meminfo, "MemTotal") or total
-        l4t = l4t_version(read(L4T_RELEASE))
+        l4t = l4t_version(read(JETSON))
         return Machine(
             gpu=gpu.name,
             sm=gpu.sm,
@@ -130,6 +135,7 @@ def look(
             backend_version=installed,
             free_bytes=free,
             total_bytes=total,
+            trouble=trouble,
         )
     finally:
         gpu.close()
@@ -174,8 +180,10 @@ def preflight(device: Device, machine: Machine, *, needed_bytes: int = 0) -> Non
             f"{device.name} has compute capability {device.sm} and this machine's {machine.gpu} has {machine.sm}: "
             "run trimtab build on the device itself, or compile for this one (see trimtab devices)"
         )
+    if machine.trouble is not None:
+        raise TargetError(machine.trouble)
     if machine.backend_version is None:
-        raise MissingDependency(device.backend, "rtx" if device.backend == "tensorrt_rtx" else device.backend)
+        raise missing(device.backend, jetson=bool(device.jetpacks))
     if device.jetpacks:
         _check_jetpack(device, machine)
     if machine.free_bytes is not None and machine.free_bytes < needed_bytes:
@@ -197,7 +205,7 @@ def _check_jetpack(device: Device, machine: Machine) -> None:
     versions = " or ".join(pack.version for pack in device.jetpacks)
     if machine.l4t is None:
         raise WrongDevice(
-            f"{device.name} is a Jetson and this machine has no {L4T_RELEASE}: run trimtab build on the device itself; "
+            f"{device.name} is a Jetson and this machine has no {JETSON}: run trimtab build on the device itself; "
             f"in a container, mount that file"
         )
     if machine.jetpack is None:

@@ -36,12 +36,14 @@ class Ending:
     Attributes:
         done: What it gave; None where it failed.
         reason: Why it failed, in one line.
-        kind: "operator", "memory" or "build".
+        kind: "operator", "memory", "disk" or "build".
+        errno: Of a disk's refusal.
     """
 
     done: Mapping[str, Any] | None = None
     reason: str = ""
     kind: str = "build"
+    errno: int | None = None
 
 
 def run_worker(job: Mapping[str, Any], folder: Path, progress: Progress) -> Ending:
@@ -73,7 +75,7 @@ def run_worker(job: Mapping[str, Any], folder: Path, progress: Progress) -> Endi
                 if "done" in answer:
                     return Ending(answer["done"])
                 if "failed" in answer:
-                    return Ending(reason=answer["failed"], kind=answer["kind"])
+                    return Ending(None, answer["failed"], answer["kind"], answer.get("errno"))
                 phase = answer.get("at", phase)
                 progress(phase)
             return _crash(process.wait(), log)

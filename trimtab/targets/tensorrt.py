@@ -12,7 +12,7 @@ import onnx_ir as ir
 from trimtab.errors import BuildFailed
 from trimtab.targets.device import Device
 from trimtab.targets.lowering import lower
-from trimtab.targets.network import NetworkBuilder, TimingCache
+from trimtab.targets.network import PACKED_FORMS, NetworkBuilder, TimingCache
 from trimtab.targets.operators import OLDEST_TENSORRT, Parser, tensorrt_parser
 from trimtab.targets.plugins.lower import UseKernels
 
@@ -27,7 +27,6 @@ class TensorRTBuilder(NetworkBuilder):
     """
 
     backend = "tensorrt"
-    extra = "tensorrt"
     on_device = True
 
     def __init__(self, timings: TimingCache | None = None) -> None:
@@ -41,11 +40,13 @@ class TensorRTBuilder(NetworkBuilder):
     def lower(self, model: ir.Model, device: Device) -> ir.Model:
         """A copy of a graph that the device's parser takes, its packed weights served by trimtab's plugins.
 
+        What no kernel takes, as in FP32, gets the form that stays packed without a plugin.
+
         Raises:
             UnsupportedOp: It has an operator that the parser does not take, and that nothing here replaces.
         """
-        forms = () if device.sm is None else (UseKernels(int(device.sm.replace(".", ""))),)
-        return lower(model, self.parser(device), forms)
+        kernels = () if device.sm is None else (UseKernels(int(device.sm.replace(".", ""))),)
+        return lower(model, self.parser(device), (*kernels, *PACKED_FORMS))
 
     def parser(self, device: Device) -> Parser:
         """The oldest one of the device's JetPacks: what it takes, the later ones take as well."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from trimtab.errors import TargetError
-from trimtab.passes.vq_int8 import DecodeFromInt8
 from trimtab.targets.device import Device
 from trimtab.targets.network import NetworkBuilder
 from trimtab.targets.operators import RTX, Parser
@@ -20,8 +19,6 @@ class TensorRTRTXBuilder(NetworkBuilder):
     """
 
     backend = "tensorrt_rtx"
-    extra = "rtx"
-    forms = (DecodeFromInt8(),)
 
     @property
     def device_fields(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 
 from trimtab.bundle import Bundle
@@ -11,6 +12,7 @@ from trimtab.runtime.sessions.check import TITLES
 from trimtab.storage import with_engines
 from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.device import Device
+from trimtab.targets.plugins import qdp
 
 
 def with_target(contents: Contents, device: Device) -> Contents:
@@ -53,7 +55,8 @@ def _like(
     model: Engine, segment: SegmentEntry, device: Device, files: Collection[str], shapes: Shapes | None = None
 ) -> Engine:
     graph, precision = model.graph, model.precision
-    if model.backend == "tensorrt" != device.backend:
+    foreign = OPERATORS_DOMAIN in segment.domains and model.sm != device.sm  # its kernels are for another GPU
+    if model.backend == "tensorrt" and (device.backend != "tensorrt" or foreign):
         # That graph is lowered. In FP32 the segment's own serves; another precision's lies beside it.
         open_graph = (
             segment.graph if precision == "fp32" else segment.graph[: -len("onnx")] + f"{precision}.onnx"
@@ -69,9 +72,31 @@ def _like(
         sm=device.sm,
         precision=precision,
         shapes=dict(model.shapes if shapes is None else shapes),
-        plugins=model.plugins if model.backend == device.backend else (),
         packed=device.backend == "onnxruntime" and OPERATORS_DOMAIN in segment.domains,
     )
+
+
+def needs_library(segment: SegmentEntry, engine: Engine, version: str) -> bool:
+    """Whether the kernels of an engine's packed weights are launched by the C++ library.
+
+    Args:
+        segment: The engine's.
+        engine: Built or not.
+        version: Of the TensorRT that builds it.
+    """
+    packed = OPERATORS_DOMAIN in segment.domains and engine.precision != "fp32"
+    return engine.backend == "tensorrt" and packed and qdp.needs_library(version)
+
+
+def present_library(bundle: Bundle, device: Device, version: str) -> tuple[str, ...]:
+    """The plugin library that a bundle has for a target and a version of TensorRT, whole; empty where it has none."""
+    for segment in bundle.contents.segments.values():
+        for engine in segment.engines:
+            if engine.target == device.name and engine.version == version and engine.plugins:
+                with contextlib.suppress(BundleError):
+                    bundle.verify(engine.plugins)
+                    return engine.plugins
+    return ()
 
 
 def reason_to_build(bundle: Bundle, engine: Engine, device: Device, version: str) -> str | None:
@@ -86,7 +111,7 @@ def reason_to_build(bundle: Bundle, engine: Engine, device: Device, version: str
     if engine.sm != device.sm:
         return f"it was built for compute capability {engine.sm} and {device.name} has {device.sm}"
     try:
-        bundle.verify([engine.path])
+        bundle.verify([engine.path, *engine.plugins])
     except BundleError:
-        return "its file was missing or damaged"
+        return f"its file {'or its plugin library ' if engine.plugins else ''}was missing or damaged"
     return None

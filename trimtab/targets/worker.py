@@ -2,7 +2,8 @@
 
 A parser that aborts or a kernel's out-of-memory killer then ends this process and not the compiler, and all of the
 memory goes back. Talks in lines of JSON: the job comes in as one line; out come ``{"at": phase}`` and, once,
-``{"done": {...}}`` or ``{"failed": reason, "kind": "operator" | "memory" | "build"}``.
+``{"done": {...}}`` or ``{"failed": reason, "kind": "operator" | "memory" | "build"}``; of a disk that did not take the
+engine, ``"kind": "disk"`` with its ``"errno"``.
 
 Written against the API that TensorRT 10.3 to 11 and TensorRT for RTX 1.x have in common. What only one of them has is
 asked for by name. Every network is strongly typed: from 11 on there is nothing else.
@@ -44,6 +45,8 @@ def main() -> None:
         answer = {"kind": error.args[0], "failed": error.args[1]}
     except MemoryError:
         answer = {"kind": "memory", "failed": "memory ran out"}
+    except OSError as error:
+        answer = {"kind": "disk", "failed": error.strerror or str(error), "errno": error.errno}
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         answer = {"kind": "memory" if _OUT_OF_MEMORY.search(text) else "build", "failed": text}
@@ -65,7 +68,8 @@ def _build(job: dict[str, Any], lines: TextIO) -> dict[str, Any]:
     if hasattr(trt, "init_libnvinfer_plugins"):  # some operators are plugins of TensorRT's own
         trt.init_libnvinfer_plugins(log, "")
     for path in job["plugins"]:
-        trt.get_plugin_registry().load_library(path)
+        if trt.get_plugin_registry().load_library(path) is None:
+            raise log.failure(f"TensorRT did not take the plugin library {path}")
     flags = ["STRONGLY_TYPED"]
     if job["packed"] and not job["plugins"]:  # else a library has them
         from trimtab.targets.plugins import qdp

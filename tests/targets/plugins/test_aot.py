@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
-from trimtab.errors import BuildFailed, BundleError, UnsupportedOp
+from trimtab.errors import BuildFailed, BundleError, MissingDependency, UnsupportedOp
+from trimtab.targets.device import Device, find_device
+from trimtab.targets.engines import check_targets
 from trimtab.targets.plugins.aot import (
     PTX_VERSIONS,
     Kernel,
@@ -129,3 +132,15 @@ def test_parameters_that_only_tritons_launcher_fills_are_cut_off() -> None:
 def test_a_kernel_that_needs_scratch_memory_is_refused() -> None:
     with pytest.raises(BuildFailed, match="f uses f_param_2"):
         trimmed(PTX.replace("[f_param_0]", "[f_param_2]"), 2)
+
+
+def test_what_compiling_kernels_needs_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    orin, turing = find_device("orin-nano-8gb"), Device("ours", "Ours", "tensorrt", sm="7.5")
+    check_targets([orin, turing], kernels=[orin])
+    with pytest.raises(UnsupportedOp, match=r"no kernel for sm_75"):
+        check_targets([turing], kernels=[turing])
+    monkeypatch.delitem(sys.modules, "trimtab.targets.plugins.kernels", raising=False)
+    monkeypatch.delattr("trimtab.targets.plugins.kernels", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'trimtab\[kernels\]'"):
+        check_targets([orin], kernels=[orin])

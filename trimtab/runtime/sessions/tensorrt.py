@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.errors import BundleError, InputError, MissingDependency, TargetError
+from trimtab.errors import BundleError, InputError, TargetError
 from trimtab.manifest import Engine
 from trimtab.runtime.sessions.base import Buffer, Run
-from trimtab.runtime.sessions.check import TITLES, check_engine
+from trimtab.runtime.sessions.check import TITLES, check_engine, missing
 from trimtab.runtime.sessions.cuda import Captured, Driver
 from trimtab.runtime.sessions.device_array import DeviceArray
 
@@ -27,19 +27,20 @@ logger = logging.getLogger(__name__)
 ALIGNMENT = 256
 """What IExecutionContext::setTensorAddress asks of every address, in bytes."""
 
-EXTRAS = {"tensorrt": "tensorrt", "tensorrt_rtx": "rtx"}
-
 
 def import_backend(name: str) -> Any:
     """The module of a backend.
 
     Raises:
         MissingDependency: It is not installed.
+        TargetError: It is, and cannot be loaded.
     """
     try:
         return importlib.import_module(name)
-    except ImportError as error:
-        raise MissingDependency(name, EXTRAS[name]) from error
+    except ModuleNotFoundError as error:
+        raise missing(name) from error
+    except (ImportError, OSError) as error:  # a library of its own that is not there
+        raise TargetError(f"{TITLES[name]} cannot be loaded ({error}): install it again") from error
 
 
 class TensorRT:

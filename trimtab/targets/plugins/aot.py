@@ -76,6 +76,17 @@ def read_kernels(text: str) -> tuple[Kernel, ...]:
     return tuple(kernels)
 
 
+def check_kernels(sm: int) -> None:
+    """Makes sure that kernels can be compiled for an SM, as in sm_87.
+
+    Raises:
+        UnsupportedOp: No kernel is compiled for it.
+        MissingDependency: There is no Triton.
+    """
+    tiles(sm, 1)
+    _triton_kernels()
+
+
 def matmul_kernels(
     sm: int,
     m: int,

@@ -15,7 +15,8 @@ from typing import Any, List, Tuple, Union  # noqa: UP035  TensorRT compares wit
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.errors import BundleError, MissingDependency, TargetError
+from trimtab.errors import BundleError, TargetError
+from trimtab.runtime.sessions.check import missing
 from trimtab.targets.plugins.aot import Kernel, read_kernels
 
 NAMESPACE = "trimtab"
@@ -63,6 +64,15 @@ def product(factors: Sequence[Any]) -> Any:
     return total
 
 
+def needs_library(version: str) -> bool:
+    """Whether this version of TensorRT has no such plugins, and the C++ library serves in their place.
+
+    Args:
+        version: Such as "10.3.0.30".
+    """
+    return tuple(int(part) for part in version.split(".")[:2]) < FIRST_VERSION
+
+
 def register() -> None:
     """Registers both plugins with TensorRT, once per process: before a graph with them is parsed.
 
@@ -73,9 +83,8 @@ def register() -> None:
     try:
         import tensorrt as trt
     except ModuleNotFoundError as error:
-        raise MissingDependency("tensorrt", "tensorrt") from error
-    version = tuple(int(part) for part in trt.__version__.split(".")[:2])
-    if version < FIRST_VERSION:
+        raise missing("tensorrt") from error
+    if needs_library(trt.__version__):
         raise TargetError(
             f"TensorRT {trt.__version__} has no plugins that carry their kernels, which came with 10.9: "
             "build the library for it (`trimtab build` does), or update TensorRT"
