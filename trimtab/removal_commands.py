@@ -9,7 +9,7 @@ from typing import Any
 
 from trimtab import options, render
 
-RECIPE = ("remove", "remove_by", "keep", "drop", "scores", "removal_plan")
+RECIPE = ("remove", "remove_of", "remove_by", "keep", "drop", "scores", "removal_plan")
 """Options of `add_options` that are fields of a recipe."""
 
 _MODEL = "a diffusers folder, a hub id, or a .toml file that names .onnx files"
@@ -20,6 +20,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("layer removal (docs/removal.md)")
     group.add_argument(
         "--remove", type=float, metavar="R", help="the share of the denoiser to remove, 0 to 1"
+    )
+    group.add_argument(
+        "--remove-of",
+        metavar="WHAT",
+        help="what the share is of: parameters (default), bytes, or time, of a step on the --target",
     )
     group.add_argument(
         "--remove-by", metavar="METHOD", help="output-loss (default), bk-sdm-small, magnitude, random, ..."
