@@ -2,7 +2,7 @@
 
     python benchmarks/removal_score.py [--model PIPELINE] [--steps 4] [--evaluations 20] [--json] [--scratch FOLDER]
 
-Runs `trimtab score` on 859,520,964 parameters with random weights (fp32, 512x512 pixels, one thread), reads the resident
+Runs `trimtab score` on 859,520,964 parameters, random weights (fp32, 512x512 pixels, one thread), reads the resident
 memory of its process twice a second, and stops it after some evaluations: a whole run takes hours. What it would take
 is what the command itself says, and what the evaluations that were made come to. Memory is told by what was going on:
 the export, the model's own trajectories, the scores. With 4 steps in the place of 20 the trajectories are shorter; no
@@ -12,6 +12,7 @@ memory depends on that. Takes 8 GB of disk and 6 GB of memory; --model takes a p
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -74,7 +75,7 @@ def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[st
     process.send_signal(signal.SIGTERM)
     process.wait()
     # The first of a chunk comes after one evaluation of the whole model; the middle of the differences is plain.
-    each = statistics.median(b - a for a, b in zip(when, when[1:], strict=False))
+    each = statistics.median(b - a for a, b in itertools.pairwise(when))
     unet = next((model / "unet").glob("*.safetensors")).stat().st_size
     jobs = int(re.search(r"then (\d+) evaluations", said[0][1])[1])  # type: ignore[index]
     top = max(peak[0] for peak in peaks.values())

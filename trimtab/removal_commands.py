@@ -79,6 +79,12 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument(
         "--trajectories", type=int, default=32, metavar="N", help="of the teacher (default 32)"
     )
+    command.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="captioned pictures to train on in the place of trajectories",
+    )
     command.add_argument("--prompt", action="append", metavar="TEXT", help="of the trajectories; repeatable")
     command.add_argument("--guidance", type=float, metavar="G", help="of the trajectories")
     command.add_argument("--scheduler", metavar="NAME")
@@ -114,6 +120,7 @@ def _distill(arguments: argparse.Namespace) -> dict[str, Any]:
             trajectories=arguments.trajectories,
             prompts=tuple(arguments.prompt) if arguments.prompt else None,
             guidance=arguments.guidance,
+            data=arguments.data,
             progress=None if bar is None else lambda share, _: bar(round(100 * share), 100),
             budget=budget,
             scheduler=arguments.scheduler,

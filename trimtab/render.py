@@ -71,7 +71,7 @@ def distill(result: Result) -> Iterator[str]:
     before, after = result["parameters"]
     first, last = result["losses"]
     yield f"{result['student']}: {after:,} of {before:,} parameters"
-    yield f"{result['steps']} steps in {result['seconds']:.1f} s, loss {first:.4g} to {last:.4g}"
+    yield f"{result['steps']} steps in {result['seconds']:.1f} s on {result['data']}, loss {first:.4g} to {last:.4g}"
 
 
 def bench(result: Result) -> Iterator[str]:

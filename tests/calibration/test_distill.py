@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,8 @@ import pytest
 import residual
 
 import trimtab.calibration.distill as distill_module
-from trimtab.calibration.distill import Budget, block_outputs, distill
+from trimtab.calibration.batches import Batch, Trajectories
+from trimtab.calibration.distill import Budget, Student, block_outputs
 from trimtab.calibration.trajectories import Sample
 from trimtab.errors import CalibrationError, InputError, PassError
 from trimtab.passes.candidates import Candidates
@@ -25,6 +27,13 @@ def plan(model: ir.Model, *names: str) -> RemovalPlan:
 
 def samples(count: int = 12) -> list[Sample]:
     return [Sample(i % 3, "denoiser", residual.inputs(seed=i), np.zeros((1, 6, 5))) for i in range(count)]
+
+
+def distill(
+    model: ir.Model, plan: RemovalPlan, samples: list[Sample], budget: Budget, **options: Any
+) -> Student:
+    """On what the teacher's own trajectories are made of."""
+    return distill_module.distill(model, plan, Trajectories(model, samples), budget, **options)
 
 
 def answers(model: ir.Model) -> np.ndarray:
@@ -82,6 +91,30 @@ def test_a_checkpoint_cut_short_or_of_another_run_is_refused(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CalibrationError, match="no whole checkpoint"):
         distill(teacher, plan(teacher, "blocks.1"), samples(), Budget(steps=4, batch=4), checkpoint=path)
+
+
+def test_a_target_of_the_data_is_what_the_student_learns() -> None:
+    teacher = residual.denoiser()
+
+    class Data(Trajectories):
+        def of(self, seed: int, step: int, size: int) -> Batch:
+            batch = super().of(seed, step, size)
+            return Batch(batch.inputs, np.zeros((size, 6, 5), np.float32))
+
+    budget = Budget(steps=60, batch=8, rate=3e-2, features="none")
+    students = [
+        distill_module.distill(teacher, plan(teacher, "blocks.1"), batches(teacher, samples()), budget)
+        for batches in (Trajectories, Data)
+    ]
+    sizes = []
+    for student in students:
+        smaller = residual.denoiser()
+        RemoveLayers(["blocks.1"])(smaller)
+        for name, array in student.weights.items():
+            smaller.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        sizes.append(np.square(answers(smaller)).mean())
+    # Halfway to the teacher, and halfway to the data, which say 0.
+    assert sizes[1] < 0.6 * sizes[0]
 
 
 def test_numbers_that_are_not_finite_stop_the_run() -> None:

@@ -140,7 +140,7 @@ def score_layers(
         if progress is not None:
             progress(done, total + jobs)
 
-    with draft(program, folder, threads=calibration.workers.threads) as pipeline:
+    with draft(program, folder, threads=calibration.workers.threads, lean=True) as pipeline:
         start = time.monotonic()
         samples = sample_denoiser(pipeline, calibration, on_step)
     graph = GatedGraph(model, samples, folder)
