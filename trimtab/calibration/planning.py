@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +22,11 @@ from trimtab.calibration.workers import Workers
 from trimtab.errors import InputError, PassError
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import DENOISER, RemovalPlan
-from trimtab.program import Program
+from trimtab.passes.split_attention import SplitAttention
+from trimtab.program import Program, Segment
 from trimtab.runtime.load import Pipeline
 from trimtab.storage import write_contents
-from trimtab.targets.bindings import segment_shapes
+from trimtab.targets.bindings import Shapes, segment_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ def score_layers(
         if progress is not None:
             progress(done, total + jobs)
 
-    with draft(program, folder, threads=calibration.workers.threads, lean=True) as pipeline:
+    with draft(_thrifty(program, folder), folder, threads=calibration.workers.threads, lean=True) as pipeline:
         start = time.monotonic()
         samples = sample_denoiser(pipeline, calibration, on_step)
     graph = GatedGraph(model, samples, folder)
@@ -151,6 +152,19 @@ def score_layers(
 
     scores = graph.score(calibration.workers, log=calibration.log, progress=on_loss, names=names)
     return graph, scores
+
+
+def _thrifty(program: Program, folder: Path) -> Program:
+    """The program with a denoiser that holds few of its attention scores at a time."""
+    model = program.segments[DENOISER].model.clone()
+    SplitAttention(_shapes(program, folder))(model)
+    return replace(program, segments={**program.segments, DENOISER: Segment(DENOISER, model)})
+
+
+def _shapes(program: Program, folder: Path) -> Shapes:
+    """What the denoiser is bound to for a picture of the native size."""
+    contents = write_contents(program, folder)
+    return segment_shapes(contents, contents.size)[DENOISER][0]
 
 
 def _lines(log: Path | None) -> int:
@@ -237,9 +251,7 @@ def measure_of(program: Program, wish: Wish, folder: Path) -> Measure:
         raise InputError(
             f"a share of {wish.of!r} is not known, or its device is not: choose parameters or bytes"
         )
-    contents = write_contents(program, folder)
-    shapes = segment_shapes(contents, contents.size)[DENOISER][0]
-    return measures.step_time(candidates, model, shapes, wish.device, wish.precision)
+    return measures.step_time(candidates, model, _shapes(program, folder), wish.device, wish.precision)
 
 
 def chosen(

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from trimtab.calibration.gates import Array, add_gates
+from trimtab.calibration.gates import GATES, Array, add_gates
 from trimtab.calibration.trajectories import Sample
-from trimtab.calibration.workers import Job, Workers
+from trimtab.calibration.workers import CHUNK, Job, Workers
 from trimtab.errors import CalibrationError
 from trimtab.passes.candidates import Candidates
+from trimtab.passes.split_attention import SplitAttention
 from trimtab.storage import GRAPHS
 from trimtab.weights import WeightStore
 
@@ -75,6 +76,8 @@ class GatedGraph:
         self.samples = [row_of(sample, model, number) for number, sample in enumerate(samples)]
         self.path = folder / GRAPHS / "denoiser.gated.onnx"
         gated = add_gates(model, self.candidates)
+        sizes = {name: array.shape for name, array in self.samples[0].items()}
+        SplitAttention({**sizes, GATES: (len(self.candidates),)})(gated)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         WeightStore(self.path.parent).keep("denoiser.gated", gated)
         ir.save(gated, self.path)
@@ -101,8 +104,9 @@ class GatedGraph:
                     "what may go, or mend the model's weights"
                 )
             if done == 1:
-                # An upper bound: the engine was loaded, and the whole model evaluated beside the first job.
-                seconds = (time.monotonic() - start) * len(jobs) / min(workers.processes, len(jobs))
+                # An upper bound: the engine was loaded beside the first chunk.
+                chunk = min(CHUNK, sum(other[0] == job[0] for other in jobs))
+                seconds = (time.monotonic() - start) * max(1.0, len(jobs) / chunk / workers.processes)
                 logger.info("%d evaluations of the denoiser: at most about %s", len(jobs), clock(seconds))
             if progress is not None:
                 progress(done, len(jobs))
