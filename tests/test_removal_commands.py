@@ -166,6 +166,24 @@ def test_a_rival_measures_only_what_it_removes(tmp_path: Path) -> None:
     assert {json.loads(line)["removed"] for line in losses.read_text().splitlines()[1:]} == {name}
 
 
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        (["--start", "a=b", "--start", "a.c=d"], "--start says twice what a.c starts from, with a"),
+        (["--start", "w0=w9"], "no module w0 with weights of its own"),
+    ],
+)
+def test_a_start_that_cannot_be_says_why(
+    starts: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, bundle = denoiser(tmp_path / "model"), tmp_path / "b"
+    wish = ("--remove", 0.3, "--remove-by", "magnitude")
+    assert run("compile", model, "--steps", 3, *wish, "-o", bundle) == 0
+    command = ("distill", model, "--plan", bundle, "--steps", 1, "--trajectories", 1)
+    assert run(*command, *starts, "-o", tmp_path / "x") == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_training_without_a_budget_is_refused_before_any_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def distill(
     prompts: tuple[str, ...] | None = None,
     guidance: float | None = None,
     data: str | Path | None = None,
+    starts: Mapping[str, str] | None = None,
     progress: Callable[[float, float], None] | None = None,
     budget: dict[str, Any] | None = None,
     **options: Any,
@@ -51,6 +52,7 @@ def distill(
         guidance: Of the trajectories; None for the model's own.
         data: A folder of captioned pictures to train on in the place of trajectories, with a task term: see
             `trimtab.calibration.pictures.captioned`.
+        starts: Module of the student -> module of the teacher that it starts from in the place of itself.
         progress: Told (the share of the budget that is spent, the loss).
         budget: Fields of `trimtab.calibration.distill.Budget`.
         **options: Fields of `trimtab.recipe.Recipe` that decide the trajectories: steps, scheduler, size.
@@ -62,7 +64,7 @@ def distill(
     Raises:
         InputError: No budget; the plan or the data cannot be read, or the model cannot be trained on data; something
             else stands at the output.
-        PassError: The plan is of another model; torch cannot train the graph.
+        PassError: The plan is of another model; torch cannot train the graph; a module cannot start from another.
         CalibrationError: The loss is not finite; the checkpoint is of another run.
     """
     from trimtab.calibration.distill import Budget
@@ -98,12 +100,14 @@ def distill(
             chosen,
             batches,
             limits,
+            starts=starts,
             checkpoint=checkpoint,
             progress=progress,
         )
         freed, _ = candidates.freed(chosen.removed)
     with staged_folder(output, PLAN) as stage:
-        how = {"steps": student.steps, "features": limits.features, "data": batches.identity}
+        how: dict[str, Any] = {"steps": student.steps, "features": limits.features, "data": batches.identity}
+        how |= {"starts": dict(starts)} if starts else {}
         details = {**chosen.details, "distilled": how}
         replace(chosen, details=details).save(stage / PLAN)
         save_weights(stage, student.weights, student.teacher)

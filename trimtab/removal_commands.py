@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from trimtab import options, render
+from trimtab.errors import InputError
 
 RECIPE = ("remove", "remove_of", "remove_by", "keep", "drop", "scores", "removal_plan")
 """Options of `add_options` that are fields of a recipe."""
@@ -77,6 +78,13 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--rate", type=float, metavar="R", help="highest learning rate (default 3e-4)")
     command.add_argument("--features", metavar="KIND", help="normalized (default), plain or none")
     command.add_argument(
+        "--start",
+        action="append",
+        type=_start,
+        metavar="MODULE=OTHER",
+        help="let a module start from the weights of another one of the whole model; repeatable",
+    )
+    command.add_argument(
         "--trajectories", type=int, default=32, metavar="N", help="of the teacher (default 32)"
     )
     command.add_argument(
@@ -121,8 +129,30 @@ def _distill(arguments: argparse.Namespace) -> dict[str, Any]:
             prompts=tuple(arguments.prompt) if arguments.prompt else None,
             guidance=arguments.guidance,
             data=arguments.data,
+            starts=_once(arguments.start or ()),
             progress=None if bar is None else lambda share, _: bar(round(100 * share), 100),
             budget=budget,
             scheduler=arguments.scheduler,
             size=arguments.size,
         )
+
+
+def _start(text: str) -> tuple[str, str]:
+    """``MODULE=OTHER`` as a pair."""
+    own, _, other = text.partition("=")
+    if not own or not other:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODULE=OTHER, two module paths")
+    return own, other
+
+
+def _once(starts: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Raises InputError for a module that is given twice, or inside of another."""
+    found: dict[str, str] = {}
+    for own, other in starts:
+        for known in found:
+            if f"{own}.".startswith(f"{known}.") or f"{known}.".startswith(f"{own}."):
+                raise InputError(
+                    f"--start says twice what {own} starts from, with {known}: leave one of them out"
+                )
+        found[own] = other
+    return found

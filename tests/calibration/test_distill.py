@@ -141,6 +141,57 @@ def test_blocks_are_found_with_and_without_module_names() -> None:
     assert len(block_outputs(residual.denoiser(named=False))) == 3
 
 
+# ---- assembly ----
+
+
+def test_a_module_starts_from_the_weights_of_another_that_the_student_lacks() -> None:
+    teacher = residual.denoiser((4, 8, 8))
+    budget = Budget(steps=1, rate=1e-12)
+    chosen = plan(teacher, "blocks.1")
+    student = distill(teacher, chosen, samples(), budget, starts={"blocks.2": "blocks.1"})
+    plain = distill(teacher, chosen, samples(), budget)
+    assert student.teacher == plain.teacher and student.weights.keys() == plain.weights.keys()
+    for name, array in student.weights.items():
+        source = name.replace("blocks.2", "blocks.1")
+        value = teacher.graph.initializers[source].const_value
+        assert value is not None
+        np.testing.assert_allclose(array, value.numpy(), atol=1e-6)
+        assert (source != name) == (not np.allclose(array, plain.weights[name], atol=1e-6))
+
+
+def test_an_assembled_student_goes_back_into_the_graph(tmp_path: Path) -> None:
+    teacher = residual.denoiser((4, 8, 8))
+    starts = {"blocks.2": "blocks.1"}
+    student = distill(
+        teacher, plan(teacher, "blocks.1"), samples(), Budget(steps=1, rate=1e-12), starts=starts
+    )
+    save_weights(tmp_path, student.weights, student.teacher)
+    smaller = residual.denoiser((4, 8, 8))
+    RemoveLayers(["blocks.1"])(smaller)
+    value = put_back(smaller, tmp_path).graph.initializers["blocks.2.first.weight"].const_value
+    expected = teacher.graph.initializers["blocks.1.first.weight"].const_value
+    assert value is not None and expected is not None
+    np.testing.assert_allclose(value.numpy(), expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        (
+            {"blocks.0": "blocks.2"},
+            r"blocks\.0\.first\.weight is \[4, 6\] and blocks\.2\.first\.weight is \[12, 6\]",
+        ),
+        ({"blocks.0": "blocks.9"}, r"blocks\.9\.first\.weight is none of the teacher's weights"),
+        ({"block.0": "blocks.2"}, r"no module block\.0 with weights of its own: near are .*blocks\.0"),
+        ({"blocks.1": "blocks.2"}, "no module blocks.1 with weights of its own"),  # it was removed
+    ],
+)
+def test_modules_that_are_not_alike_are_refused_by_name(starts: dict[str, str], message: str) -> None:
+    teacher = residual.denoiser()
+    with pytest.raises(PassError, match=message):
+        distill(teacher, plan(teacher, "blocks.1"), samples(), Budget(steps=1), starts=starts)
+
+
 # ---- the weights' file ----
 
 

@@ -29,7 +29,7 @@ from trimtab.errors import CalibrationError, InputError
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import RemovalPlan, RemoveLayers
 from trimtab.passes.scopes import module_tree
-from trimtab.passes.student import digest
+from trimtab.passes.student import assembled, digest
 from trimtab.staging import write_file
 
 FEATURES = ("normalized", "plain", "none")
@@ -105,6 +105,7 @@ def distill(
     batches: Batches,
     budget: Budget,
     *,
+    starts: Mapping[str, str] | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> Student:
@@ -117,13 +118,15 @@ def distill(
         plan: What the student lacks.
         batches: What to train on.
         budget: How long, and what for.
+        starts: See `trimtab.passes.student.assembled`; every other module starts from its own weights.
         checkpoint: A file that the state is kept in; if it is there already, training goes on from it. The same
             steps then follow as without the interruption.
         progress: Told how far it is.
 
     Raises:
         CalibrationError: The loss is not finite; the checkpoint is damaged or of another run.
-        PassError: The plan is of another model; an operator of the graph is not known to torch here.
+        PassError: The plan is of another model; an operator of the graph is not known to torch here; a module cannot
+            start from another.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates = Candidates(model)
@@ -137,13 +140,16 @@ def distill(
         pairs += [(mine, its) for mine, its in features if its in left]
     teacher = TorchGraph(model, [mine for mine, _ in pairs], device)
     student = TorchGraph(smaller, list(dict.fromkeys(its for _, its in pairs)), device)
-    run = _Student(student.weights, budget)
+    own = assembled(model, student.weights, starts or {})
+    begin = {name: torch.from_numpy(array).to(device) for name, array in own.items()}
+    run = _Student({**student.weights, **begin}, budget)
     # The budget may grow from one run to the next: all else must be the same.
     kind = dataclasses.asdict(dataclasses.replace(budget, steps=1, minutes=None))
     header = {
         "removed": list(plan.removed),
         "teacher": digest(smaller, student.weights),
         "kind": kind,
+        "starts": dict(starts or {}),
         "data": batches.identity,
     }
     if checkpoint is not None and checkpoint.exists():

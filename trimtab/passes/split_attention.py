@@ -50,10 +50,9 @@ class SplitAttention(Pass):
         query, key = (extents[value] for value in node.inputs[:2] if value is not None)
         if len(query.shape) != 4:
             return 1
-        scores = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
-        least = -(-scores * query.dtype.bitwidth // 8 // self.most_bytes)
-        each = -(-query.shape[2] // max(1, least))
-        return -(-query.shape[2] // each)  # the last part may be smaller, and is not empty
+        scores = query.shape[0] * query.shape[1] * key.shape[2] * query.dtype.bitwidth // 8  # of one query
+        # As many parts as this makes are never less even than it: the last one is smaller, and not empty.
+        return -(-query.shape[2] // max(1, self.most_bytes // max(1, scores)))
 
 
 def _reason_against(node: ir.Node) -> str | None:
