@@ -1,10 +1,11 @@
-"""Claim: distillation brings back what removing half of a denoiser costs, and normalised features do it best.
+"""Claim: distillation brings back most of what removing half of a denoiser costs; two kinds of features and a rival.
 
     python benchmarks/removal_distill.py --work FOLDER [--steps 250] [--pictures 1002] [--only PLAN:FEATURES ...]
 
 FOLDER is that of removal_quality.py, whose plans are trained. All rows have the same number of optimizer steps, the
 same batches and no pictures: captions and the teacher's own trajectories. Prints the share of stated attributes
-that the judge finds before and after, with standard errors; rows are kept in FOLDER/distilled.jsonl.
+that the judge finds before and after, with standard errors; rows are kept in FOLDER/distilled.jsonl, and those of the
+same budget that are there already are not made again.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import dataclasses
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import judged
 import numpy as np
 import torch
 
 import trimtab
+from trimtab.calibration.batches import Trajectories
 from trimtab.calibration.distill import Budget, distill
 from trimtab.calibration.draft import draft
 from trimtab.calibration.trajectories import own_requests, record
@@ -53,16 +56,25 @@ def main() -> None:
     with trimtab.load(work / "whole.bundle", threads=1) as pipeline:
         requests = own_requests(pipeline, options.trajectories, prompts=captions, guidance=judged.GUIDANCE)
         samples = record(pipeline, requests)
+    results = work / "distilled.jsonl"
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for row in options.only:
         name, features = row.split(":")
+        budget = Budget(steps=options.steps, batch=options.batch, rate=options.rate, features=features)
+        how = {"budget": dataclasses.asdict(budget), "trajectories": options.trajectories}
+        same = {"plan": name, "pictures": len(stated), **how}
+        # Older rows do not say their trajectories.
+        done = next((line for line in known if same.items() <= {**how, **line}.items()), None)
+        if done is not None:
+            show(done)
+            continue
         program = read_program(trimtab.load(work / "whole.bundle").bundle)
         plan = load_plan(work / f"{name}.json")
-        budget = Budget(steps=options.steps, batch=options.batch, rate=options.rate, features=features)
         start = time.process_time()
         student = distill(
             program.segments["denoiser"].model,
             plan,
-            samples,
+            Trajectories(program.segments["denoiser"].model, samples),
             budget,
             checkpoint=work / f"{name}-{features}.checkpoint",
         )
@@ -75,15 +87,19 @@ def main() -> None:
         with draft(program, work / f"draft-{name}-{features}", threads=1) as pipeline:
             score = judged.score(judged.draw(pipeline, stated), stated)
         line = {"plan": name, "reached": plan.reached, "features": features, "cpu_seconds": round(seconds)}
-        line |= {"steps": student.steps, "losses": student.losses, **score}
-        line |= {"budget": dataclasses.asdict(budget)}
-        with (work / "distilled.jsonl").open("a") as stream:
+        line |= {"steps": student.steps, "losses": student.losses, **score, **how}
+        with results.open("a") as stream:
             stream.write(json.dumps(line) + "\n")
-        print(
-            f"{name:<20}{features:<12}{student.steps:>6} steps {seconds:>6.0f} s CPU "
-            f"{100 * score['overall']:>6.1f} ± {100 * score['error']:.1f} %",
-            flush=True,
-        )
+        show(line)
+
+
+def show(line: dict[str, Any]) -> None:
+    """A row as it is kept."""
+    print(
+        f"{line['plan']:<20}{line['features']:<12}{line['steps']:>6} steps {line['cpu_seconds']:>6.0f} s CPU "
+        f"{100 * line['overall']:>6.1f} ± {100 * line['error']:.1f} %",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

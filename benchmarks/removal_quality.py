@@ -19,6 +19,7 @@ import judged
 import trimtab
 from trimtab.calibration.choice import Wish
 from trimtab.calibration.draft import draft
+from trimtab.calibration.measures import parameters
 from trimtab.calibration.planning import Calibration, chosen, plan_of, score_layers
 from trimtab.passes.removal import remove_layers
 from trimtab.storage import read_program
@@ -77,10 +78,11 @@ def main() -> None:
         measure("whole", 0.0)
     calibration = Calibration(samples=options.samples, log=work / "losses.jsonl")
     graph, scores = score_layers(read_program(trimtab.load(bundle).bundle), calibration, work / "draft")
+    candidates, losses = graph.candidates, {name: scores.mean(name) for name in graph.candidates}
     for method, share in ROWS:
-        plan = plan_of(
-            graph, scores, chosen(graph, Wish(share), method, scores, 0), method, share, calibration.workers
-        )
+        wish = Wish(share)
+        removed = chosen(candidates, wish, method, losses, 0)
+        plan = plan_of(graph, scores, removed, method, wish, parameters(candidates), calibration)
         plan.save(work / f"{method}-{share}.json")
         if (method, share) not in done:
             measure(method, share, plan=plan)

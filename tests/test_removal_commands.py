@@ -52,7 +52,8 @@ def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.
     known = losses.read_text()
 
     assert run("compile", model, "--steps", 3, "--remove", 0.3, "--scores", losses, "-o", bundle) == 0
-    assert losses.read_text() == known  # nothing was measured again
+    # No score was measured again; of three layers, sets of one are all there are, and their losses are known.
+    assert losses.read_text() == known
     plan = json.loads((bundle / "removal.json").read_text())
     cheapest = min(scored["candidates"], key=lambda c: c["loss"])
     assert plan["removed"] == [cheapest["name"]] and plan["parameters"] == [192, 128]
@@ -91,6 +92,9 @@ def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.
         (["--remove", 0.3, "--removal-plan", "x"], "give one of them"),
         (["--removal-plan", "none.json"], "none.json cannot be read"),
         (["--keep", "h0->h1"], "give remove as well"),
+        (["--remove-of", "time"], "give remove as well"),
+        (["--remove", 0.3, "--remove-of", "luck"], "'luck' is not one of parameters, bytes, time"),
+        (["--remove", 0.3, "--remove-of", "time"], "none of the targets cpu is such a one"),
     ],
 )
 def test_a_removal_that_cannot_be_done_says_why(
@@ -100,6 +104,84 @@ def test_a_removal_that_cannot_be_done_says_why(
     assert run("compile", model, "--steps", 3, *options, "-o", tmp_path / "x") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_share_of_time_is_of_the_device_and_the_plan_says_how_far_it_got(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = denoiser(tmp_path / "model", 8)
+    mine = tmp_path / "mine.toml"
+    mine.write_text(
+        '[mine]\ntitle = "Mine"\nbackend = "onnxruntime"\nfp32_tflops = 0.1\nbandwidth_gb_s = 10.0\n'
+        '[other]\ntitle = "Other"\nbackend = "onnxruntime"\nfp32_tflops = 0.1\nbandwidth_gb_s = 10.0\n'
+    )
+    losses = tmp_path / "losses"
+    command = (
+        "compile",
+        model,
+        "--steps",
+        3,
+        "--remove",
+        0.4,
+        "--scores",
+        losses,
+        "--devices",
+        mine,
+        "--json",
+    )
+    time = ("--remove-of", "time", "--target", "mine", "--target", "cpu")
+    assert run(*command, *time, "-o", tmp_path / "x") == 0
+    said = json.loads(capsys.readouterr().out)["removal"]
+    assert said == json.loads((tmp_path / "x" / "removal.json").read_text())
+    assert said["measure"] == "time" and said["details"]["device"] == "mine"
+    before, after = said["amount"]
+    assert said["share"] == 0.4 <= said["reached"] == pytest.approx(1 - after / before)
+    assert -1 <= said["rank_correlation"] <= 1 and 4 <= said["details"]["random_sets"] <= 16
+    # The random sets' losses are kept with the scores, and the same sets are drawn again.
+    known = losses.read_text()
+    assert run(*command, *time, "-o", tmp_path / "x") == 0
+    again = json.loads(capsys.readouterr().out)["removal"]
+    assert again == said and losses.read_text() == known
+    assert run("inspect", tmp_path / "x") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "of time on mine, 40.0% asked for" in text and "rank correlation over" in text
+    assert run(*command, *time, "--target", "other", "-o", tmp_path / "y") == 1
+    assert "several of the targets mine, cpu, other" in capsys.readouterr().err
+
+
+def test_a_share_that_cannot_be_reached_is_refused_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, losses = denoiser(tmp_path / "model"), tmp_path / "losses"
+    wish = ("--remove", 0.9, "--keep", "h0->h1", "--scores", losses)
+    assert run("compile", model, "--steps", 3, *wish, "-o", tmp_path / "x") == 1
+    assert "at most 128 can go" in capsys.readouterr().err and not losses.exists()
+
+
+def test_a_rival_measures_only_what_it_removes(tmp_path: Path) -> None:
+    model, losses = denoiser(tmp_path / "model"), tmp_path / "losses"
+    wish = ("--remove", 0.3, "--remove-by", "magnitude", "--scores", losses)
+    assert run("compile", model, "--steps", 3, *wish, "-o", tmp_path / "x") == 0
+    (name,) = json.loads((tmp_path / "x" / "removal.json").read_text())["removed"]
+    assert {json.loads(line)["removed"] for line in losses.read_text().splitlines()[1:]} == {name}
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        (["--start", "a=b", "--start", "a.c=d"], "--start says twice what a.c starts from, with a"),
+        (["--start", "w0=w9"], "no module w0 with weights of its own"),
+    ],
+)
+def test_a_start_that_cannot_be_says_why(
+    starts: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, bundle = denoiser(tmp_path / "model"), tmp_path / "b"
+    wish = ("--remove", 0.3, "--remove-by", "magnitude")
+    assert run("compile", model, "--steps", 3, *wish, "-o", bundle) == 0
+    command = ("distill", model, "--plan", bundle, "--steps", 1, "--trajectories", 1)
+    assert run(*command, *starts, "-o", tmp_path / "x") == 1
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 def test_training_without_a_budget_is_refused_before_any_work(

@@ -26,7 +26,7 @@ from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
 from trimtab.targets.precision import by_precision, in_precision
 from trimtab.targets.verdict import check_room
-from trimtab.transforms import transform
+from trimtab.transforms import timed_device, transform
 from trimtab.weights import WeightStore
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def compile(
     groups = by_precision(devices, chosen.precision)
     halves = [device for precision, those in groups.items() if precision != "fp32" for device in those]
     check_targets(devices, kernels=halves if chosen.vq is not None else ())
+    device = timed_device(chosen, devices)
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))
@@ -92,7 +93,7 @@ def compile(
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
         source = Source(path) if path.is_dir() else None
-        program = transform(program, chosen, stage, progress, source=source)
+        program = transform(program, chosen, stage, progress, source=source, device=device)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)

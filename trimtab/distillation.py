@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trimtab.calibration.batches import Batches, Trajectories
 from trimtab.calibration.draft import draft
+from trimtab.calibration.noising import noising_of
+from trimtab.calibration.pictures import Pictures, captioned, check_takes_pictures
 from trimtab.calibration.trajectories import own_requests, record
 from trimtab.compiler import export_model
-from trimtab.export.source import find
+from trimtab.export.source import Source, find
 from trimtab.passes.removal import DENOISER, PLAN, check_plan, load_plan
 from trimtab.passes.student import WEIGHTS, save_weights
 from trimtab.recipe import make_recipe
@@ -31,6 +34,8 @@ def distill(
     trajectories: int = TRAJECTORIES,
     prompts: tuple[str, ...] | None = None,
     guidance: float | None = None,
+    data: str | Path | None = None,
+    starts: Mapping[str, str] | None = None,
     progress: Callable[[float, float], None] | None = None,
     budget: dict[str, Any] | None = None,
     **options: Any,
@@ -45,16 +50,21 @@ def distill(
         trajectories: Of the teacher, to train on.
         prompts: For text models; None for plain ones.
         guidance: Of the trajectories; None for the model's own.
+        data: A folder of captioned pictures to train on in the place of trajectories, with a task term: see
+            `trimtab.calibration.pictures.captioned`.
+        starts: Module of the student -> module of the teacher that it starts from in the place of itself.
         progress: Told (the share of the budget that is spent, the loss).
         budget: Fields of `trimtab.calibration.distill.Budget`.
         **options: Fields of `trimtab.recipe.Recipe` that decide the trajectories: steps, scheduler, size.
 
     Returns:
-        ``student``, ``steps``, ``seconds``, ``parameters`` (before, after), ``losses`` (first, last).
+        ``student``, ``steps``, ``seconds``, ``parameters`` (before, after), ``losses`` (first, last), ``data``: what
+        it was trained on.
 
     Raises:
-        InputError: No budget; the plan cannot be read; something else stands at the output.
-        PassError: The plan is of another model; torch cannot train the graph.
+        InputError: No budget; the plan or the data cannot be read, or the model cannot be trained on data; something
+            else stands at the output.
+        PassError: The plan is of another model; torch cannot train the graph; a module cannot start from another.
         CalibrationError: The loss is not finite; the checkpoint is of another run.
     """
     from trimtab.calibration.distill import Budget
@@ -62,6 +72,7 @@ def distill(
 
     limits = Budget(**(budget or {}))
     chosen = load_plan(Path(plan))
+    pairs = None if data is None else captioned(Path(data))
     output = Path(output)
     check_replaceable(output, PLAN)
     recipe = make_recipe({name: value for name, value in options.items() if value is not None})
@@ -69,23 +80,35 @@ def distill(
     with tempfile.TemporaryDirectory(prefix="trimtab-") as temporary:
         folder = Path(temporary)
         (folder / GRAPHS).mkdir()
-        program = export_model(find(str(model)), recipe, WeightStore(folder / GRAPHS).keep)
+        path = find(str(model))
+        program = export_model(path, recipe, WeightStore(folder / GRAPHS).keep)
         candidates = check_plan(program, chosen)
+        teacher = program.segments[DENOISER].model
+        batches: Batches
         with draft(program, folder) as pipeline:
-            given: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
-            requests = own_requests(pipeline, trajectories, prompts=prompts, **given)
-            samples = record(pipeline, requests)
+            if pairs is not None:
+                check_takes_pictures(
+                    pipeline
+                )  # before a scheduler is looked for, which .onnx files have elsewhere
+                batches = Pictures(pipeline, teacher, noising_of(Source(path).load("scheduler")), pairs)
+            else:
+                given: dict[str, Any] = {} if guidance is None else {"guidance": guidance}
+                requests = own_requests(pipeline, trajectories, prompts=prompts, **given)
+                batches = Trajectories(teacher, record(pipeline, requests))
         student = train(
-            program.segments[DENOISER].model,
+            teacher,
             chosen,
-            samples,
+            batches,
             limits,
+            starts=starts,
             checkpoint=checkpoint,
             progress=progress,
         )
         freed, _ = candidates.freed(chosen.removed)
     with staged_folder(output, PLAN) as stage:
-        details = {**chosen.details, "distilled": {"steps": student.steps, "features": limits.features}}
+        how: dict[str, Any] = {"steps": student.steps, "features": limits.features, "data": batches.identity}
+        how |= {"starts": dict(starts)} if starts else {}
+        details = {**chosen.details, "distilled": how}
         replace(chosen, details=details).save(stage / PLAN)
         save_weights(stage, student.weights, student.teacher)
     checkpoint.unlink(missing_ok=True)
@@ -95,4 +118,5 @@ def distill(
         "seconds": round(student.seconds, 2),
         "parameters": [candidates.parameters, candidates.parameters - freed],
         "losses": list(student.losses),
+        "data": batches.identity,
     }

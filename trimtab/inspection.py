@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from trimtab.bundle import Bundle
-from trimtab.manifest import SCHEMA
+from trimtab.errors import BundleError
+from trimtab.manifest import REMOVAL_PLAN, SCHEMA
 
 
 def inspect(bundle: Bundle) -> dict[str, Any]:
@@ -17,8 +19,8 @@ def inspect(bundle: Bundle) -> dict[str, Any]:
     Returns:
         ``schema``; ``segments`` (``name``, ``parameters``, ``weight_bytes``, ``engines`` with ``target``,
         ``backend`` and ``bytes``); ``schedules`` (``task``, ``name``, ``steps`` and ``calls``: the segments that
-        every step runs, in order); ``passes``; ``files`` (``path``, ``bytes``, ``sha256``); and what the program
-        says of itself.
+        every step runs, in order); ``passes``; ``removal``: the plan of the layers that were removed, or None;
+        ``files`` (``path``, ``bytes``, ``sha256``); and what the program says of itself.
     """
     contents = bundle.contents
     return {
@@ -53,5 +55,16 @@ def inspect(bundle: Bundle) -> dict[str, Any]:
             for name, schedule in task.schedules.items()
         ],
         "passes": [vars(entry) for entry in contents.passes],
+        "removal": _removal(bundle),
         "files": [vars(file) for file in contents.files],
     }
+
+
+def _removal(bundle: Bundle) -> dict[str, Any] | None:
+    """A `trimtab.passes.removal.RemovalPlan` as data."""
+    if all(file.path != REMOVAL_PLAN for file in bundle.contents.files):
+        return None
+    try:
+        return dict(json.loads(bundle.path(REMOVAL_PLAN).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise BundleError(f"{bundle.folder / REMOVAL_PLAN} cannot be read ({error}): compile again") from None

@@ -19,6 +19,9 @@ OPERATORS_DOMAIN = "trimtab"
 OPERATORS = 1
 """Version of the operators in that domain. Goes up when what a node of a graph means changes."""
 
+REMOVAL_PLAN = "removal.json"
+"""File of a bundle: which layers were removed, and at what cost; there where some were."""
+
 T = TypeVar("T")
 
 

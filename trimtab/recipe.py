@@ -21,6 +21,9 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
 VQ_BITS = (2, 3, 4)
 
+MEASURES = ("parameters", "bytes", "time")
+"""What a share to remove may be of."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -33,7 +36,9 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
-        remove: The share of the denoiser's parameters to remove, in 0..1.
+        remove: The share of the denoiser to remove, in 0..1.
+        remove_of: What it is a share of, one of `MEASURES`: bytes of the weights as they are exported, or the time of
+            a step that is predicted for the one target whose peaks are known.
         remove_by: How they are chosen: one of `trimtab.calibration.planning.METHODS`.
         keep: Globs of modules that are not removed.
         drop: Globs of modules that are removed in any case.
@@ -57,6 +62,7 @@ class Recipe:
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
     remove: float | None = None
+    remove_of: str = "parameters"
     remove_by: str = "output-loss"
     keep: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
@@ -92,6 +98,10 @@ class Recipe:
             raise InputError(f"eta {self.eta} is not from 0 to 1")
         if self.remove is not None and not 0 < self.remove < 1:
             raise InputError(f"the share {self.remove} of layers to remove is not between 0 and 1")
+        if self.remove_of not in MEASURES:
+            raise InputError(f"remove_of {self.remove_of!r} is not one of {', '.join(MEASURES)}")
+        if self.remove is None and self.remove_of != "parameters":
+            raise InputError("what a share is of is given, and no share to remove: give remove as well")
         if self.remove is not None and self.removal_plan is not None:
             raise InputError("both a share to remove and a removal plan are given: give one of them")
         if self.remove is None and (self.keep or self.drop or self.scores):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from trimtab import options, render
+from trimtab.errors import InputError
 
-RECIPE = ("remove", "remove_by", "keep", "drop", "scores", "removal_plan")
+RECIPE = ("remove", "remove_of", "remove_by", "keep", "drop", "scores", "removal_plan")
 """Options of `add_options` that are fields of a recipe."""
 
 _MODEL = "a diffusers folder, a hub id, or a .toml file that names .onnx files"
@@ -20,6 +21,11 @@ def add_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("layer removal (docs/removal.md)")
     group.add_argument(
         "--remove", type=float, metavar="R", help="the share of the denoiser to remove, 0 to 1"
+    )
+    group.add_argument(
+        "--remove-of",
+        metavar="WHAT",
+        help="what the share is of: parameters (default), bytes, or time, of a step on the --target",
     )
     group.add_argument(
         "--remove-by", metavar="METHOD", help="output-loss (default), bk-sdm-small, magnitude, random, ..."
@@ -72,7 +78,20 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--rate", type=float, metavar="R", help="highest learning rate (default 3e-4)")
     command.add_argument("--features", metavar="KIND", help="normalized (default), plain or none")
     command.add_argument(
+        "--start",
+        action="append",
+        type=_start,
+        metavar="MODULE=OTHER",
+        help="let a module start from the weights of another one of the whole model; repeatable",
+    )
+    command.add_argument(
         "--trajectories", type=int, default=32, metavar="N", help="of the teacher (default 32)"
+    )
+    command.add_argument(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="captioned pictures to train on in the place of trajectories",
     )
     command.add_argument("--prompt", action="append", metavar="TEXT", help="of the trajectories; repeatable")
     command.add_argument("--guidance", type=float, metavar="G", help="of the trajectories")
@@ -109,8 +128,31 @@ def _distill(arguments: argparse.Namespace) -> dict[str, Any]:
             trajectories=arguments.trajectories,
             prompts=tuple(arguments.prompt) if arguments.prompt else None,
             guidance=arguments.guidance,
+            data=arguments.data,
+            starts=_once(arguments.start or ()),
             progress=None if bar is None else lambda share, _: bar(round(100 * share), 100),
             budget=budget,
             scheduler=arguments.scheduler,
             size=arguments.size,
         )
+
+
+def _start(text: str) -> tuple[str, str]:
+    """``MODULE=OTHER`` as a pair."""
+    own, _, other = text.partition("=")
+    if not own or not other:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODULE=OTHER, two module paths")
+    return own, other
+
+
+def _once(starts: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Raises InputError for a module that is given twice, or inside of another."""
+    found: dict[str, str] = {}
+    for own, other in starts:
+        for known in found:
+            if f"{own}.".startswith(f"{known}.") or f"{known}.".startswith(f"{own}."):
+                raise InputError(
+                    f"--start says twice what {own} starts from, with {known}: leave one of them out"
+                )
+        found[own] = other
+    return found

@@ -18,7 +18,8 @@ def logs(debug: bool) -> None:
     handler.setFormatter(_Formatter())
     logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING, handlers=[handler], force=True)
     if not debug:  # what takes hours says so at its start
-        logging.getLogger("trimtab.calibration.sensitivity").setLevel(logging.INFO)
+        for name in ("planning", "sensitivity"):
+            logging.getLogger(f"trimtab.calibration.{name}").setLevel(logging.INFO)
 
 
 class _Formatter(logging.Formatter):
@@ -70,7 +71,7 @@ def distill(result: Result) -> Iterator[str]:
     before, after = result["parameters"]
     first, last = result["losses"]
     yield f"{result['student']}: {after:,} of {before:,} parameters"
-    yield f"{result['steps']} steps in {result['seconds']:.1f} s, loss {first:.4g} to {last:.4g}"
+    yield f"{result['steps']} steps in {result['seconds']:.1f} s on {result['data']}, loss {first:.4g} to {last:.4g}"
 
 
 def bench(result: Result) -> Iterator[str]:
@@ -120,11 +121,29 @@ def inspect(result: Result) -> Iterator[str]:
         ["task", "schedule", "steps", "calls of a step"],
         [[s["task"], s["name"], str(s["steps"]), " + ".join(s["calls"][0])] for s in schedules],
     )
+    if result["removal"]:
+        yield from _removal(result["removal"])
     if result["passes"]:
         yield _table(
             ["pass", "segment", "applied", "refused"],
             [[p["name"], p["segment"], str(p["applied"]), str(p["refused"])] for p in result["passes"]],
         )
+
+
+def _removal(plan: Result) -> Iterator[str]:
+    """What was removed, how much was asked for, and what it costs."""
+    line = f"removed {len(plan['removed'])} layers by {plan['method']}"
+    if plan["reached"] is not None:
+        where = f" on {plan['details']['device']}" if plan["measure"] == "time" else ""
+        line += f": {plan['reached']:.1%} of {plan['measure']}{where}"
+        line += "" if plan["share"] is None else f", {plan['share']:.1%} asked for"
+    yield line
+    if plan["joint_loss"] is not None:
+        line = f"loss {plan['joint_loss']:.3e} measured, {plan['predicted_loss']:.3e} predicted"
+        if plan["rank_correlation"] is not None:
+            sets = plan["details"]["random_sets"]
+            line += f"; their rank correlation over {sets} random sets is {plan['rank_correlation']:.2f}"
+        yield line
 
 
 def plan(result: Result) -> Iterator[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from trimtab.errors import InputError
 from trimtab.export.source import Source
 from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
@@ -14,12 +15,20 @@ from trimtab.passes.removal import DENOISER, PLAN, load_plan, remove_layers
 from trimtab.passes.student import WEIGHTS, put_back
 from trimtab.program import Program
 from trimtab.recipe import Recipe
+from trimtab.targets.device import Device
+from trimtab.targets.precision import choose_precision
 
 Progress = Callable[[str], None]
 
 
 def transform(
-    program: Program, recipe: Recipe, folder: Path, progress: Progress, *, source: Source | None = None
+    program: Program,
+    recipe: Recipe,
+    folder: Path,
+    progress: Progress,
+    *,
+    source: Source | None = None,
+    device: Device | None = None,
 ) -> Program:
     """Removes, packs and skips, as the recipe says.
 
@@ -33,13 +42,14 @@ def transform(
         folder: Where a program is drafted that has to be run; weights in ``folder / "graphs"`` are not copied.
         progress: Told what is being worked on.
         source: The pipeline that it was exported from, where it was one: calibration trains its denoiser.
+        device: From `timed_device`.
 
     Raises:
         InputError: Something that the recipe names is not there.
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
-    program = _remove(program, recipe, folder, progress)
+    program = _remove(program, recipe, folder, progress, device)
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, folder, source, progress)
     if recipe.hidiffusion:
@@ -76,7 +86,27 @@ def _packed(
     )
 
 
-def _remove(program: Program, recipe: Recipe, folder: Path, progress: Progress) -> Program:
+def timed_device(recipe: Recipe, devices: Sequence[Device]) -> Device | None:
+    """The target whose time a share is to be removed of; None where it is of something else.
+
+    Raises:
+        InputError: None of the targets has known peaks, or several have.
+    """
+    if recipe.remove_of != "time":
+        return None
+    known = [device for device in devices if device.fp32_tflops and device.bandwidth_gb_s]
+    if len(known) != 1:
+        found = "several" if known else "none"
+        raise InputError(
+            f"a share of time is of one device whose peaks are known, and {found} of the targets "
+            f"{', '.join(device.name for device in devices)} is such a one: give one --target of trimtab devices"
+        )
+    return known[0]
+
+
+def _remove(
+    program: Program, recipe: Recipe, folder: Path, progress: Progress, device: Device | None
+) -> Program:
     """The program with layers removed, where the recipe says so; the plan lies in the bundle."""
     student = Path(recipe.removal_plan) if recipe.removal_plan is not None else None
     if student is not None:
@@ -88,11 +118,18 @@ def _remove(program: Program, recipe: Recipe, folder: Path, progress: Progress) 
         calibration = Calibration(log=Path(recipe.scores) if recipe.scores else None)
         plan = plan_removal(
             program,
-            Wish(recipe.remove, recipe.keep, recipe.drop),
+            Wish(
+                recipe.remove,
+                recipe.keep,
+                recipe.drop,
+                recipe.remove_of,
+                device,
+                "fp32" if device is None else choose_precision(recipe.precision, device),
+            ),
             method=recipe.remove_by,
             calibration=calibration,
             folder=folder,
-            progress=lambda done, total: progress(f"scored {done} of {total} removals"),
+            progress=lambda done, total: progress(f"removal: {done} of {total} evaluations"),
         )
     else:
         return program

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -11,7 +12,8 @@ import pytest
 import residual
 
 import trimtab.calibration.distill as distill_module
-from trimtab.calibration.distill import Budget, block_outputs, distill
+from trimtab.calibration.batches import Batch, Trajectories
+from trimtab.calibration.distill import Budget, Student, block_outputs
 from trimtab.calibration.trajectories import Sample
 from trimtab.errors import CalibrationError, InputError, PassError
 from trimtab.passes.candidates import Candidates
@@ -25,6 +27,13 @@ def plan(model: ir.Model, *names: str) -> RemovalPlan:
 
 def samples(count: int = 12) -> list[Sample]:
     return [Sample(i % 3, "denoiser", residual.inputs(seed=i), np.zeros((1, 6, 5))) for i in range(count)]
+
+
+def distill(
+    model: ir.Model, plan: RemovalPlan, samples: list[Sample], budget: Budget, **options: Any
+) -> Student:
+    """On what the teacher's own trajectories are made of."""
+    return distill_module.distill(model, plan, Trajectories(model, samples), budget, **options)
 
 
 def answers(model: ir.Model) -> np.ndarray:
@@ -84,6 +93,30 @@ def test_a_checkpoint_cut_short_or_of_another_run_is_refused(tmp_path: Path) -> 
         distill(teacher, plan(teacher, "blocks.1"), samples(), Budget(steps=4, batch=4), checkpoint=path)
 
 
+def test_a_target_of_the_data_is_what_the_student_learns() -> None:
+    teacher = residual.denoiser()
+
+    class Data(Trajectories):
+        def of(self, seed: int, step: int, size: int) -> Batch:
+            batch = super().of(seed, step, size)
+            return Batch(batch.inputs, np.zeros((size, 6, 5), np.float32))
+
+    budget = Budget(steps=60, batch=8, rate=3e-2, features="none")
+    students = [
+        distill_module.distill(teacher, plan(teacher, "blocks.1"), batches(teacher, samples()), budget)
+        for batches in (Trajectories, Data)
+    ]
+    sizes = []
+    for student in students:
+        smaller = residual.denoiser()
+        RemoveLayers(["blocks.1"])(smaller)
+        for name, array in student.weights.items():
+            smaller.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        sizes.append(np.square(answers(smaller)).mean())
+    # Halfway to the teacher, and halfway to the data, which say 0.
+    assert sizes[1] < 0.6 * sizes[0]
+
+
 def test_numbers_that_are_not_finite_stop_the_run() -> None:
     teacher = residual.denoiser()
     broken = samples()
@@ -106,6 +139,57 @@ def test_blocks_are_found_with_and_without_module_names() -> None:
     model = residual.denoiser()
     assert len(block_outputs(model)) == 3
     assert len(block_outputs(residual.denoiser(named=False))) == 3
+
+
+# ---- assembly ----
+
+
+def test_a_module_starts_from_the_weights_of_another_that_the_student_lacks() -> None:
+    teacher = residual.denoiser((4, 8, 8))
+    budget = Budget(steps=1, rate=1e-12)
+    chosen = plan(teacher, "blocks.1")
+    student = distill(teacher, chosen, samples(), budget, starts={"blocks.2": "blocks.1"})
+    plain = distill(teacher, chosen, samples(), budget)
+    assert student.teacher == plain.teacher and student.weights.keys() == plain.weights.keys()
+    for name, array in student.weights.items():
+        source = name.replace("blocks.2", "blocks.1")
+        value = teacher.graph.initializers[source].const_value
+        assert value is not None
+        np.testing.assert_allclose(array, value.numpy(), atol=1e-6)
+        assert (source != name) == (not np.allclose(array, plain.weights[name], atol=1e-6))
+
+
+def test_an_assembled_student_goes_back_into_the_graph(tmp_path: Path) -> None:
+    teacher = residual.denoiser((4, 8, 8))
+    starts = {"blocks.2": "blocks.1"}
+    student = distill(
+        teacher, plan(teacher, "blocks.1"), samples(), Budget(steps=1, rate=1e-12), starts=starts
+    )
+    save_weights(tmp_path, student.weights, student.teacher)
+    smaller = residual.denoiser((4, 8, 8))
+    RemoveLayers(["blocks.1"])(smaller)
+    value = put_back(smaller, tmp_path).graph.initializers["blocks.2.first.weight"].const_value
+    expected = teacher.graph.initializers["blocks.1.first.weight"].const_value
+    assert value is not None and expected is not None
+    np.testing.assert_allclose(value.numpy(), expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("starts", "message"),
+    [
+        (
+            {"blocks.0": "blocks.2"},
+            r"blocks\.0\.first\.weight is \[4, 6\] and blocks\.2\.first\.weight is \[12, 6\]",
+        ),
+        ({"blocks.0": "blocks.9"}, r"blocks\.9\.first\.weight is none of the teacher's weights"),
+        ({"block.0": "blocks.2"}, r"no module block\.0 with weights of its own: near are .*blocks\.0"),
+        ({"blocks.1": "blocks.2"}, "no module blocks.1 with weights of its own"),  # it was removed
+    ],
+)
+def test_modules_that_are_not_alike_are_refused_by_name(starts: dict[str, str], message: str) -> None:
+    teacher = residual.denoiser()
+    with pytest.raises(PassError, match=message):
+        distill(teacher, plan(teacher, "blocks.1"), samples(), Budget(steps=1), starts=starts)
 
 
 # ---- the weights' file ----

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import residual
@@ -12,9 +13,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from trimtab.errors import PassError
-from trimtab.export.modules import ConditionalUNet
-from trimtab.export.parts import hidden_example, sample_example, timestep_example
-from trimtab.export.trace import trace
+from trimtab.export.modules import ConditionalUNet, XLUNet
+from trimtab.export.parts import hidden_example, pooled_example, sample_example, timestep_example
+from trimtab.export.trace import Example, trace
 from trimtab.passes.candidates import Candidates
 
 
@@ -98,6 +99,22 @@ def parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def traced(unet: UNet2DConditionModel, wrapper: torch.nn.Module, inputs: dict[str, Example]) -> Candidates:
+    """Of a U-Net's graph, in which every parameter is an initializer of its own."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # equal tensors, such as fresh norms, are one initializer
+        for parameter in unet.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    examples = {"sample": sample_example(4), "timestep": timestep_example(), **inputs}
+    candidates = Candidates(trace(wrapper, examples, ["prediction"]))
+    assert set(dict(unet.named_parameters())) <= {parameter_of(v.name or "") for v in candidates.all_weights}
+    return candidates
+
+
+def parameter_of(initializer: str) -> str:
+    return initializer.removesuffix(".T")
+
+
 @pytest.mark.parametrize("kind", PUBLISHED)
 def test_the_configurations_are_those_of_the_published_counts(kind: str) -> None:
     with torch.device("meta"):
@@ -109,19 +126,64 @@ def test_handcrafted_choices_leave_exactly_the_students_of_bk_sdm() -> None:
 
     width = 40
     unet = stable_diffusion("whole", width)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # equal tensors, such as fresh norms, are one initializer
-        for parameter in unet.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
-    examples = {
-        "sample": sample_example(4),
-        "timestep": timestep_example(),
-        "encoder_hidden_states": hidden_example(768),
-    }
-    candidates = Candidates(trace(ConditionalUNet(unet), examples, ["prediction"]))
-    names = {name.removesuffix(".T") for name in (v.name or "" for v in candidates.all_weights)}
-    assert set(dict(unet.named_parameters())) <= names
+    candidates = traced(unet, ConditionalUNet(unet), {"encoder_hidden_states": hidden_example(768)})
     whole = parameters(unet)
     for kind in ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny"):
         removed = candidates.freed(by_hand(candidates, kind))[0]
         assert whole - removed == parameters(stable_diffusion(kind, width)), kind
+
+
+# ---- SDXL ----
+
+SDXL = 2_567_463_684
+"""Parameters of its U-Net (https://arxiv.org/abs/2307.01952, table 1, says 2.6 B)."""
+
+
+def sdxl(width: int) -> UNet2DConditionModel:
+    """SDXL's U-Net as its configuration says; 320 is the real width."""
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=[width, 2 * width, 4 * width],
+        down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        transformer_layers_per_block=[1, 2, 10],
+        attention_head_dim=[5, 10, 20],
+        cross_attention_dim=2048 if width == 320 else 32,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+        use_linear_projection=True,
+        norm_num_groups=width // 10,
+    ).eval()
+
+
+def test_sdxl_is_counted_without_its_weights() -> None:
+    with torch.device("meta"):
+        assert parameters(sdxl(320)) == SDXL
+
+
+@pytest.mark.slow
+def test_half_of_sdxl_can_go_and_leaves_a_billion_and_a_quarter() -> None:
+    """What goes is found in a narrow graph of the same structure, and counted at the real width by name."""
+    from trimtab.calibration.choice import Wish, by_chance, by_loss
+    from trimtab.calibration.measures import Measure
+
+    narrow = sdxl(40)
+    inputs = {"encoder_hidden_states": hidden_example(32), "text_embeds": pooled_example(2816 - 6 * 256)}
+    candidates = traced(narrow, XLUNet(narrow, 8), inputs)
+    with torch.device("meta"):
+        sizes = {name: p.numel() for name, p in sdxl(320).named_parameters()}
+
+    def freed(names: Iterable[str]) -> int:
+        return sum(sizes.get(parameter_of(name), 0) for name in candidates.lost(names))
+
+    real = Measure("parameters", "parameters", sum(sizes.values()), freed)
+    assert real.total == SDXL
+    generator = np.random.default_rng(0)
+    losses = {name: float(10 ** generator.uniform(-8, 0)) for name in candidates}
+    for removed in (
+        by_loss(candidates, Wish(0.5), losses, real),
+        by_chance(candidates, Wish(0.5), 0, real),
+    ):
+        assert 1.2e9 < SDXL - freed(removed) <= SDXL / 2
+    assert SDXL - freed(by_loss(candidates, Wish(0.5), losses, real)) > 1.27e9

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from trimtab.calibration.knapsack import Item, solve
+from trimtab.calibration.measures import Measure, parameters
 from trimtab.errors import InputError, PassError
 from trimtab.passes.candidates import Candidates
+from trimtab.targets.device import Device
 
 HANDCRAFTED = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 
@@ -24,33 +26,42 @@ class Wish:
         share: Of the whole, in 0..1.
         keep: Globs of modules that stay, with all inside of them.
         drop: Globs of modules that go in any case.
+        of: What the share is of: one of `trimtab.recipe.MEASURES`.
+        device: Whose time, where it is of time.
+        precision: Of the engine there.
     """
 
     share: float
     keep: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+    of: str = "parameters"
+    device: Device | None = None
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
             raise InputError(f"the share {self.share} of layers to remove is not between 0 and 1")
 
 
-def by_loss(candidates: Candidates, wish: Wish, losses: Mapping[str, float]) -> tuple[str, ...]:
+def by_loss(
+    candidates: Candidates, wish: Wish, losses: Mapping[str, float], measure: Measure | None = None
+) -> tuple[str, ...]:
     """Least summed loss for the share: see `trimtab.calibration.knapsack`.
 
     Args:
         candidates: Of the model.
-        wish: The share is of parameters.
+        wish: How much.
         losses: Candidate -> the loss of removing it alone.
+        measure: What the share is of; None for parameters.
 
     Raises:
         InputError: The share cannot be reached.
         PassError: A glob matches nothing.
     """
-    return _with_wish(candidates, wish, lambda items, target: solve(items, target), losses)
+    return _with_wish(candidates, wish, solve, losses, measure)
 
 
-def by_magnitude(candidates: Candidates, wish: Wish) -> tuple[str, ...]:
+def by_magnitude(candidates: Candidates, wish: Wish, measure: Measure | None = None) -> tuple[str, ...]:
     """Smallest weights first, by the mean of their magnitudes: what needs no data."""
     scores = {}
     for name in candidates:
@@ -59,14 +70,16 @@ def by_magnitude(candidates: Candidates, wish: Wish) -> tuple[str, ...]:
         scores[name] = sum(float(np.abs(a).sum(dtype=np.float64)) for a in floats) / sum(
             a.size for a in floats
         )
-    return _with_wish(candidates, wish, _in_order, scores)
+    return _with_wish(candidates, wish, _in_order, scores, measure)
 
 
-def by_chance(candidates: Candidates, wish: Wish, seed: int) -> tuple[str, ...]:
+def by_chance(
+    candidates: Candidates, wish: Wish, seed: int, measure: Measure | None = None
+) -> tuple[str, ...]:
     """In random order until the share is reached: the control."""
     generator = np.random.default_rng(seed)
     scores = dict(zip(candidates, generator.random(len(candidates)).tolist(), strict=True))
-    return _with_wish(candidates, wish, _in_order, scores)
+    return _with_wish(candidates, wish, _in_order, scores, measure)
 
 
 def by_hand(candidates: Candidates, kind: str) -> tuple[str, ...]:
@@ -117,7 +130,9 @@ def _with_wish(
     wish: Wish,
     choose: Callable[[Sequence[Item], int], tuple[str, ...]],
     losses: Mapping[str, float],
+    measure: Measure | None,
 ) -> tuple[str, ...]:
+    measure = measure or parameters(candidates)
     kept, dropped = _matching(candidates, wish.keep), _matching(candidates, wish.drop)
     if both := sorted(set(kept) & set(dropped)):
         raise InputError(f"{both[0]} is to be kept and to be dropped: leave one of them out")
@@ -129,14 +144,16 @@ def _with_wish(
         for c in candidates.values()
         if c.name not in kept and c.name not in gone and not set(c.inside) & (set(kept) | gone)
     ]
-    target = round(wish.share * candidates.parameters) - candidates.freed(dropped)[0]
-    items = [Item(c.name, losses[c.name], c.parameters, _conflicts(c.name, candidates)) for c in free]
+    target = round(wish.share * measure.total) - measure.freed(dropped)
+    items = [
+        Item(c.name, losses[c.name], measure.freed([c.name]), _conflicts(c.name, candidates)) for c in free
+    ]
     try:
         return (*dropped, *choose(items, target))
     except InputError as error:
         limit = "; some were to be kept" if kept else "; the rest is no branch that can be bypassed"
         raise InputError(
-            f"removing {wish.share:.0%} of {candidates.parameters:,} parameters cannot be done: {error}{limit}"
+            f"removing {wish.share:.0%} of {measure.total:,} {measure.unit} cannot be done: {error}{limit}"
         ) from None
 
 

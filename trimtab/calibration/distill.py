@@ -1,10 +1,11 @@
 """Distillation: a denoiser with layers removed learns to answer as the whole one does.
 
-    L = |e_T - e_S|^2 / elements + sum over blocks of |f_T - f_S|^2 / |f_T|^2
+    L = |e_T - e_S|^2 / elements + sum over blocks of |f_T - f_S|^2 / |f_T|^2 [+ |y - e_S|^2 / elements]
 
 e is the prediction and f a block's output of teacher T and student S. Dividing by the teacher's norm keeps the few
 blocks with large features from drowning the rest (LAPTOP-Diff, https://arxiv.org/abs/2404.11098, section 3.3).
-No data are needed: x_t lies on the teacher's own trajectories.
+No data are needed: x_t lies on the teacher's own trajectories. With captioned pictures x_t are those, noised, and the
+last term, with what noise itself says of the answer y, is added.
 """
 
 from __future__ import annotations
@@ -17,20 +18,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from trimtab.calibration.sensitivity import row_of
+from trimtab.calibration.batches import Batches
 from trimtab.calibration.torch_graph import TorchGraph
-from trimtab.calibration.trajectories import Array, Sample
+from trimtab.calibration.trajectories import Array
 from trimtab.errors import CalibrationError, InputError
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import RemovalPlan, RemoveLayers
 from trimtab.passes.scopes import module_tree
-from trimtab.passes.student import digest
-from trimtab.program import STATE
+from trimtab.passes.student import assembled, digest
 from trimtab.staging import write_file
 
 FEATURES = ("normalized", "plain", "none")
@@ -103,9 +102,10 @@ class Student:
 def distill(
     model: ir.Model,
     plan: RemovalPlan,
-    samples: Sequence[Sample],
+    batches: Batches,
     budget: Budget,
     *,
+    starts: Mapping[str, str] | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> Student:
@@ -116,15 +116,17 @@ def distill(
     Args:
         model: The teacher: the denoiser with its sampler fused; not changed.
         plan: What the student lacks.
-        samples: Evaluations on the teacher's trajectories.
+        batches: What to train on.
         budget: How long, and what for.
+        starts: See `trimtab.passes.student.assembled`; every other module starts from its own weights.
         checkpoint: A file that the state is kept in; if it is there already, training goes on from it. The same
             steps then follow as without the interruption.
         progress: Told how far it is.
 
     Raises:
         CalibrationError: The loss is not finite; the checkpoint is damaged or of another run.
-        PassError: The plan is of another model; an operator of the graph is not known to torch here.
+        PassError: The plan is of another model; an operator of the graph is not known to torch here; a module cannot
+            start from another.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates = Candidates(model)
@@ -138,27 +140,33 @@ def distill(
         pairs += [(mine, its) for mine, its in features if its in left]
     teacher = TorchGraph(model, [mine for mine, _ in pairs], device)
     student = TorchGraph(smaller, list(dict.fromkeys(its for _, its in pairs)), device)
-    run = _Student(student.weights, budget)
+    own = assembled(model, student.weights, starts or {})
+    begin = {name: torch.from_numpy(array).to(device) for name, array in own.items()}
+    run = _Student({**student.weights, **begin}, budget)
     # The budget may grow from one run to the next: all else must be the same.
     kind = dataclasses.asdict(dataclasses.replace(budget, steps=1, minutes=None))
     header = {
         "removed": list(plan.removed),
         "teacher": digest(smaller, student.weights),
         "kind": kind,
-        "samples": len(samples),
+        "starts": dict(starts or {}),
+        "data": batches.identity,
     }
     if checkpoint is not None and checkpoint.exists():
         run.load(checkpoint, header)
-    batches = _Batches(samples, model, budget, device)
     saved = time.monotonic()
     while (spent := budget.spent(run.steps, run.seconds)) < 1:
         start = time.monotonic()
-        inputs = batches.of(run.steps)
+        batch = batches.of(budget.seed, run.steps, budget.batch)
+        inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs.items()}
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
             with torch.no_grad():
                 wanted = teacher(inputs)
             given = student(inputs, run.weights)
             loss = _loss([(wanted[mine], given[its]) for mine, its in pairs], budget.features == "normalized")
+            if batch.target is not None:
+                answer = torch.from_numpy(batch.target).to(device)
+                loss = loss + (answer - given[_OUTPUT].float()).square().mean()
         if not math.isfinite(value := loss.item()):
             raise CalibrationError(
                 f"the loss is not finite at step {run.steps}: give a lower learning rate than {budget.rate:g}"
@@ -202,39 +210,6 @@ def _loss(pairs: Sequence[tuple[Tensor, Tensor]], normalized: bool) -> Tensor:
         error = (wanted - given).square()
         loss = loss + (error.sum() / wanted.square().sum() if normalized else error.mean())
     return loss
-
-
-class _Batches:
-    """Evaluations of one time step at a time, as the graph has one for all rows."""
-
-    def __init__(self, samples: Sequence[Sample], model: ir.Model, budget: Budget, device: str) -> None:
-        self._rows: list[list[dict[str, Array]]] = []
-        by_step: dict[int, list[dict[str, Array]]] = {}
-        for sample in samples:
-            for number in range(len(sample.inputs["mix"])):
-                by_step.setdefault(sample.step, []).append(row_of(sample, model, number))
-        self._rows = [by_step[step] for step in sorted(by_step)]
-        if not self._rows:
-            raise InputError("there is nothing to train on: record at least one evaluation")
-        # The axis of the batch in each input that has one.
-        self._axes = {STATE: 1}
-        for value in model.graph.inputs:
-            first = value.shape[0] if value.shape is not None and value.shape.rank() else None
-            if str(getattr(first, "value", "")) == "rows*batch":
-                self._axes[str(value.name)] = 0
-        self._budget, self._device = budget, device
-
-    def of(self, step: int) -> dict[str, Tensor]:
-        """The batch of one optimizer step: a function of the seed and the step's number."""
-        generator = np.random.default_rng([self._budget.seed, step])
-        rows = self._rows[generator.integers(len(self._rows))]
-        chosen = [rows[i] for i in generator.integers(len(rows), size=self._budget.batch)]
-        inputs = {}
-        for name, array in chosen[0].items():
-            if name in self._axes:
-                array = np.concatenate([row[name] for row in chosen], self._axes[name])
-            inputs[name] = torch.from_numpy(array).to(self._device)
-        return inputs
 
 
 class _Student:

@@ -8,6 +8,7 @@ from pathlib import Path
 from trimtab.bundle import open_bundle, write_manifest
 from trimtab.program import Program
 from trimtab.runtime.load import Pipeline
+from trimtab.runtime.sessions.onnxruntime import OnnxRuntimeCpu
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.targets.device import find_device
 from trimtab.targets.engines import make_engines
@@ -18,13 +19,15 @@ logger = logging.getLogger(__name__)
 TARGET = "cpu"
 
 
-def draft(program: Program, folder: Path, *, threads: int = 0) -> Pipeline:
+def draft(program: Program, folder: Path, *, threads: int = 0, lean: bool = False) -> Pipeline:
     """Writes a Program as a bundle for ONNX Runtime on the CPU, and opens it.
 
     Args:
         program: Graphs whose weights lie in ``folder / "graphs"`` already are not copied.
         folder: What is written here is a whole bundle, and can be written again.
         threads: CPU threads for one operator; 0 for one a core.
+        lean: Use weights where they lie, and do not lay them out anew: 1.8 times less memory for a large model, and
+            a fifth more time; results differ in their last bits.
 
     Returns:
         A pipeline to draw with and to take steps of: close it, as it holds the engines.
@@ -37,4 +40,7 @@ def draft(program: Program, folder: Path, *, threads: int = 0) -> Pipeline:
         program.segments, contents, [find_device(TARGET)], (), store, folder, None, logger.debug
     )
     write_manifest(folder, with_engines(contents, engines))
-    return Pipeline(open_bundle(folder), TARGET, threads)
+    pipeline = Pipeline(open_bundle(folder), TARGET, threads)
+    if lean:
+        pipeline.engines.backend = OnnxRuntimeCpu(threads, lean=True)
+    return pipeline

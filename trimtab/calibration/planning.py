@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from trimtab.calibration import choice
+from trimtab.calibration import choice, measures
 from trimtab.calibration.choice import Wish
 from trimtab.calibration.draft import draft
-from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores
+from trimtab.calibration.measures import Measure
+from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores, clock
 from trimtab.calibration.trajectories import Sample, own_requests, record
 from trimtab.calibration.workers import Workers
 from trimtab.errors import InputError, PassError
+from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import DENOISER, RemovalPlan
-from trimtab.program import Program
+from trimtab.passes.split_attention import SplitAttention
+from trimtab.program import Program, Segment
 from trimtab.runtime.load import Pipeline
+from trimtab.storage import write_contents
+from trimtab.targets.bindings import Shapes, segment_shapes
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +34,12 @@ METHODS = ("output-loss", *choice.HANDCRAFTED, "magnitude", "random")
 
 _STEPS_PER_TRAJECTORY = 4
 """Four time steps of one trajectory for every one of its samples: neighbours say nearly the same."""
+
+RANDOM_SETS = 16
+"""Sets that the rank correlation is of. Each costs as much as one candidate's score."""
+
+_LEAST_SETS = 4
+"""Of fewer, ranks say nothing."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +67,16 @@ class Calibration:
             )
 
 
-def sample_denoiser(pipeline: Pipeline, calibration: Calibration) -> list[Sample]:
-    """Evaluations along the model's own trajectories: time steps stratified, each trajectory with its own."""
+def sample_denoiser(
+    pipeline: Pipeline, calibration: Calibration, on_step: Callable[[int, int, int], None] | None = None
+) -> list[Sample]:
+    """Evaluations along the model's own trajectories: time steps stratified, each trajectory with its own.
+
+    Args:
+        pipeline: Of the whole model.
+        calibration: How many samples, of what.
+        on_step: Told (steps taken, steps in all, guidance rows of one).
+    """
     count = calibration.samples
     requests = own_requests(
         pipeline,
@@ -64,15 +84,23 @@ def sample_denoiser(pipeline: Pipeline, calibration: Calibration) -> list[Sample
         prompts=calibration.prompts,
         seed=calibration.seed,
     )
-    _, plan, _ = pipeline.prepare(**requests[0])
+    request, plan, _ = pipeline.prepare(**requests[0])
     generator = np.random.default_rng(calibration.seed)
     # One draw from each of `count` equal parts of the schedule, dealt to the trajectories in turn.
     strata = (np.arange(count) + generator.random(count)) / count
     steps = np.minimum((strata * len(plan.steps)).astype(int), len(plan.steps) - 1)
+    chosen = [sorted(set(steps[number :: len(requests)].tolist())) for number in range(len(requests))]
+    total, done = sum(own[-1] + 1 for own in chosen), 0
+
+    def told() -> None:
+        nonlocal done
+        done += 1
+        if on_step is not None:
+            on_step(done, total, request.rows)
+
     samples: list[Sample] = []
-    for number, request in enumerate(requests):
-        own = sorted(set(steps[number :: len(requests)].tolist()))
-        samples += record(pipeline, [request], steps=own)
+    for options, own in zip(requests, chosen, strict=True):
+        samples += record(pipeline, [options], steps=own, on_step=told)
     return samples
 
 
@@ -81,19 +109,70 @@ def score_layers(
     calibration: Calibration,
     folder: Path,
     progress: Progress | None = None,
+    names: Iterable[str] | None = None,
 ) -> tuple[GatedGraph, Scores]:
-    """Scores of everything that can be removed from a program's denoiser.
+    """Scores of what can be removed from a program's denoiser; says in the log early how long they will take.
 
     Args:
         program: Whole: nothing was removed from it or cut yet.
         calibration: What to measure on.
         folder: For a draft; weights of the program that lie in ``folder / "graphs"`` are not copied.
-        progress: Told how far it is.
+        progress: Told how far it is: steps of the trajectories count as evaluations.
+        names: Of the candidates; None for all.
     """
-    with draft(program, folder, threads=calibration.workers.threads) as pipeline:
-        samples = sample_denoiser(pipeline, calibration)
-    graph = GatedGraph(program.segments[DENOISER].model, samples, folder)
-    return graph, graph.score(calibration.workers, log=calibration.log, progress=progress)
+    model = program.segments[DENOISER].model
+    names = tuple(Candidates(model) if names is None else names)
+    jobs = max(0, len(names) * calibration.samples - _lines(calibration.log))
+    walked = 0
+    start = time.monotonic()
+
+    def on_step(done: int, total: int, rows: int) -> None:
+        nonlocal walked
+        walked = total
+        if done == 1:
+            step = time.monotonic() - start
+            seconds = step * (total + jobs / rows / calibration.workers.processes)
+            logger.info(
+                "%d steps of the model's own trajectories, then %d evaluations without a layer: at most about %s",
+                total,
+                jobs,
+                clock(seconds),
+            )
+        if progress is not None:
+            progress(done, total + jobs)
+
+    with draft(_thrifty(program, folder), folder, threads=calibration.workers.threads, lean=True) as pipeline:
+        start = time.monotonic()
+        samples = sample_denoiser(pipeline, calibration, on_step)
+    graph = GatedGraph(model, samples, folder)
+
+    def on_loss(done: int, total: int) -> None:
+        if progress is not None:
+            progress(walked + done, walked + total)
+
+    scores = graph.score(calibration.workers, log=calibration.log, progress=on_loss, names=names)
+    return graph, scores
+
+
+def _thrifty(program: Program, folder: Path) -> Program:
+    """The program with a denoiser that holds few of its attention scores at a time."""
+    model = program.segments[DENOISER].model.clone()
+    SplitAttention(_shapes(program, folder))(model)
+    return replace(program, segments={**program.segments, DENOISER: Segment(DENOISER, model)})
+
+
+def _shapes(program: Program, folder: Path) -> Shapes:
+    """What the denoiser is bound to for a picture of the native size."""
+    contents = write_contents(program, folder)
+    return segment_shapes(contents, contents.size)[DENOISER][0]
+
+
+def _lines(log: Path | None) -> int:
+    """Losses that a file holds already, whatever they are of."""
+    if log is None or not log.exists():
+        return 0
+    with log.open("rb") as stream:
+        return max(0, sum(1 for _ in stream) - 1)
 
 
 def plan_removal(
@@ -110,13 +189,14 @@ def plan_removal(
     Args:
         program: Whole.
         wish: How much, and what in any case or in no case. The handcrafted methods have their own shares.
-        method: One of `METHODS`.
+        method: One of `METHODS`. Only for "output-loss" every candidate is scored.
         calibration: What to measure on.
         folder: For a draft; None for one that goes again.
         progress: Told how far it is.
 
     Raises:
-        InputError: The share cannot be reached; no such method.
+        InputError: The share cannot be reached, which is found before anything is measured; no such method; a share
+            of time on a device whose peaks are not known.
         PassError: Nothing can be removed from the model; a glob matches nothing.
     """
     if method not in METHODS:
@@ -133,21 +213,60 @@ def plan_removal(
                 folder=Path(temporary),
                 progress=progress,
             )
-    graph, scores = score_layers(program, calibration, folder, progress)
+    measure = measure_of(program, wish, folder)
+    candidates = Candidates(program.segments[DENOISER].model)
+    by_losses = method == METHODS[0]
+    # Whether the share can be reached does not depend on the losses.
+    losses = dict.fromkeys(candidates, 1.0)
+    removed = chosen(candidates, wish, method, losses, calibration.seed, measure)
+    names = None if by_losses else removed
+    graph, scores = score_layers(program, calibration, folder, progress, names)
     try:
-        removed = chosen(graph, wish, method, scores, calibration.seed)
-        return plan_of(graph, scores, removed, method, wish.share, calibration.workers)
+        if by_losses:
+            losses = {name: scores.mean(name) for name in candidates}
+            removed = chosen(candidates, wish, method, losses, calibration.seed, measure)
+        return plan_of(graph, scores, removed, method, wish, measure, calibration)
     finally:
         graph.remove()
 
 
-def chosen(graph: GatedGraph, wish: Wish, method: str, scores: Scores, seed: int) -> tuple[str, ...]:
+def measure_of(program: Program, wish: Wish, folder: Path) -> Measure:
+    """What the share of a wish is of.
+
+    Args:
+        program: Whole.
+        wish: Says which, and the device whose time it is.
+        folder: Of a draft.
+
+    Raises:
+        InputError: No such measure; time without a device, or on one whose peaks are not known.
+    """
+    model = program.segments[DENOISER].model
+    candidates = Candidates(model)
+    if wish.of == "parameters":
+        return measures.parameters(candidates)
+    if wish.of == "bytes":
+        return measures.weight_bytes(candidates)
+    if wish.of != "time" or wish.device is None:
+        raise InputError(
+            f"a share of {wish.of!r} is not known, or its device is not: choose parameters or bytes"
+        )
+    return measures.step_time(candidates, model, _shapes(program, folder), wish.device, wish.precision)
+
+
+def chosen(
+    candidates: Candidates,
+    wish: Wish,
+    method: str,
+    losses: Mapping[str, float],
+    seed: int,
+    measure: Measure | None = None,
+) -> tuple[str, ...]:
     """The layers that a method removes."""
-    candidates = graph.candidates
     choose: dict[str, Callable[[], tuple[str, ...]]] = {
-        "output-loss": lambda: choice.by_loss(candidates, wish, {n: scores.mean(n) for n in candidates}),
-        "magnitude": lambda: choice.by_magnitude(candidates, wish),
-        "random": lambda: choice.by_chance(candidates, wish, seed),
+        "output-loss": lambda: choice.by_loss(candidates, wish, losses, measure),
+        "magnitude": lambda: choice.by_magnitude(candidates, wish, measure),
+        "random": lambda: choice.by_chance(candidates, wish, seed, measure),
     }
     return choose[method]() if method in choose else choice.by_hand(candidates, method)
 
@@ -157,23 +276,54 @@ def plan_of(
     scores: Scores,
     removed: Sequence[str],
     method: str,
-    share: float | None,
-    workers: Workers,
+    wish: Wish,
+    measure: Measure,
+    calibration: Calibration,
 ) -> RemovalPlan:
-    """A plan with its predicted and its true loss."""
+    """A plan with its predicted and its true loss; where all candidates have scores, with their rank correlation."""
     candidates = graph.candidates
-    freed, _ = candidates.freed(removed)
-    joint = graph.joint([tuple(removed)], workers)[0]
-    details: dict[str, Any] = {"samples": len(graph.samples)}
-    details["loss_errors"] = {name: scores.error(name) for name in removed}
+    freed, gone = candidates.freed(removed)[0], measure.freed(removed)
+    every = scores.losses.keys() == candidates.keys()
+    sets = random_sets(candidates, wish, measure) if every else []
+    *others, joint = graph.joint([*sets, removed], calibration.workers, log=calibration.log)
+    predicted = [sum(map(scores.mean, names)) for names in sets]
     return RemovalPlan(
         fingerprint=candidates.fingerprint,
         removed=tuple(removed),
         method=method,
-        share=share,
-        reached=freed / candidates.parameters,
+        measure=measure.name,
+        share=wish.share,
+        reached=gone / measure.total,
         parameters=(candidates.parameters, candidates.parameters - freed),
-        predicted_loss=sum(scores.mean(name) for name in removed),
+        amount=None if measure.name == "parameters" else (measure.total, measure.total - gone),
+        predicted_loss=sum(map(scores.mean, removed)),
         joint_loss=joint,
-        details=details,
+        rank_correlation=rank_correlation(predicted, others),
+        details={
+            **measure.details,
+            "samples": len(graph.samples),
+            "random_sets": len(sets),
+            "loss_errors": {name: scores.error(name) for name in removed},
+        },
     )
+
+
+def random_sets(candidates: Candidates, wish: Wish, measure: Measure) -> list[tuple[str, ...]]:
+    """Different random choices of the same share: `RANDOM_SETS` of them, or as many as so many seeds give."""
+    found: dict[tuple[str, ...], None] = {}
+    for seed in range(RANDOM_SETS):
+        try:
+            found[tuple(sorted(choice.by_chance(candidates, wish, seed, measure)))] = None
+        except InputError:  # this order gets stuck: what is left excludes what was taken
+            continue
+    return list(found)
+
+
+def rank_correlation(predicted: Sequence[float], true: Sequence[float]) -> float | None:
+    """Spearman's; None for too few sets, or where all are alike."""
+    from scipy.stats import spearmanr
+
+    if len(predicted) < _LEAST_SETS or len(set(predicted)) == 1 or len(set(true)) == 1:
+        return None
+    value = float(spearmanr(predicted, true).statistic)
+    return None if math.isnan(value) else value

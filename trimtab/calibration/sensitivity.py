@@ -7,23 +7,25 @@ on the model's own trajectories. The sum of the single losses stands for the los
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
-from trimtab.calibration.gates import Array, add_gates
+from trimtab.calibration.gates import GATES, Array, add_gates
 from trimtab.calibration.trajectories import Sample
-from trimtab.calibration.workers import Job, Workers
+from trimtab.calibration.workers import CHUNK, Job, Workers
 from trimtab.errors import CalibrationError
 from trimtab.passes.candidates import Candidates
+from trimtab.passes.split_attention import SplitAttention
 from trimtab.storage import GRAPHS
 from trimtab.weights import WeightStore
 
@@ -74,6 +76,8 @@ class GatedGraph:
         self.samples = [row_of(sample, model, number) for number, sample in enumerate(samples)]
         self.path = folder / GRAPHS / "denoiser.gated.onnx"
         gated = add_gates(model, self.candidates)
+        sizes = {name: array.shape for name, array in self.samples[0].items()}
+        SplitAttention({**sizes, GATES: (len(self.candidates),)})(gated)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         WeightStore(self.path.parent).keep("denoiser.gated", gated)
         ir.save(gated, self.path)
@@ -100,49 +104,62 @@ class GatedGraph:
                     "what may go, or mend the model's weights"
                 )
             if done == 1:
-                # An upper bound: the engine was loaded, and the whole model evaluated beside the first job.
-                seconds = (time.monotonic() - start) * len(jobs) / min(workers.processes, len(jobs))
-                logger.info("%d evaluations of the denoiser: at most about %s", len(jobs), _clock(seconds))
+                # An upper bound: the engine was loaded beside the first chunk.
+                chunk = min(CHUNK, sum(other[0] == job[0] for other in jobs))
+                seconds = (time.monotonic() - start) * max(1.0, len(jobs) / chunk / workers.processes)
+                logger.info("%d evaluations of the denoiser: at most about %s", len(jobs), clock(seconds))
             if progress is not None:
                 progress(done, len(jobs))
             yield job, loss
 
-    def score(self, workers: Workers, *, log: Path | None = None, progress: Progress | None = None) -> Scores:
-        """The output loss of every candidate.
+    def score(
+        self,
+        workers: Workers,
+        *,
+        log: Path | None = None,
+        progress: Progress | None = None,
+        names: Iterable[str] | None = None,
+    ) -> Scores:
+        """The output losses of candidates.
 
         Args:
             workers: Where to compute.
             log: A file that every loss is added to as it is found. What is in it already is not computed again.
             progress: Told how far it is.
+            names: Of the candidates; None for all.
 
         Raises:
             CalibrationError: The file is of another model or of other samples; a loss is not finite.
         """
-        known: dict[Job, float] = {}
-        if log is not None:
-            known = _resume(log, self._header())
-        jobs = [(i, (name,)) for i in range(len(self.samples)) for name in self.candidates]
+        names = tuple(self.candidates if names is None else names)
+        losses = self._measured([(name,) for name in names], workers, log, progress)
+        return Scores(self.candidates.fingerprint, dict(zip(names, losses, strict=True)))
+
+    def joint(
+        self, sets: Sequence[Sequence[str]], workers: Workers, *, log: Path | None = None
+    ) -> list[float]:
+        """The mean loss over the samples of removing each set together; ``log`` as in `score`."""
+        losses = self._measured([tuple(sorted(names)) for names in sets], workers, log, None)
+        return [float(np.mean(values)) for values in losses]
+
+    def _measured(
+        self, sets: Sequence[tuple[str, ...]], workers: Workers, log: Path | None, progress: Progress | None
+    ) -> list[tuple[float, ...]]:
+        """Losses of each set on every sample."""
+        known = {} if log is None else _resume(log, self._header())
+        numbers = range(len(self.samples))
+        jobs = dict.fromkeys((i, names) for i in numbers for names in sets)
         missing = [job for job in jobs if job not in known]
-        stream = log.open("a", encoding="utf-8") if log is not None else None
-        try:
+        with contextlib.ExitStack() as stack:
+            stream = None if log is None else stack.enter_context(log.open("a", encoding="utf-8"))
             for job, loss in self.losses(missing, workers, progress):
                 known[job] = loss
                 if stream is not None:
-                    stream.write(_line({"sample": job[0], "removed": job[1][0], "loss": loss.hex()}))
+                    number, names = job
+                    removed = names[0] if len(names) == 1 else names
+                    stream.write(_line({"sample": number, "removed": removed, "loss": loss.hex()}))
                     stream.flush()
-        finally:
-            if stream is not None:
-                stream.close()
-        return Scores(
-            self.candidates.fingerprint,
-            {name: tuple(known[i, (name,)] for i in range(len(self.samples))) for name in self.candidates},
-        )
-
-    def joint(self, sets: Sequence[Sequence[str]], workers: Workers) -> list[float]:
-        """The mean loss over the samples of removing each set together."""
-        jobs = [(i, tuple(names)) for i in range(len(self.samples)) for names in sets]
-        losses = dict(self.losses(jobs, workers))
-        return [float(np.mean([losses[i, tuple(names)] for i in range(len(self.samples))])) for names in sets]
+        return [tuple(known[i, names] for i in numbers) for names in sets]
 
     def _header(self) -> dict[str, object]:
         samples = [_hash(sample) for sample in self.samples]
@@ -190,10 +207,11 @@ def _resume(log: Path, header: dict[str, object]) -> dict[Job, float]:
     try:
         first, *entries = [json.loads(line) for line in lines]
         of = first.get("fingerprint")
-        known: dict[Job, float] = {
-            (int(entry["sample"]), (str(entry["removed"]),)): float.fromhex(entry["loss"])
-            for entry in entries
-        }
+        known: dict[Job, float] = {}
+        for entry in entries:
+            removed = entry["removed"]  # a name, or several that went together
+            names = (removed,) if isinstance(removed, str) else tuple(map(str, removed))
+            known[int(entry["sample"]), names] = float.fromhex(entry["loss"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CalibrationError(f"{log} holds no losses ({error}): name another file, or remove it") from error
     if first != header:
@@ -215,7 +233,8 @@ def _hash(sample: Mapping[str, Array]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Such as "3 h 20 min"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -6,7 +6,7 @@ calibration (https://arxiv.org/abs/2408.17131, section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,7 @@ def record(
     requests: Sequence[dict[str, Any]],
     *,
     steps: Iterable[int] | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """Walks whole trajectories, and keeps the denoiser's inputs at some of the steps.
 
@@ -68,6 +69,7 @@ def record(
         pipeline: A bundle or a `trimtab.calibration.draft.draft`.
         requests: Arguments of `Pipeline.prepare`, one trajectory each: see `own_requests`.
         steps: Indices into the schedule; None for all of them.
+        on_step: Told of every step that was taken, whether it is kept or not.
 
     Returns:
         By request, then by step.
@@ -104,6 +106,7 @@ def record(
                     f"the model gives numbers that are not finite at step {index} of {options}: mend its weights"
                 )
             samples += [Sample(index, segment, inputs, output.copy()) for segment, inputs in before]
+            on_step()
     return samples
 
 

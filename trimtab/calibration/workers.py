@@ -20,7 +20,7 @@ from trimtab.errors import CalibrationError, MissingDependency
 Job = tuple[int, tuple[str, ...]]
 """A sample's number, and the names of what is removed."""
 
-_CHUNK = 16
+CHUNK = 16
 """Jobs that a worker is handed at a time. Each chunk evaluates the whole model once more: a cost of one in 16."""
 
 
@@ -70,11 +70,9 @@ def _chunks(jobs: Sequence[Job]) -> Iterator[tuple[int, list[Job]]]:
     by_sample: dict[int, list[Job]] = {}
     for job in jobs:
         by_sample.setdefault(job[0], []).append(job)
-    size = 1  # the first result tells how long all will take
     for number, members in by_sample.items():
-        while members:
-            yield number, members[:size]
-            members, size = members[size:], _CHUNK
+        for start in range(0, len(members), CHUNK):
+            yield number, members[start : start + CHUNK]
 
 
 # ---- processes ----

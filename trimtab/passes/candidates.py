@@ -67,8 +67,8 @@ class Candidates(Mapping[str, Candidate]):
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
-        live = _live(model.graph, {})
-        self.all_weights = [value for value in model.graph.initializers.values() if value in live]
+        self._whole = _live(model.graph, {})
+        self.all_weights = [value for value in model.graph.initializers.values() if value in self._whole]
         self.parameters, self.bytes = _sizes(self.all_weights)
         flow = _Flow(model.graph)
         branches = list(_branches(model.graph, flow))
@@ -118,6 +118,14 @@ class Candidates(Mapping[str, Candidate]):
             PassError: No such candidate.
         """
         return self._freed(self.bypass(names))
+
+    def lost(self, names: Iterable[str]) -> set[str]:
+        """Names of the weights and results that nothing needs once all of these are gone.
+
+        Raises:
+            PassError: No such candidate.
+        """
+        return {str(value.name) for value in self._whole - _live(self._graph, self.bypass(names))}
 
     def bypass(self, names: Iterable[str]) -> dict[ir.Value, ir.Value]:
         """Value -> what stands in for it when all of these are gone; chains are followed to their end.

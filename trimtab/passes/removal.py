@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from trimtab.errors import InputError, PassError
+from trimtab.manifest import REMOVAL_PLAN
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.candidates import Candidates
 from trimtab.program import PassEntry, Program, Segment
@@ -24,7 +25,7 @@ from trimtab.staging import write_file
 DENOISER = "denoiser"
 """The segment that layers are taken from."""
 
-PLAN = "removal.json"
+PLAN = REMOVAL_PLAN
 """A plan's file in a bundle and in a student's folder."""
 
 _REMOVED = "trimtab.removed"
@@ -45,6 +46,7 @@ class RemovalPlan:
         share: What was asked for, of the whole.
         reached: The share that is gone.
         parameters: Before, and after.
+        amount: The same of the measure, where it is another: bytes, or ns of a step.
         predicted_loss: Sum of the single losses (mean squared error of the denoiser's output), or None.
         joint_loss: The loss of removing all of them together, measured, or None.
         rank_correlation: Spearman's, of predicted and joint loss over random sets, or None.
@@ -58,6 +60,7 @@ class RemovalPlan:
     share: float | None = None
     reached: float | None = None
     parameters: tuple[int, int] | None = None
+    amount: tuple[int, int] | None = None
     predicted_loss: float | None = None
     joint_loss: float | None = None
     rank_correlation: float | None = None
@@ -84,9 +87,10 @@ def load_plan(path: Path) -> RemovalPlan:
         if not isinstance(removed, list) or any(not isinstance(name, str) for name in removed):
             raise TypeError("names are needed")
         data["removed"] = tuple(removed)
-        if data.get("parameters") is not None:
-            before, after = data["parameters"]
-            data["parameters"] = (int(before), int(after))
+        for name in ("parameters", "amount"):
+            if data.get(name) is not None:
+                before, after = data[name]
+                data[name] = (int(before), int(after))
         return RemovalPlan(**data)
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): give a removal plan") from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,54 @@ def put_back(model: ir.Model, folder: Path) -> ir.Model:
     for name, array in weights.items():
         initializers[name].const_value = ir.tensor(array, name=name)
     return model
+
+
+def assembled(teacher: ir.Model, names: Iterable[str], starts: Mapping[str, str]) -> dict[str, Array]:
+    """What a student's modules start from where it is not their own weights: those of any other of the teacher's.
+
+    A-SDM's model assembly (https://arxiv.org/abs/2406.00210, abstract): blocks of the teacher, put together.
+
+    Args:
+        teacher: The whole graph.
+        names: The student's initializers.
+        starts: Module of the student -> module of the teacher, which the student may lack, with the same weights
+            inside.
+
+    Returns:
+        Initializer of the student -> array.
+
+    Raises:
+        PassError: There is no such module, or its weights have other names or shapes.
+    """
+    found: dict[str, Array] = {}
+    for own, other in starts.items():
+        inside = [name for name in names if name.startswith(f"{own}.")]
+        if not inside:
+            near = difflib.get_close_matches(own, {n.rpartition(".")[0] for n in names}, n=3, cutoff=0.3)
+            raise PassError(
+                f"the student has no module {own} with weights of its own"
+                + (f": near are {', '.join(near)}" if near else "")
+            )
+        for name in inside:
+            source = other + name.removeprefix(own)
+            tensor = (
+                teacher.graph.initializers[source].const_value
+                if source in teacher.graph.initializers
+                else None
+            )
+            value = teacher.graph.initializers[name].const_value
+            assert value is not None
+            if tensor is None or tuple(tensor.shape.numpy()) != tuple(value.shape.numpy()):
+                has = (
+                    "is none of the teacher's weights"
+                    if tensor is None
+                    else f"is {list(tensor.shape.numpy())}"
+                )
+                raise PassError(
+                    f"{own} cannot start from {other}: {name} is {list(value.shape.numpy())} and {source} {has}"
+                )
+            found[name] = np.array(tensor.numpy())
+    return found
 
 
 def digest(model: ir.Model, names: Mapping[str, Any]) -> str:

@@ -27,18 +27,22 @@ def to_images(pictures: Pixels) -> list[Image]:
     return [Image.fromarray(level[..., 0] if level.shape[-1] == 1 else level) for level in levels]
 
 
-def read_image(image: str | Path | Image | Pixels, size: tuple[int, int], *, gray: bool = False) -> Pixels:
+def read_image(
+    image: str | Path | Image | Pixels, size: tuple[int, int], *, gray: bool = False, crop: bool = False
+) -> Pixels:
     """A picture as (1, height, width, 3) float32 in 0..1, resized by Lanczos where the size differs.
 
     Args:
         image: A file, a PIL image, or an array (height, width, channels) in 0..1 that has the right size.
         size: (width, height).
         gray: One channel, for masks.
+        crop: Cut the largest middle of the size's shape out first, in the place of stretching.
 
     Raises:
         InputError: The file is missing or no picture, or the array has another shape.
     """
     import PIL.Image
+    import PIL.ImageOps
 
     channels = 1 if gray else 3
     if isinstance(image, np.ndarray):
@@ -56,7 +60,8 @@ def read_image(image: str | Path | Image | Pixels, size: tuple[int, int], *, gra
             raise InputError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG") from None
     image = image.convert("L" if gray else "RGB")
     if image.size != size:
-        image = image.resize(size, PIL.Image.Resampling.LANCZOS)
+        lanczos = PIL.Image.Resampling.LANCZOS
+        image = PIL.ImageOps.fit(image, size, lanczos) if crop else image.resize(size, lanczos)
     return (np.asarray(image, np.float32) / 255.0).reshape(1, size[1], size[0], channels)
 
 

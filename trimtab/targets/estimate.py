@@ -17,7 +17,7 @@ from trimtab.program import Program, Task, check_size
 from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.cost import Cost, node_costs
 from trimtab.targets.device import Device
-from trimtab.targets.liveness import Peak, Rules, kernels, peak
+from trimtab.targets.liveness import Kernel, Peak, Rules, kernels, peak
 from trimtab.targets.preflight import MEMINFO, memory_bytes, read_text
 from trimtab.targets.propagation import Extents, propagate
 from trimtab.weights import weight_bytes
@@ -278,21 +278,25 @@ def _segment(
         activation_bytes=top.bytes + workspace,
         buffer_bytes=sum(extents[value].bytes for value in outside),
         fixed_bytes=model.segment_bytes + model.node_bytes * len(graph.graph),
-        ms=roofline_ms(graph, costs, extents, device, precision, model.rules),
+        ms=_ms(kernel_seconds(graph, costs, extents, device, precision, model.rules)),
         weights=_by_part(graph, extents),
         held=_by_module(top.held),
     )
 
 
-def roofline_ms(
+def _ms(timed: Iterable[tuple[Kernel, float]] | None) -> float | None:
+    return None if timed is None else 1000 * sum(seconds for _, seconds in timed)
+
+
+def kernel_seconds(
     model: ir.Model,
     costs: Mapping[ir.Node, Cost],
     extents: Extents,
     device: Device,
     precision: str,
     rules: Rules,
-) -> float | None:
-    """Milliseconds of one run: of each kernel, the longer of its arithmetic and its traffic.
+) -> list[tuple[Kernel, float]] | None:
+    """Every kernel of one run with its seconds: the longer of its arithmetic and its traffic.
 
     Args:
         model: The graph.
@@ -305,16 +309,17 @@ def roofline_ms(
     tflops = device.fp32_tflops if precision == "fp32" else device.fp16_tflops
     if tflops is None or device.bandwidth_gb_s is None:
         return None
-    total = 0.0
+    timed = []
     for kernel in kernels(model, extents, rules):
         flops = 2 * sum(costs[node].macs for node in kernel.nodes)
         moved = sum(costs[node].weight_bytes for node in kernel.nodes) + kernel.bytes
-        total += max(
+        seconds = max(
             LAUNCH_S,
             flops / (COMPUTE_EFFICIENCY * tflops * 1e12),
             moved / (BANDWIDTH_EFFICIENCY * device.bandwidth_gb_s * 1e9),
         )
-    return 1000 * total
+        timed.append((kernel, seconds))
+    return timed
 
 
 def _by_part(model: ir.Model, extents: Extents) -> dict[str, int]:

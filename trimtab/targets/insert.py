@@ -131,8 +131,6 @@ class Inserter:
         stage = self._bundle.folder / ENGINES / _STAGE
         stage.mkdir(parents=True, exist_ok=True)
         info = builder.build(model, device, BuildOptions(), stage / "engine", self._progress)
-        others = tuple(file for file in self._contents.files if file.path != path)
-        self._contents = replace(self._contents, files=others)
         self._add(stage / "engine", path)
         return replace(old, path=path, bytes=info.bytes, built=True)
 

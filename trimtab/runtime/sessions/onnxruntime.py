@@ -141,11 +141,13 @@ class OnnxRuntimeCpu:
     Args:
         threads: Threads for one operator; 0 for one a core.
         fast: Decode packed weights once, at load.
+        lean: As `OnnxRuntimeSession` takes it.
     """
 
-    def __init__(self, threads: int = 0, fast: bool = False) -> None:
+    def __init__(self, threads: int = 0, fast: bool = False, lean: bool = False) -> None:
         self._threads = threads
         self._fast = fast
+        self._lean = lean
 
     def new(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `trimtab.runtime.sessions.Backend`."""
@@ -156,7 +158,7 @@ class OnnxRuntimeCpu:
 
     def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
         """See `trimtab.runtime.sessions.Backend`."""
-        return OnnxRuntimeSession(path, self._threads, fold=self._fast or not engine.packed)
+        return OnnxRuntimeSession(path, self._threads, fold=self._fast or not engine.packed, lean=self._lean)
 
     def fused(self, runs: Sequence[Run]) -> Run:
         """See `trimtab.runtime.sessions.Backend`."""

@@ -1,0 +1,202 @@
+"""Claim: with 30 and 50% of Stable Diffusion 1.5's U-Net removed, a step and its memory are less, and the engine too.
+
+    python benchmarks/removal_speed.py [--bundle PLAIN] [--of parameters|bytes|time] [--by magnitude] [--rounds N]
+        [--threads N] [--skip-engines] [--json] [--scratch FOLDER]
+
+The U-Net has 859,520,964 parameters, random weights, fp32; a step is two guidance rows of 4x64x64 latents and 77 tokens
+on the CPU in ONNX Runtime. The whole one and the two smaller ones take turns, step by step, each in a process of its
+own, so that memory is its own. The ratios are of processor time, which other work on the machine disturbs least with
+one thread; the clock's are in --json. Beside them stands what the multiplications predict (`trimtab.targets.cost`), and
+the bytes of real TensorRT-RTX engines in FP16, which need no GPU (`benchmarks/build.py`).
+
+Layers are chosen by the magnitude of their weights, or as --by says: time depends on which layers go and not on the
+numbers in those that stay, so that no losses are measured here. Another choice of the same share has other times.
+Takes 13 GB of disk and of memory; --bundle takes a plain bundle in the place of making one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import models
+from step import GUIDANCE, SCHEDULE, process, serve, spread
+
+SHARES = (0.3, 0.5)
+TARGET = "rtx-4090"
+
+
+def steps_of(connection: Connection, bundle: str, threads: int) -> None:
+    """Steps of a bundle; says first what one multiplies, and the denoiser's bytes."""
+    import onnx_ir as ir
+
+    from trimtab.runtime.load import load
+    from trimtab.targets.cost import node_costs
+
+    with load(bundle, threads=threads) as pipe:
+        request, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
+        plan.begin(request)
+        plan.steps[0].run(request)  # memory is touched
+        segment = pipe.bundle.contents.segments["denoiser"]
+        graph = ir.load(pipe.bundle.path(segment.graph))
+        sizes = {name: buffer.shape for name, buffer in plan.steps[0].calls[0].inputs.items()}
+        macs = sum(cost.macs for cost in node_costs(graph, sizes).values())
+        first = {"macs": macs, "weight_bytes": segment.weight_bytes, "parameters": segment.parameters}
+        serve(connection, lambda turn: plan.steps[turn % SCHEDULE].run(request), first)
+
+
+def write_smaller(plain: Path, folder: Path, share: float, by: str, measure: str) -> None:
+    """Writes the plain bundle with a share removed."""
+    from trimtab.bundle import open_bundle
+    from trimtab.calibration.choice import Wish
+    from trimtab.calibration.draft import draft
+    from trimtab.calibration.planning import chosen, measure_of
+    from trimtab.passes.candidates import Candidates
+    from trimtab.passes.removal import RemovalPlan, remove_layers
+    from trimtab.storage import read_program
+    from trimtab.targets.device import find_device
+
+    program = read_program(open_bundle(plain))
+    candidates = Candidates(program.segments["denoiser"].model)
+    wish = Wish(share, of=measure, device=find_device(TARGET), precision="fp16")
+    folder.mkdir()
+    names = chosen(candidates, wish, by, {}, 0, measure_of(program, wish, folder))
+    draft(remove_layers(program, RemovalPlan(candidates.fingerprint, names, by)), folder).close()
+
+
+def engine_bytes(bundle: Path, scratch: Path | None) -> int:
+    """Of the denoiser's real engine in FP16."""
+    script = Path(__file__).with_name("build.py")
+    command = [sys.executable, str(script), "--bundle", str(bundle), "--target", TARGET, "--json"]
+    command += ["--scratch", str(scratch)] if scratch else []
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+    return int(json.loads(done.stdout)["built"]["bytes"])
+
+
+def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Makes the bundles below ``scratch``, lets their steps take turns, and says what was found."""
+    plain = options.bundle
+    if plain is None:
+        source, plain = scratch / "pipeline", scratch / "plain.bundle"
+        models.make(source, options.part)
+        command = [sys.executable, "-m", "trimtab", "compile", str(source), "--steps", str(SCHEDULE)]
+        subprocess.run([*command, "-o", str(plain)], check=True, stdout=subprocess.DEVNULL)
+    bundles = {"whole": plain}
+    for share in SHARES:
+        name = f"{share:.0%} removed"
+        bundles[name] = scratch / f"{share}.bundle"
+        # In a process of its own, whose memory is gone before anything is measured.
+        command = [sys.executable, __file__, "--bundle", str(plain), "--write", str(bundles[name])]
+        command += ["--share", str(share), "--by", options.by, "--of", options.of]
+        subprocess.run(command, check=True)
+    rows = {name: _Row() for name in bundles}
+    with (
+        process(steps_of, str(bundles["whole"]), options.threads) as whole,
+        process(steps_of, str(bundles["30% removed"]), options.threads) as third,
+        process(steps_of, str(bundles["50% removed"]), options.threads) as half,
+    ):
+        connections = dict(zip(rows, (whole, third, half), strict=True))
+        for name, connection in connections.items():
+            rows[name].first = connection.recv()
+        for _ in range(options.rounds):
+            for name, connection in connections.items():
+                connection.send(True)
+                rows[name].answers.append(connection.recv())
+    engines = {name: None if options.skip_engines else engine_bytes(bundles[name], scratch) for name in rows}
+    return {
+        "rows": {
+            name: row.result(rows["whole"], engines[name], engines["whole"]) for name, row in rows.items()
+        },
+        "by": options.by,
+        "of": options.of,
+        "rounds": options.rounds,
+        "threads": options.threads or "one a core",
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+class _Row:
+    """What one bundle's process said."""
+
+    def __init__(self) -> None:
+        self.first: dict[str, Any] = {}
+        self.answers: list[dict[str, float]] = []
+
+    def median(self, what: str) -> float:
+        return spread([answer[what] for answer in self.answers])["median"]
+
+    def result(self, whole: _Row, engine: int | None, whole_engine: int | None) -> dict[str, Any]:
+        return {
+            **self.first,
+            "removed": 1 - self.first["parameters"] / whole.first["parameters"],
+            "processor_seconds": spread([answer["processor"] for answer in self.answers]),
+            "seconds": spread([answer["seconds"] for answer in self.answers]),
+            "peak_bytes": self.answers[-1]["peak_bytes"],
+            "time_ratio": self.median("processor") / whole.median("processor"),
+            "clock_ratio": self.median("seconds") / whole.median("seconds"),
+            "macs_ratio": self.first["macs"] / whole.first["macs"],
+            "memory_ratio": self.answers[-1]["peak_bytes"] / whole.answers[-1]["peak_bytes"],
+            "engine_bytes": engine,
+            "engine_ratio": engine / whole_engine if engine and whole_engine else None,
+        }
+
+
+def _show(result: dict[str, Any]) -> None:
+    print(
+        f"{'':13}{'removed':>8}{'processor s':>13}{'[min .. max]':>18}{'ratio':>7}{'MACs':>7}{'peak MB':>9}"
+        f"{'ratio':>7}{'engine MB':>11}{'ratio':>7}"
+    )
+    for name, row in result["rows"].items():
+        used = row["processor_seconds"]
+        between = f"[{used['min']:.2f} .. {used['max']:.2f}]"
+        engine = f"{row['engine_bytes'] / 1e6:11.1f}{row['engine_ratio']:7.3f}" if row["engine_bytes"] else ""
+        print(
+            f"{name:13}{row['removed']:8.1%}{used['median']:13.2f}{between:>18}{row['time_ratio']:7.3f}"
+            f"{row['macs_ratio']:7.3f}{row['peak_bytes'] / 1e6:9.0f}{row['memory_ratio']:7.3f}{engine}"
+        )
+    print(
+        f"of {result['of']}, by {result['by']}, {result['rounds']} rounds, threads: {result['threads']}, "
+        f"{result['cores']} cores, load average {result['load_average']:.1f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", type=Path, help="a plain bundle (default: one is made)")
+    parser.add_argument("--of", choices=("parameters", "bytes", "time"), default="parameters")
+    parser.add_argument("--by", choices=("magnitude", "random"), default="magnitude")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="steps of each (default 3)")
+    parser.add_argument(
+        "--part", choices=("unet", "narrow"), default="unet", help="narrow: a small one, a check"
+    )
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each; 0: one a core")
+    parser.add_argument("--skip-engines", action="store_true")
+    parser.add_argument("--scratch", type=Path, help="where the temporary folder goes")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--share", type=float, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.write:
+        write_smaller(options.bundle, options.write, options.share, options.by, options.of)
+        return
+    with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
+        result = measure(Path(folder), options)
+    if options.json:
+        print(json.dumps(result))
+    else:
+        _show(result)
+
+
+if __name__ == "__main__":
+    main()
