@@ -41,6 +41,7 @@ class Recipe:
         removal_plan: A saved plan, or a student's folder of `trimtab distill`, in the place of the five above.
         precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
         inherit: What steps inherit from earlier ones; None for nothing.
+        drifts: A file that a search for what to inherit adds its measurements to, and goes on from.
         vq: Bits of a packed weight of the denoiser, 2, 3 or 4; None for weights as they are.
         vq_rules: Pattern of module paths -> bits or "keep", before the rule that a layer of a repeated block is
             packed; the first that fits decides.
@@ -64,6 +65,7 @@ class Recipe:
     removal_plan: str | None = None
     precision: str | None = None
     inherit: InheritPlan | None = None
+    drifts: str | None = None
     vq: int | None = None
     vq_rules: tuple[tuple[str, int | str], ...] = ()
     vq_scale: bool = False
@@ -98,6 +100,8 @@ class Recipe:
             raise InputError(
                 "what to keep, drop or score is given, and no share to remove: give remove as well"
             )
+        if self.drifts is not None and (self.inherit is None or self.inherit.speed is None):
+            raise InputError("drifts are measured by a search, and no plan of inheritance asks for a speed")
         if self.vq is not None and self.vq not in VQ_BITS:
             raise InputError(f"vq {self.vq!r}: weights are packed to 2, 3 or 4 bits")
         if self.vq_minutes is not None and not self.vq_minutes > 0:

@@ -8,7 +8,8 @@ from pathlib import Path
 from trimtab.export.source import Source
 from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
-from trimtab.passes.inherit_plan import InheritPlan
+from trimtab.passes.inherit_plan import FILE as INHERITED
+from trimtab.passes.inherit_plan import InheritPlan, save_plan
 from trimtab.passes.partition import partition
 from trimtab.passes.removal import DENOISER, PLAN, load_plan, remove_layers
 from trimtab.passes.student import WEIGHTS, put_back
@@ -45,17 +46,22 @@ def transform(
     if recipe.hidiffusion:
         program = hidiffusion(program)
     if recipe.inherit is not None:
-        program = inherit(program, _searched(program, recipe.inherit, folder, progress))
+        program = inherit(program, _searched(program, recipe, recipe.inherit, folder, progress))
     return partition(program)
 
 
-def _searched(program: Program, plan: InheritPlan, folder: Path, progress: Progress) -> InheritPlan:
-    """The plan with its schedule, where it asks for a speed."""
+def _searched(
+    program: Program, recipe: Recipe, plan: InheritPlan, folder: Path, progress: Progress
+) -> InheritPlan:
+    """The plan with its schedule, where it asks for a speed; what was found lies in the bundle."""
     if plan.speed is None:
         return plan
     from trimtab.calibration.drift import search
 
-    return search(program, plan, folder, progress=progress)
+    log = Path(recipe.drifts) if recipe.drifts is not None else None
+    found = search(program, plan, folder, log=log, progress=progress)
+    save_plan(found, folder / INHERITED)
+    return found
 
 
 def _packed(

@@ -8,18 +8,19 @@ on the model's own trajectories. The sum of the single losses stands for the los
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from trimtab.calibration.gates import Array, add_gates
+from trimtab.calibration.journal import add, resume
 from trimtab.calibration.trajectories import Sample
 from trimtab.calibration.workers import Job, Workers
 from trimtab.errors import CalibrationError
@@ -120,19 +121,13 @@ class GatedGraph:
         """
         known: dict[Job, float] = {}
         if log is not None:
-            known = _resume(log, self._header())
+            known = dict(resume(log, self._header(), _parse, holds="losses", measured_on="samples"))
         jobs = [(i, (name,)) for i in range(len(self.samples)) for name in self.candidates]
         missing = [job for job in jobs if job not in known]
-        stream = log.open("a", encoding="utf-8") if log is not None else None
-        try:
-            for job, loss in self.losses(missing, workers, progress):
-                known[job] = loss
-                if stream is not None:
-                    stream.write(_line({"sample": job[0], "removed": job[1][0], "loss": loss.hex()}))
-                    stream.flush()
-        finally:
-            if stream is not None:
-                stream.close()
+        for job, loss in self.losses(missing, workers, progress):
+            known[job] = loss
+            if log is not None:
+                add(log, {"sample": job[0], "removed": job[1][0], "loss": loss.hex()})
         return Scores(
             self.candidates.fingerprint,
             {name: tuple(known[i, (name,)] for i in range(len(self.samples))) for name in self.candidates},
@@ -176,36 +171,8 @@ def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
     return inputs
 
 
-def _resume(log: Path, header: dict[str, object]) -> dict[Job, float]:
-    """What a file of losses holds; one that is not there is begun. A last line that was cut short is dropped."""
-    if not log.exists() or log.stat().st_size == 0:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(_line(header), encoding="utf-8")
-        return {}
-    text = log.read_text(encoding="utf-8", errors="replace")
-    whole, _, cut = text.rpartition("\n")
-    if cut:
-        logger.warning("the last line of %s was cut short: it is measured again", log)
-    lines = whole.splitlines()
-    try:
-        first, *entries = [json.loads(line) for line in lines]
-        of = first.get("fingerprint")
-        known: dict[Job, float] = {
-            (int(entry["sample"]), (str(entry["removed"]),)): float.fromhex(entry["loss"])
-            for entry in entries
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CalibrationError(f"{log} holds no losses ({error}): name another file, or remove it") from error
-    if first != header:
-        what = "on other samples" if of == header["fingerprint"] else "of another model"
-        raise CalibrationError(f"{log} holds losses {what}: name another file, or remove it")
-    if cut:
-        log.write_text(whole + "\n", encoding="utf-8")
-    return known
-
-
-def _line(data: dict[str, object]) -> str:
-    return json.dumps(data) + "\n"
+def _parse(entry: Mapping[str, Any]) -> tuple[Job, float]:
+    return (int(entry["sample"]), (str(entry["removed"]),)), float.fromhex(entry["loss"])
 
 
 def _hash(sample: Mapping[str, Array]) -> str:
