@@ -40,6 +40,7 @@ _RECIPE = (
         "precision",
         "inherit",
         "drifts",
+        "switch",
         "vq",
         "vq_scale",
         "vq_minutes",

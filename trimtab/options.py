@@ -41,6 +41,13 @@ def skip_arguments(command: argparse.ArgumentParser) -> None:
         "--drifts", metavar="FILE", help="keep what a search for a plan measures there, and go on from it"
     )
     group.add_argument(
+        "--switch",
+        action="append",
+        metavar="PATH@SHARE",
+        help="another bundle's denoiser, or this one pruned by a plan or student, from that share of the steps on; "
+        "repeatable",
+    )
+    group.add_argument(
         "--hidiffusion",
         action="store_true",
         default=None,
