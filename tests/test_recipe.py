@@ -36,6 +36,7 @@ def test_a_toml_file_says_the_same(tmp_path: Path) -> None:
         ({"size": [64]}, "not a width"),
         ({"precision": "fp4"}, "fp4"),
         ({"eta": 2}, "0 to 1"),
+        ({"drifts": "file", "inherit": 2}, "no plan of inheritance asks for a speed"),
         ({"vq": 2, "vq_minutes": 5, "remove": 0.3}, "trains the model whole"),
     ],
 )

@@ -39,6 +39,8 @@ _RECIPE = (
         "eta",
         "precision",
         "inherit",
+        "drifts",
+        "switch",
         "vq",
         "vq_scale",
         "vq_minutes",
@@ -143,13 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WxH",
         help="native size in pixels; given again, a further size that GPU engines are made for",
     )
-    command.add_argument(
-        "--hidiffusion",
-        action="store_true",
-        default=None,
-        help="for pictures larger than a U-Net was trained for (docs/hidiffusion.md)",
-    )
-    command.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
+    options.skip_arguments(command)
     removal_commands.add_options(command)
     command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
     options.packing_arguments(command)

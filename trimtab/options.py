@@ -33,6 +33,28 @@ def packing_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def skip_arguments(command: argparse.ArgumentParser) -> None:
+    """What steps leave out or do otherwise."""
+    group = command.add_argument_group("steps (docs/inherit.md, docs/hidiffusion.md)")
+    group.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
+    group.add_argument(
+        "--drifts", metavar="FILE", help="keep what a search for a plan measures there, and go on from it"
+    )
+    group.add_argument(
+        "--switch",
+        action="append",
+        metavar="PATH@SHARE",
+        help="another bundle's denoiser, or this one pruned by a plan or student, from that share of the steps on; "
+        "repeatable",
+    )
+    group.add_argument(
+        "--hidiffusion",
+        action="store_true",
+        default=None,
+        help="for pictures larger than a U-Net was trained for",
+    )
+
+
 def bundle_argument(command: argparse.ArgumentParser) -> None:
     """The bundle to work on."""
     command.add_argument("bundle", type=Path, metavar="BUNDLE")

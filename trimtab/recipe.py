@@ -46,6 +46,9 @@ class Recipe:
         removal_plan: A saved plan, or a student's folder of `trimtab distill`, in the place of the five above.
         precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
         inherit: What steps inherit from earlier ones; None for nothing.
+        drifts: A file that a search for what to inherit adds its measurements to, and goes on from.
+        switch: Other denoisers, each with the share of the steps at which it takes over, in rising order: a bundle, or
+            a removal plan or student as in ``removal_plan``, carried out on the model as it was exported.
         vq: Bits of a packed weight of the denoiser, 2, 3 or 4; None for weights as they are.
         vq_rules: Pattern of module paths -> bits or "keep", before the rule that a layer of a repeated block is
             packed; the first that fits decides.
@@ -70,6 +73,8 @@ class Recipe:
     removal_plan: str | None = None
     precision: str | None = None
     inherit: InheritPlan | None = None
+    drifts: str | None = None
+    switch: tuple[tuple[str, float], ...] = ()
     vq: int | None = None
     vq_rules: tuple[tuple[str, int | str], ...] = ()
     vq_scale: bool = False
@@ -108,6 +113,18 @@ class Recipe:
             raise InputError(
                 "what to keep, drop or score is given, and no share to remove: give remove as well"
             )
+        if self.drifts is not None and (self.inherit is None or self.inherit.speed is None):
+            raise InputError("drifts are measured by a search, and no plan of inheritance asks for a speed")
+        for path, share in self.switch:
+            if not path or not isinstance(share, int | float) or not 0 < share < 1:
+                raise InputError(
+                    f"the switch to {path or 'nothing'} at {share}: PATH@SHARE is needed, a bundle or a removal plan "
+                    "and a share of the steps between 0 and 1"
+                )
+        if self.switch and self.vq_minutes is not None:
+            raise InputError(
+                "--vq-minutes trains one denoiser, and --switch gives others: leave one of them out"
+            )
         if self.vq is not None and self.vq not in VQ_BITS:
             raise InputError(f"vq {self.vq!r}: weights are packed to 2, 3 or 4 bits")
         if self.vq_minutes is not None and not self.vq_minutes > 0:
@@ -135,15 +152,17 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     clean = {name: value for name, value in values.items() if value is not None}
     for name in ("targets", "steps", "keep", "drop"):
         if name in clean:
-            value = clean[name]
-            clean[name] = tuple(value) if isinstance(value, list | tuple) else (value,)
+            clean[name] = tuple(_listed(clean[name]))
     if "size" in clean:
         clean["size"] = _size(clean["size"])
     if "buckets" in clean:
-        given = clean["buckets"]
-        clean["buckets"] = tuple(map(_size, given if isinstance(given, list | tuple) else [given]))
+        clean["buckets"] = tuple(map(_size, _listed(clean["buckets"])))
     if "inherit" in clean:
         clean["inherit"] = make_plan(clean["inherit"])
+    if "switch" in clean:
+        given = clean["switch"]
+        switches = given.items() if isinstance(given, Mapping) else map(_switch, _listed(given))
+        clean["switch"] = tuple((str(path), share) for path, share in switches)
     if "vq_rules" in clean:
         rules = clean["vq_rules"]
         pairs = rules.items() if isinstance(rules, Mapping) else [_rule(rule) for rule in rules]
@@ -151,6 +170,23 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if "vq_codebooks" in clean:
         clean["vq_codebooks"] = Path(clean["vq_codebooks"])
     return Recipe(**clean)
+
+
+def _listed(value: Any) -> Any:
+    """One value as a list of one."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _switch(switch: Any) -> tuple[str, Any]:
+    """``"PATH@SHARE"``, or a pair already."""
+    if not isinstance(switch, str):
+        path, share = switch
+        return path, share
+    path, _, text = switch.rpartition("@")
+    try:
+        return path, float(text)
+    except ValueError:
+        return path, text
 
 
 def _rule(rule: Any) -> tuple[str, int | str]:

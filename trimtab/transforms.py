@@ -9,12 +9,14 @@ from trimtab.errors import InputError
 from trimtab.export.source import Source
 from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
-from trimtab.passes.inherit_plan import InheritPlan
+from trimtab.passes.inherit_plan import FILE as INHERITED
+from trimtab.passes.inherit_plan import InheritPlan, save_plan
 from trimtab.passes.partition import partition
-from trimtab.passes.removal import DENOISER, PLAN, load_plan, remove_layers
-from trimtab.passes.student import WEIGHTS, put_back
+from trimtab.passes.removal import PLAN, load_plan, remove_layers
+from trimtab.passes.switch import switch
 from trimtab.program import Program
 from trimtab.recipe import Recipe
+from trimtab.switching import carry_out, open_switches
 from trimtab.targets.device import Device
 from trimtab.targets.precision import choose_precision
 
@@ -32,7 +34,8 @@ def transform(
 ) -> Program:
     """Removes, packs and skips, as the recipe says.
 
-    Each step is a function from Program to Program. Layers are removed from the whole model, as it was scored.
+    Each step is a function from Program to Program. Layers are removed from the whole model, as it was scored; what
+    comes after that is done to every denoiser that the steps switch between.
     Weights are packed before anything names values inside of the graph, and the graph is cut at those values at
     the very end, once for all.
 
@@ -49,23 +52,31 @@ def transform(
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
+    switches = open_switches(program, recipe.switch)
     program = _remove(program, recipe, folder, progress, device)
+    if recipe.switch:
+        program = switch(program, switches.others, switches.ranges)
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, folder, source, progress)
     if recipe.hidiffusion:
         program = hidiffusion(program)
     if recipe.inherit is not None:
-        program = inherit(program, _searched(program, recipe.inherit, folder, progress))
+        program = inherit(program, _searched(program, recipe, recipe.inherit, folder, progress))
     return partition(program)
 
 
-def _searched(program: Program, plan: InheritPlan, folder: Path, progress: Progress) -> InheritPlan:
-    """The plan with its schedule, where it asks for a speed."""
+def _searched(
+    program: Program, recipe: Recipe, plan: InheritPlan, folder: Path, progress: Progress
+) -> InheritPlan:
+    """The plan with its schedule, where it asks for a speed; what was found lies in the bundle."""
     if plan.speed is None:
         return plan
     from trimtab.calibration.drift import search
 
-    return search(program, plan, folder, progress=progress)
+    log = Path(recipe.drifts) if recipe.drifts is not None else None
+    found = search(program, plan, folder, log=log, progress=progress)
+    save_plan(found, folder / INHERITED)
+    return found
 
 
 def _packed(
@@ -108,33 +119,30 @@ def _remove(
     program: Program, recipe: Recipe, folder: Path, progress: Progress, device: Device | None
 ) -> Program:
     """The program with layers removed, where the recipe says so; the plan lies in the bundle."""
-    student = Path(recipe.removal_plan) if recipe.removal_plan is not None else None
-    if student is not None:
-        plan = load_plan(student)
-    elif recipe.remove is not None:
-        from trimtab.calibration.choice import Wish
-        from trimtab.calibration.planning import Calibration, plan_removal
-
-        calibration = Calibration(log=Path(recipe.scores) if recipe.scores else None)
-        plan = plan_removal(
-            program,
-            Wish(
-                recipe.remove,
-                recipe.keep,
-                recipe.drop,
-                recipe.remove_of,
-                device,
-                "fp32" if device is None else choose_precision(recipe.precision, device),
-            ),
-            method=recipe.remove_by,
-            calibration=calibration,
-            folder=folder,
-            progress=lambda done, total: progress(f"removal: {done} of {total} evaluations"),
-        )
-    else:
+    if recipe.removal_plan is not None:
+        path = Path(recipe.removal_plan)
+        load_plan(path).save(folder / PLAN)
+        return carry_out(program, path)
+    if recipe.remove is None:
         return program
+    from trimtab.calibration.choice import Wish
+    from trimtab.calibration.planning import Calibration, plan_removal
+
+    calibration = Calibration(log=Path(recipe.scores) if recipe.scores else None)
+    plan = plan_removal(
+        program,
+        Wish(
+            recipe.remove,
+            recipe.keep,
+            recipe.drop,
+            recipe.remove_of,
+            device,
+            "fp32" if device is None else choose_precision(recipe.precision, device),
+        ),
+        method=recipe.remove_by,
+        calibration=calibration,
+        folder=folder,
+        progress=lambda done, total: progress(f"removal: {done} of {total} evaluations"),
+    )
     plan.save(folder / PLAN)
-    program = remove_layers(program, plan)
-    if student is not None and (student / WEIGHTS).exists():
-        put_back(program.segments[DENOISER].model, student)
-    return program
+    return remove_layers(program, plan)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from trimtab.bundle import open_bundle
+from trimtab.calibration.course import Course
 from trimtab.calibration.draft import draft
-from trimtab.calibration.drift import Course, candidates, search
+from trimtab.calibration.drift import candidates, search
 from trimtab.calibration.trajectories import own_requests
 from trimtab.comparison import relative_error
-from trimtab.errors import CalibrationError
+from trimtab.errors import CalibrationError, InputError
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
@@ -39,16 +41,20 @@ def only(folder: Path, schedule: str = "ddim-3") -> Program:
 def test_what_is_chosen_is_as_fast_as_asked_and_drifts_no_more_than_uniform(
     bundle_folder: BundleFolder, tmp_path: Path
 ) -> None:
-    ours = only(bundle_folder("dit"), "ddim-20")
+    folder = bundle_folder("dit")
     plan = InheritPlan(skip=SKIP, speed=1.3, dense_end=1)
     told: list[str] = []
-    chosen = search(ours, plan, tmp_path, trajectories=1, progress=told.append)
-    assert not list(tmp_path.iterdir())
-    found = candidates(ours, plan, tmp_path, trajectories=1)["ddim-20"]
-    assert [c.name for c in found] == ["searched", "every 2: layers", "every 3: feed-forward"]
-    assert "inheritance in ddim-20: searched" in told[0]
+    log, stage = tmp_path / "drifts", tmp_path / "stage"
+    stage.mkdir()
+    chosen = search(only(folder, "ddim-20"), plan, stage, trajectories=1, log=log, progress=told.append)
+    assert not list(stage.iterdir())
+    found = candidates(only(folder, "ddim-20"), plan, stage, trajectories=1, log=log)["ddim-20"]
+    *starts, refined = found
+    assert [c.name for c in starts] == ["least sum", "every 2: layers", "every 3: feed-forward"]
+    assert refined.name == "refined" and refined.drift < 0.95 * min(c.drift for c in starts)
+    assert "inheritance in ddim-20: refined" in told[-1]
     best = min(found, key=lambda c: c.drift)
-    assert chosen.choices == {"ddim-20": best.choices} and chosen.speed is None
+    assert best is refined and chosen.choices == {"ddim-20": best.choices} and chosen.speed is None
     assert all(c.choices[0] == c.choices[-1] == "" for c in found)
     assert max(c.macs for c in found) <= found[0].full_macs / 1.3
 
@@ -58,8 +64,8 @@ def test_drift_is_known_for_every_age_that_a_feature_can_have(
 ) -> None:
     course = Course(only(bundle_folder("dit")), SKIP)
     with draft(partition(course.program), tmp_path) as pipe:
-        requests = own_requests(pipe, 2)
-        errors = course.errors(pipe, "ddim-3", requests, 2)
+        requests = own_requests(pipe, 1)
+        errors = course.errors(pipe, "ddim-3", requests[0], 2)
         macs = course.macs(pipe, "ddim-3", requests[0])
     can_be = [[False, False], [True, False], [True, True]]  # by evaluation, by age
     np.testing.assert_array_equal(np.isfinite(errors), [can_be, can_be])
@@ -91,3 +97,64 @@ def test_a_speed_that_the_skips_cannot_give_is_refused_with_what_they_can(
         CalibrationError, match=r"20 times as fast, and skipping feed-forward gives at most 1\.\d"
     ):
         search(only(bundle_folder("dit")), InheritPlan(skip=("feed-forward",), speed=20), tmp_path)
+
+
+def test_a_search_that_was_cut_off_goes_on_and_finds_the_same(
+    bundle_folder: BundleFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = bundle_folder("dit")
+    plan, log, stage = InheritPlan(skip=SKIP, speed=1.1), tmp_path / "drifts", tmp_path / "stage"
+    stage.mkdir()
+    drawn: list[object] = []
+    draw = Course.draw
+
+    def counted(self: Course, *arguments: Any) -> Any:
+        drawn.append(arguments)
+        return draw(self, *arguments)
+
+    monkeypatch.setattr(Course, "draw", counted)
+    whole = search(only(folder), plan, stage, trajectories=2, log=log)
+    lines, count = log.read_text().splitlines(keepends=True), len(drawn)
+    assert search(only(folder), plan, stage, trajectories=2, log=log) == whole and len(drawn) == count > 0
+    log.write_text("".join(lines[:-2]) + lines[-2][:9])  # cut off in the last line but one
+    drawn.clear()
+    assert search(only(folder), plan, stage, trajectories=2, log=log) == whole
+    assert 0 < len(drawn) < count and sorted(log.read_text().splitlines()) == sorted(
+        "".join(lines).splitlines()
+    )
+    faster = dataclasses.replace(plan, speed=1.2)
+    assert candidates(only(folder), faster, stage, trajectories=2, log=log)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"skip": ("layers",)},
+            "holds drifts on other trajectories or skips: name another file, or remove it",
+        ),
+        ({"program": "ddim-20"}, "holds drifts on other trajectories or skips"),
+        ({"text": "{}\n"}, "holds drifts of another model"),
+        ({"text": "no drifts\n"}, "holds no drifts"),
+    ],
+)
+def test_a_file_of_other_drifts_is_refused(
+    bundle_folder: BundleFolder, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    folder = bundle_folder("dit")
+    plan, log = InheritPlan(skip=("feed-forward",), speed=1.05), tmp_path / "drifts"
+    search(only(folder), plan, tmp_path, trajectories=1, moves=0, log=log)
+    if "text" in change:
+        log.write_text(change["text"])
+    before = log.read_text()
+    plan = dataclasses.replace(plan, skip=change.get("skip", plan.skip))
+    with pytest.raises(CalibrationError, match=message):
+        search(only(folder, change.get("program", "ddim-3")), plan, tmp_path, log=log, trajectories=1)
+    assert log.read_text() == before
+
+
+def test_prompts_for_a_model_that_reads_none_are_refused(bundle_folder: BundleFolder, tmp_path: Path) -> None:
+    plan = InheritPlan(skip=("layers",), speed=1.1, prompts=("a cat",))
+    with pytest.raises(InputError, match="gives prompts, and the model reads none"):
+        search(only(bundle_folder("dit")), plan, tmp_path)
+    assert not list(tmp_path.iterdir())

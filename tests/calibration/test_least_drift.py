@@ -21,20 +21,6 @@ def drift(seed: int = 0) -> Drift:
     return Drift(macs, errors)
 
 
-def summed(given: Drift, choices: tuple[int, ...]) -> float:
-    """The drift of a schedule, inf where it reads what is too old."""
-    total, age = 0.0, AGES
-    for index, choice in enumerate(choices):
-        if choice == FULL:
-            age = 0
-            continue
-        if age == AGES:
-            return np.inf
-        total += given.errors[choice - 1, index, age]
-        age += 1
-    return total
-
-
 @pytest.mark.parametrize("seed", range(5))
 def test_no_schedule_that_keeps_to_the_budget_has_less_drift(seed: int) -> None:
     given = drift(seed)
@@ -44,10 +30,10 @@ def test_no_schedule_that_keeps_to_the_budget_has_less_drift(seed: int) -> None:
         for choices in itertools.product(range(1 + OPTIONS), repeat=EVALUATIONS)
         if choices[4] == FULL and given.cost(choices) <= budget
     ]
-    best = min(summed(given, choices) for choices in every)
+    best = min(given.summed(choices) for choices in every)
     found = least_drift(given, budget, full)
     assert found is not None and given.cost(found) <= budget and found[4] == FULL
-    assert np.isfinite(best) and summed(given, found) == pytest.approx(best)
+    assert np.isfinite(best) and given.summed(found) == pytest.approx(best)
 
 
 def test_a_budget_for_all_evaluations_in_full_gives_that() -> None:
@@ -59,3 +45,9 @@ def test_a_speed_that_nothing_reaches_gives_nothing() -> None:
     given = drift()
     assert least_drift(given, given.budget(20)) is None
     assert least_drift(given, given.budget(1.5), range(EVALUATIONS)) is None
+
+
+def test_a_schedule_that_reads_what_is_too_old_or_was_never_made_sums_to_infinity() -> None:
+    given = Drift(np.ones((2, 5), np.int64), np.arange(1.0, 11.0).reshape(1, 5, 2))
+    assert given.summed((0, 1, 1, 0, 1)) == 3 + 6 + 9
+    assert given.summed((0, 1, 1, 1, 0)) == given.summed((1, 0, 0, 0, 0)) == np.inf

@@ -106,6 +106,7 @@ def test_choices_say_for_every_evaluation_what_is_skipped() -> None:
         ({"every": 0}, "every 0 evaluations"),
         ({"full": [-1]}, "whole numbers from 0"),
         ({"speed": 0.5}, "a number above 1"),
+        ({"every": 2, "prompts": "a cat"}, "the plan asks for no speed"),
         ({"every": 2, "branch": 1}, "has no 'branch'"),
         ({"choices": {"s": ["x"]}}, "name 'x', which is not in skip"),
         ({"every": 2, "skip": 3}, "cannot be understood"),

@@ -15,7 +15,8 @@ from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import Settings, make_codebooks
 from trimtab.comparison import compare
 from trimtab.passes.inherit import inherit
-from trimtab.passes.inherit_plan import InheritPlan
+from trimtab.passes.inherit_plan import FILE as INHERITED
+from trimtab.passes.inherit_plan import InheritPlan, make_plan
 from trimtab.passes.partition import partition
 from trimtab.passes.vq import pack_weights
 from trimtab.program import Program
@@ -79,10 +80,16 @@ def test_a_plan_that_asks_for_a_speed_is_searched_by_the_transforms(
     bundle_folder: BundleFolder, tmp_path: Path
 ) -> None:
     told: list[str] = []
-    recipe = Recipe(inherit=InheritPlan(skip=("layers",), speed=1.2))
-    program = transform(whole(bundle_folder("dit")), recipe, tmp_path / "stage", told.append)
+    stage, drifts = tmp_path / "stage", tmp_path / "drifts"
+    stage.mkdir()
+    recipe = Recipe(inherit=InheritPlan(skip=("layers",), speed=1.2), drifts=str(drifts))
+    program = transform(whole(bundle_folder("dit")), recipe, stage, told.append)
     assert any("inheritance in ddim-20: " in text for text in told)
     assert [entry.name for entry in program.passes][-2:] == ["Inherit", "Partition"]
+    # What was found is in the bundle, as a plan that a second compile takes as it is.
+    assert drifts.exists() and [path.name for path in stage.iterdir()] == [INHERITED]
+    again = transform(whole(bundle_folder("dit")), Recipe(inherit=make_plan(stage / INHERITED)), stage, print)
+    assert again.tasks == program.tasks
     with draft(program, tmp_path / "ours") as pipe:
         assert np.isfinite(pipe(**OPTIONS).pixels).all()
 

@@ -87,3 +87,22 @@ def test_names_and_shares_that_make_no_sense_are_refused() -> None:
         switch(whole, {"small": small}, [("small", 0.5), ("small", 0.2)])
     with pytest.raises(PassError, match="2 slots of the sampler and this program has 1"):
         switch(whole, {"small": dataclasses.replace(small, slots=2)}, [("small", 0.5)])
+
+
+def test_a_denoiser_that_was_compiled_for_another_sampler_is_refused() -> None:
+    whole, small = two()
+    task = small.tasks["t"]
+    steps = tuple(
+        dataclasses.replace(step, constants={"timestep": (7.0,)}) for step in task.schedules["s"].steps
+    )
+    changed = dataclasses.replace(
+        task, schedules={"s": dataclasses.replace(task.schedules["s"], steps=steps)}
+    )
+    with pytest.raises(PassError, match="was compiled with another s, or with none"):
+        switch(whole, {"small": dataclasses.replace(small, tasks={"t": changed})}, [("small", 0.5)])
+
+
+def test_a_denoiser_that_no_step_would_call_is_refused() -> None:
+    whole, small = two()
+    with pytest.raises(PassError, match="no step would call denoiser-small: the schedules s are too short"):
+        switch(whole, {"small": small}, [("small", 0.99)])

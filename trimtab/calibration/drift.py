@@ -1,14 +1,15 @@
 """Which steps should inherit: the drift of each skip at each step, measured, and the best schedule for a speed.
 
-The model's own trajectories are the measure; no data are needed. Searched and uniform schedules of the same speed
-are then drawn to their end, and the one whose last latents lie nearest to those of full evaluations is taken: what
-is chosen is never worse than uniform on the trajectories that were looked at.
+The model's own trajectories are the measure; no data are needed. The schedule with the least summed drift and the
+uniform ones are drawn to their end; the one whose last latents lie nearest to those of full evaluations is refined
+by moves that are judged in the same way. What is chosen is never worse than uniform on these trajectories.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,29 +18,32 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
+from trimtab.calibration.course import Array, Choices, Course
 from trimtab.calibration.draft import draft
+from trimtab.calibration.journal import add, resume
 from trimtab.calibration.least_drift import FULL, Drift, least_drift
+from trimtab.calibration.local_moves import refine
+from trimtab.calibration.ranges import fingerprint
 from trimtab.calibration.trajectories import own_requests
 from trimtab.comparison import relative_error
-from trimtab.errors import CalibrationError, PassError
-from trimtab.passes.inherit import DENOISER, inherit, split_name
+from trimtab.errors import CalibrationError, InputError, PassError
+from trimtab.passes.inherit import DENOISER
 from trimtab.passes.inherit_plan import FULL as NOTHING
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition, step_calls
 from trimtab.passes.regions import default_region
-from trimtab.program import STATE, Call, Program, Schedule, Segment
-from trimtab.runtime.executor import BoundCall, Plan
+from trimtab.program import Program, Segment
 from trimtab.runtime.load import Pipeline
-from trimtab.targets.cost import node_costs
 
 logger = logging.getLogger(__name__)
 
 TRAJECTORIES = 4
-"""Pictures that are drawn to measure by. Drift is a mean over all pixels: it differs little between them."""
+"""Pictures that are drawn to measure by. Drift is a mean over all pixels, and a few are enough to tell moves apart
+that help; two were not: on the sample U-Net what they chose drifted on others as much as before."""
 
-Array = npt.NDArray[Any]
+MOVES = 40
+"""Schedules that are drawn to refine one: where the sample's searches had found most of what they find."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class Candidate:
     """A schedule that keeps to the speed.
 
     Attributes:
-        name: "searched", or "every N: OPTION".
+        name: "least sum", "every N: OPTION", or "refined".
         choices: For every evaluation what it skips; empty for nothing.
         macs: Multiplications of all evaluations.
         full_macs: The same if all ran in full.
@@ -67,6 +71,8 @@ def search(
     folder: Path,
     *,
     trajectories: int = TRAJECTORIES,
+    moves: int = MOVES,
+    log: Path | None = None,
     progress: Callable[[str], None] = logger.info,
 ) -> InheritPlan:
     """Finds the schedule of a plan that asks for a speed.
@@ -76,204 +82,223 @@ def search(
         plan: With ``speed``. Its ``dense_start`` and ``dense_end`` hold; empty ``skip`` is the default region.
         folder: Where the program is drafted; what was not there before is removed again.
         trajectories: How many are drawn.
+        moves: How many schedules are drawn to refine the best one.
+        log: A file that every measurement is added to as it is made. What is in it already is not made again.
         progress: Told what was found.
 
     Returns:
         The same plan with ``choices`` for every schedule in the place of ``speed``.
 
     Raises:
-        CalibrationError: No schedule is as fast as that.
+        CalibrationError: No schedule is as fast as that; the file is of another model or of other trajectories.
+        InputError: Prompts for a model that reads none.
         PassError: The denoiser lacks what the plan skips.
     """
     chosen = {}
-    for name, found in candidates(program, plan, folder, trajectories=trajectories).items():
-        best = min(found, key=lambda candidate: (candidate.drift, candidate.macs))
-        others = ", ".join(f"{c.name} {c.drift:.4f}" for c in found)
+    found = candidates(
+        program, plan, folder, trajectories=trajectories, moves=moves, log=log, progress=progress
+    )
+    for name, schedules in found.items():
+        best = min(schedules, key=lambda candidate: (candidate.drift, candidate.macs))
+        others = ", ".join(f"{c.name} {c.drift:.4f}" for c in schedules)
         progress(f"inheritance in {name}: {best.name} (drift of the last latents: {others})")
         chosen[name] = best.choices
-    return dataclasses.replace(plan, skip=_options(program, plan), choices=chosen, speed=None)
+    return dataclasses.replace(plan, skip=_options(program, plan), choices=chosen, speed=None, prompts=())
 
 
 def candidates(
-    program: Program, plan: InheritPlan, folder: Path, *, trajectories: int = TRAJECTORIES
+    program: Program,
+    plan: InheritPlan,
+    folder: Path,
+    *,
+    trajectories: int = TRAJECTORIES,
+    moves: int = MOVES,
+    log: Path | None = None,
+    progress: Callable[[str], None] = logger.info,
 ) -> dict[str, list[Candidate]]:
-    """Schedule -> the searched one and the uniform ones at the plan's speed. As `search`."""
+    """Schedule -> the one of the least sum, the uniform ones, and the best of them refined. As `search`."""
     assert plan.speed is not None
     skip = _options(program, plan)
+    journal = None if log is None else _Journal(log, _header(program, plan, skip, trajectories))
     course = Course(program, skip)
     found = {}
     with _drafted(partition(course.program), folder) as pipe:
         for name in course.schedules:
-            found[name] = _of_schedule(course, name, plan, plan.speed, pipe, trajectories)
+            requests = own_requests(pipe, trajectories, prompts=plan.prompts or None, schedule=name)
+            if plan.prompts and "prompt" not in requests[0]:
+                raise InputError(
+                    "the plan of inheritance gives prompts, and the model reads none: leave them out"
+                )
+            progress(f"measuring what {name} may skip")
+            scale = _Scale(course, pipe, name, requests, journal)
+            found[name] = _of_schedule(scale, plan, plan.speed, moves)
     return found
 
 
-def step_macs(pipeline: Pipeline, calls: Sequence[BoundCall]) -> int:
-    """The multiplications of some calls, at the sizes of what they read."""
-    total = 0
-    for call in calls:
-        graph = ir.load(pipeline.bundle.path(pipeline.bundle.contents.segments[call.segment].graph))
-        sizes = {name: buffer.shape for name, buffer in call.inputs.items()}
-        total += sum(cost.macs for cost in node_costs(graph, sizes).values())
-    return total
-
-
-def _of_schedule(
-    course: Course, name: str, plan: InheritPlan, speed: float, pipe: Pipeline, trajectories: int
-) -> list[Candidate]:
-    skip, evaluations = course.skip, course.schedules[name]
-    requests = own_requests(pipe, trajectories, schedule=name)
-    macs = course.macs(pipe, name, requests[0])
+def _of_schedule(scale: _Scale, plan: InheritPlan, speed: float, moves: int) -> list[Candidate]:
+    skip, evaluations, name = scale.course.skip, scale.evaluations, scale.name
     dense = {t for t in range(evaluations) if t < plan.dense_start or t >= evaluations - plan.dense_end}
-    known = Drift(macs, np.zeros((len(skip), evaluations, 0)))
+    known = Drift(scale.macs, np.zeros((len(skip), evaluations, 0)))
     budget = known.budget(speed)
-
-    def uniform(option: int, every: int) -> tuple[int, ...]:
-        choices: list[int] = []
-        since = every
-        for index in range(evaluations):
-            since = 1 if index in dense or since >= every else since + 1
-            choices.append(FULL if since == 1 else 1 + option)
-        return tuple(choices)
-
-    named: dict[str, tuple[int, ...]] = {}
-    widest = 0
+    named: dict[str, Choices] = {}
+    widest, most = 0, 1.0
     for option, text in enumerate(skip):
         for every in range(2, evaluations + 1):
-            if known.cost(uniform(option, every)) <= budget:
-                named[f"every {every}: {text}"] = uniform(option, every)
+            uniform = scale.uniform(option, every, dense)
+            most = max(most, float(scale.macs[FULL].sum()) / known.cost(uniform))
+            if known.cost(uniform) <= budget:
+                named[f"every {every}: {text}"] = uniform
                 widest = max(widest, every)
                 break
     if not named:
-        most = max(macs[FULL].sum() / known.cost(uniform(option, evaluations)) for option in range(len(skip)))
         raise CalibrationError(
             f"{name} is to be {speed} times as fast, and skipping {', '.join(skip)} gives at most "
             f"{most:.2f}: ask for less, or skip more"
         )
     # Features may grow twice as old as in the widest uniform schedule.
-    drift = Drift(macs, course.errors(pipe, name, requests, min(2 * widest, evaluations - 1)))
-    searched = least_drift(drift, budget, dense)
-    if searched is not None:
-        named = {"searched": searched} | named
-    reference = [course.draw(pipe, name, request, (FULL,) * evaluations) for request in requests]
+    drift = Drift(scale.macs, scale.errors(min(2 * widest, evaluations - 1)))
+    summed = least_drift(drift, budget, dense)
+    if summed is not None:
+        named = {"least sum": summed} | named
+    drifts = {label: scale.drift(choices) for label, choices in named.items()}
+
+    def allowed(choices: Choices) -> bool:
+        return (
+            drift.cost(choices) <= budget
+            and all(choices[index] == FULL for index in dense)
+            and scale.course.can_be(name, choices)
+        )
+
+    start = named[min(drifts, key=lambda label: (drifts[label], drift.cost(named[label])))]
+    refined = refine(start, len(skip), scale.drift, allowed, drift.summed, moves)
+    if refined != start:
+        named["refined"], drifts["refined"] = refined, scale.drift(refined)
     return [
         Candidate(
             label,
             tuple(NOTHING if choice == FULL else skip[choice - 1] for choice in choices),
             drift.cost(choices),
             drift.cost((FULL,) * evaluations),
-            float(
-                np.mean(
-                    [
-                        relative_error(course.draw(pipe, name, request, choices), latents)
-                        for request, latents in zip(requests, reference, strict=True)
-                    ]
-                )
-            ),
+            drifts[label],
         )
         for label, choices in named.items()
     ]
 
 
-class Course:
-    """A program with every evaluation of every schedule in each way: in full, then skipping each option.
+class _Scale:
+    """One schedule of a `Course`, and the trajectories that it is measured on."""
+
+    def __init__(
+        self,
+        course: Course,
+        pipe: Pipeline,
+        name: str,
+        requests: Sequence[dict[str, Any]],
+        journal: _Journal | None,
+    ) -> None:
+        self.course, self.name, self.evaluations = course, name, course.schedules[name]
+        self.macs = course.macs(pipe, name, requests[0])
+        self._pipe = pipe
+        self._requests = requests
+        self._journal = journal
+        self._full: dict[int, Array] = {}
+        self._known = {} if journal is None else journal.drifts.get(name, {})
+
+    def uniform(self, option: int, every: int, dense: set[int]) -> Choices:
+        """Skips an option but at every N-th evaluation, at dense ones, and where there is nothing to read yet."""
+        choices: Choices = ()
+        since = every
+        for index in range(self.evaluations):
+            since += 1
+            full = (
+                index in dense or since > every or not self.course.can_be(self.name, (*choices, 1 + option))
+            )
+            choices = (*choices, FULL if full else 1 + option)
+            since = 1 if full else since
+        return choices
+
+    def errors(self, ages: int) -> npt.NDArray[np.float64]:
+        """`Drift.errors`, mean of the trajectories."""
+        total = np.zeros((len(self.course.skip), self.evaluations, ages))
+        for number, request in enumerate(self._requests):
+            known = None if self._journal is None else self._journal.errors.get((self.name, number))
+            if known is None or known.shape[2] < ages:
+                known = self.course.errors(self._pipe, self.name, request, ages)
+                if self._journal is not None:
+                    self._journal.add_errors(self.name, number, known)
+            total += known[:, :, :ages]
+        return total / len(self._requests)
+
+    def drift(self, choices: Choices, bound: float = np.inf) -> float:
+        """Relative error of the last latents, mean of the trajectories; inf as soon as it cannot be below a bound."""
+        total = 0.0
+        for number in range(len(self._requests)):
+            total += self._drift(number, choices)
+            if not total / len(self._requests) < bound:
+                return np.inf
+        return total / len(self._requests)
+
+    def _drift(self, number: int, choices: Choices) -> float:
+        if (number, choices) not in self._known:
+            if number not in self._full:
+                self._full[number] = self._draw(number, (FULL,) * self.evaluations)
+            self._known[number, choices] = relative_error(self._draw(number, choices), self._full[number])
+            if self._journal is not None:
+                self._journal.add_drift(self.name, number, choices, self._known[number, choices])
+        return self._known[number, choices]
+
+    def _draw(self, number: int, choices: Choices) -> Array:
+        return self.course.draw(self._pipe, self.name, self._requests[number], choices)
+
+
+class _Journal:
+    """Measurements in a file.
 
     Attributes:
-        program: To be cut.
-        schedules: Name -> evaluations.
-        skip: The options.
+        errors: (schedule, trajectory) -> (options, evaluations, ages) `Drift.errors`.
+        drifts: Schedule -> (trajectory, choices) -> the drift of the last latents.
     """
 
-    def __init__(self, program: Program, skip: tuple[str, ...]) -> None:
-        self.skip = skip
-        task_name, task = next(iter(program.tasks.items()))
-        whole = {name: s for name, s in task.schedules.items() if split_name(name)[0] == name}
-        self.schedules = {name: len(schedule.steps) for name, schedule in whole.items()}
-        ways = {
-            name: Schedule(s.steps * (1 + len(skip)), s.prologue) for name, s in whole.items()
-        }  # at index way * evaluations + evaluation
-        choices = {
-            name: tuple(way for way in (NOTHING, *skip) for _ in range(count))
-            for name, count in self.schedules.items()
-        }
-        one_task = {task_name: dataclasses.replace(task, schedules=ways)}
-        self.program = inherit(
-            dataclasses.replace(program, tasks=one_task), InheritPlan(skip=skip, choices=choices)
-        )
-        schedules = self.program.tasks[task_name].schedules
-        self._read: dict[str, list[frozenset[str]]] = {}
-        self._kept: dict[str, list[frozenset[str]]] = {}
-        for name, count in self.schedules.items():
-            plain, ours = ways[name].steps, schedules[name].steps
-            pairs = [(a.calls, b.calls) for a, b in zip(plain, ours, strict=True)]
-            self._read[name] = [_added(a, b, lambda call: call.inputs) for a, b in pairs]
-            self._kept[name] = [_added(a, b, lambda call: call.outputs) for a, b in pairs[:count]]
+    def __init__(self, path: Path, header: dict[str, object]) -> None:
+        self.path = path
+        self.errors: dict[tuple[str, int], npt.NDArray[np.float64]] = {}
+        self.drifts: dict[str, dict[tuple[int, Choices], float]] = {}
+        resume(path, header, self._parse, holds="drifts", measured_on="trajectories or skips")
 
-    def macs(self, pipe: Pipeline, name: str, request: dict[str, Any]) -> npt.NDArray[np.int64]:
-        """(1 + options, evaluations): multiplications of every evaluation in each way."""
-        _, plan, _ = pipe.prepare(**request)
-        known: dict[Any, int] = {}
-        for step in plan.steps:
-            if id(step.calls) not in known:  # steps that call the same share their calls
-                known[id(step.calls)] = step_macs(pipe, step.calls)
-        numbers = [known[id(step.calls)] for step in plan.steps]
-        return np.array(numbers, np.int64).reshape(1 + len(self.skip), self.schedules[name])
+    def add_errors(self, schedule: str, number: int, errors: npt.NDArray[np.float64]) -> None:
+        listed = errors.astype(object)
+        listed[np.isinf(errors)] = None  # JSON has no infinity
+        add(self.path, {"schedule": schedule, "trajectory": number, "errors": listed.tolist()})
 
-    def errors(
-        self, pipe: Pipeline, name: str, requests: Sequence[dict[str, Any]], ages: int
-    ) -> npt.NDArray[np.float64]:
-        """(options, evaluations, ages): `Drift.errors`, mean over the requests."""
-        count = self.schedules[name]
-        total = np.zeros((len(self.skip), count, ages))
-        for options in requests:
-            request, plan, _ = pipe.prepare(**options)
-            plan.begin(request)
-            features: list[dict[str, Array]] = []
-            for index in range(count):
-                before = plan.buffers[STATE].copy()
-                step = plan.steps[index]
-                step.run(request)
-                after, latents = plan.buffers[STATE].copy(), step.results["next_sample"].copy()
-                if not np.isfinite(latents).all():
-                    raise CalibrationError(
-                        f"the model gives numbers that are not finite at step {index} of {options}: mend its weights"
-                    )
-                features.append({key: plan.buffers[key].copy() for key in self._kept[name][index]})
-                for option in range(len(self.skip)):
-                    way = (1 + option) * count + index
-                    read = self._read[name][way]
-                    for age in range(1, ages + 1):
-                        if age > index or not read or not read <= features[index - age].keys():
-                            total[option, index, age - 1] = np.inf
-                            continue
-                        for key in read:
-                            plan.buffers[key][...] = features[index - age][key]
-                        error = relative_error(self._again(plan, way, before), latents)
-                        total[option, index, age - 1] += error
-                if index >= ages:
-                    features[index - ages] = {}  # too old to be read from here on
-                plan.buffers[STATE][...] = after
-        return total / len(requests)
+    def add_drift(self, schedule: str, number: int, choices: Choices, drift: float) -> None:
+        add(self.path, {"schedule": schedule, "trajectory": number, "choices": choices, "drift": drift})
 
-    def draw(self, pipe: Pipeline, name: str, options: dict[str, Any], choices: Sequence[int]) -> Array:
-        """The last latents of a schedule, errors piling up as they do."""
-        request, plan, _ = pipe.prepare(**options)
-        plan.begin(request)
-        for index, choice in enumerate(choices):
-            plan.steps[choice * self.schedules[name] + index].run(request)
-        last = plan.steps[choices[-1] * self.schedules[name] + len(choices) - 1]
-        latents: Array = last.results["next_sample"].copy()
-        return latents
+    def _parse(self, entry: dict[str, Any]) -> None:
+        schedule, number = str(entry["schedule"]), int(entry["trajectory"])
+        if "errors" in entry:
+            errors = np.array(entry["errors"], np.float64)
+            if errors.ndim != 3:
+                raise ValueError("errors by option, evaluation and age are needed")
+            self.errors[schedule, number] = np.where(np.isnan(errors), np.inf, errors)
+        else:
+            choices = tuple(int(choice) for choice in entry["choices"])
+            self.drifts.setdefault(schedule, {})[number, choices] = float(entry["drift"])
 
-    @staticmethod
-    def _again(plan: Plan, way: int, state: Array) -> Array:
-        """The next latents from a state, with the noise that was drawn last."""
-        plan.buffers[STATE][...] = state
-        step = plan.steps[way]
-        step.place[...] = step.constants
-        for call in step.calls:
-            call.run()
-        return np.asarray(step.results["next_sample"])
+
+def _header(
+    program: Program, plan: InheritPlan, skip: tuple[str, ...], trajectories: int
+) -> dict[str, object]:
+    """What measurements depend on beside the graphs: their schedules, and what is drawn and skipped."""
+    task = next(iter(program.tasks.values()))
+    loops = hashlib.sha256(repr((program.size, task.guidance, task.schedules)).encode()).hexdigest()
+    return {
+        "schema": 1,
+        "fingerprint": fingerprint(program),
+        "schedules": loops,
+        "skip": list(skip),
+        "prompts": list(plan.prompts),
+        "trajectories": trajectories,
+    }
 
 
 def _options(program: Program, plan: InheritPlan) -> tuple[str, ...]:
@@ -283,16 +308,6 @@ def _options(program: Program, plan: InheritPlan) -> tuple[str, ...]:
         if call.segment.startswith(DENOISER):
             return (default_region(program.segments[call.segment].model),)
     raise PassError("the program has no denoiser: nothing can be inherited")
-
-
-def _added(plain: Sequence[Call], ours: Sequence[Call], side: Callable[[Call], Any]) -> frozenset[str]:
-    """Tensors that calls read, or write, beside those of the plain ones."""
-    return frozenset(
-        tensor
-        for before, after in zip(plain, ours, strict=True)
-        for key, tensor in side(after).items()
-        if key not in side(before)
-    )
 
 
 @contextlib.contextmanager

@@ -35,6 +35,15 @@ class Drift:
         """The multiplications of a whole schedule."""
         return int(self.macs[list(choices), range(len(choices))].sum())
 
+    def summed(self, choices: tuple[int, ...]) -> float:
+        """The sum of a whole schedule's errors; inf where it reads what is too old."""
+        total, age = 0.0, self.errors.shape[2]
+        for index, choice in enumerate(choices):
+            age = 0 if choice == FULL else age + 1
+            if choice != FULL:
+                total += self.errors[choice - 1, index, age - 1] if age <= self.errors.shape[2] else np.inf
+        return float(total)
+
 
 def least_drift(drift: Drift, budget: int, full: Collection[int] = ()) -> tuple[int, ...] | None:
     """For every evaluation `FULL`, or 1 + the option that it skips.

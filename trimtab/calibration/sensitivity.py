@@ -7,20 +7,20 @@ on the model's own trajectories. The sum of the single losses stands for the los
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from trimtab.calibration.gates import GATES, Array, add_gates
+from trimtab.calibration.journal import add, resume
 from trimtab.calibration.trajectories import Sample
 from trimtab.calibration.workers import CHUNK, Job, Workers
 from trimtab.errors import CalibrationError
@@ -146,19 +146,18 @@ class GatedGraph:
         self, sets: Sequence[tuple[str, ...]], workers: Workers, log: Path | None, progress: Progress | None
     ) -> list[tuple[float, ...]]:
         """Losses of each set on every sample."""
-        known = {} if log is None else _resume(log, self._header())
+        known: dict[Job, float] = {}
+        if log is not None:
+            known = dict(resume(log, self._header(), _parse, holds="losses", measured_on="samples"))
         numbers = range(len(self.samples))
         jobs = dict.fromkeys((i, names) for i in numbers for names in sets)
         missing = [job for job in jobs if job not in known]
-        with contextlib.ExitStack() as stack:
-            stream = None if log is None else stack.enter_context(log.open("a", encoding="utf-8"))
-            for job, loss in self.losses(missing, workers, progress):
-                known[job] = loss
-                if stream is not None:
-                    number, names = job
-                    removed = names[0] if len(names) == 1 else names
-                    stream.write(_line({"sample": number, "removed": removed, "loss": loss.hex()}))
-                    stream.flush()
+        for job, loss in self.losses(missing, workers, progress):
+            known[job] = loss
+            if log is not None:
+                number, names = job
+                removed = names[0] if len(names) == 1 else names
+                add(log, {"sample": number, "removed": removed, "loss": loss.hex()})
         return [tuple(known[i, names] for i in numbers) for names in sets]
 
     def _header(self) -> dict[str, object]:
@@ -193,37 +192,10 @@ def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
     return inputs
 
 
-def _resume(log: Path, header: dict[str, object]) -> dict[Job, float]:
-    """What a file of losses holds; one that is not there is begun. A last line that was cut short is dropped."""
-    if not log.exists() or log.stat().st_size == 0:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text(_line(header), encoding="utf-8")
-        return {}
-    text = log.read_text(encoding="utf-8", errors="replace")
-    whole, _, cut = text.rpartition("\n")
-    if cut:
-        logger.warning("the last line of %s was cut short: it is measured again", log)
-    lines = whole.splitlines()
-    try:
-        first, *entries = [json.loads(line) for line in lines]
-        of = first.get("fingerprint")
-        known: dict[Job, float] = {}
-        for entry in entries:
-            removed = entry["removed"]  # a name, or several that went together
-            names = (removed,) if isinstance(removed, str) else tuple(map(str, removed))
-            known[int(entry["sample"]), names] = float.fromhex(entry["loss"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CalibrationError(f"{log} holds no losses ({error}): name another file, or remove it") from error
-    if first != header:
-        what = "on other samples" if of == header["fingerprint"] else "of another model"
-        raise CalibrationError(f"{log} holds losses {what}: name another file, or remove it")
-    if cut:
-        log.write_text(whole + "\n", encoding="utf-8")
-    return known
-
-
-def _line(data: dict[str, object]) -> str:
-    return json.dumps(data) + "\n"
+def _parse(entry: Mapping[str, Any]) -> tuple[Job, float]:
+    removed = entry["removed"]  # a name, or several that went together
+    names = (removed,) if isinstance(removed, str) else tuple(map(str, removed))
+    return (int(entry["sample"]), names), float.fromhex(entry["loss"])
 
 
 def _hash(sample: Mapping[str, Array]) -> str:

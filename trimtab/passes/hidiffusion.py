@@ -13,9 +13,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 from trimtab.errors import PassError
+from trimtab.passes.inherit import DENOISER
 from trimtab.passes.raunet import CONV, POOL, SHIFT, WINDOWS, Places, Swaps, add_alternatives, find_places
 from trimtab.passes.window_attention import SHIFTS
 from trimtab.program import Call, PassEntry, Program, Schedule, Step, TensorSpec
@@ -59,24 +61,32 @@ def hidiffusion(program: Program) -> Program:
     seed, apart from the noise.
 
     Args:
-        program: Its denoiser's graph gains alternatives in place; every plain value stays what it is.
+        program: Its denoisers' graphs gain alternatives in place; every plain value stays what it is.
             `trimtab.passes.partition.partition` must follow.
 
     Raises:
-        PassError: The denoiser is no U-Net that the method covers, or its windows cannot divide the native size.
+        PassError: A denoiser is no U-Net that the method covers, or its windows cannot divide the native size.
     """
-    model = program.segments["denoiser"].model
-    places = find_places(model)
+    models = {name: s.model for name, s in program.segments.items() if name.startswith(DENOISER)}
+    found = {name: find_places(model) for name, model in models.items()}
     trained = program.trained_size or program.size
     # Windows cut an even side in two; where they lie in the pooled part, its half must be even too.
-    multiple = program.size_multiple * 2 ** (places.window_level + 1 + places.windows_are_pooled)
+    multiple, places = max(
+        (
+            (program.size_multiple * 2 ** (each.window_level + 1 + each.windows_are_pooled), each)
+            for each in found.values()
+        ),
+        key=lambda pair: pair[0],
+    )
     native = scale_of(program.size, trained)
     if native > 1 and any(side % multiple for side in program.size):
         raise PassError(
             f"the windows of {places.windows[0]} cannot divide {program.size[0]}x{program.size[1]}: both sides "
             f"must be multiples of {multiple} with HiDiffusion"
         )
-    swaps, blocks = add_alternatives(model, places)
+    rewrites = {
+        name: _Rewrites(found[name], *add_alternatives(model, found[name])) for name, model in models.items()
+    }
     least = {scale: math.ceil(trained[0] * trained[1] * scale * scale / 2) for scale in SCALES}
     loops = {
         name: len(schedule.steps)
@@ -89,7 +99,7 @@ def hidiffusion(program: Program) -> Program:
         whole = loops.get(name.partition("/")[0], len(schedule.steps))
         return dataclasses.replace(
             schedule,
-            steps=_rewritten(schedule.steps, whole, places, scale, swaps),
+            steps=_rewritten(schedule.steps, whole, scale, rewrites),
             least_pixels=least[scale] if native == 1 else 0,
             size_multiple=multiple,
         )
@@ -103,17 +113,36 @@ def hidiffusion(program: Program) -> Program:
                 continue
             schedules[name] = schedule
             schedules |= {f"{name}/{scale}x": at_scale(name, schedule, scale) for scale in SCALES}
-        drawn = TensorSpec(
-            f"{SHIFT}s",
-            "int64",
-            (max(loops.values()), blocks),
-            {"kind": "window_shifts", "shifts": SHIFTS},
+        drawn = tuple(
+            TensorSpec(
+                _shifts(name),
+                "int64",
+                (max(loops.values()), each.blocks),
+                {"kind": "window_shifts", "shifts": SHIFTS},
+            )
+            for name, each in rewrites.items()
         )
         tasks[key] = dataclasses.replace(
-            task, inputs=(*task.inputs, drawn), schedules=_windowed(schedules, native)
+            task, inputs=(*task.inputs, *drawn), schedules=_windowed(schedules, native)
         )
-    entry = PassEntry("HiDiffusion", "denoiser", blocks + len(swaps), 0)
-    return dataclasses.replace(program, tasks=tasks, passes=(*program.passes, entry))
+    entries = [
+        PassEntry("HiDiffusion", name, each.blocks + len(each.swaps), 0) for name, each in rewrites.items()
+    ]
+    return dataclasses.replace(program, tasks=tasks, passes=(*program.passes, *entries))
+
+
+@dataclass(frozen=True)
+class _Rewrites:
+    """What one denoiser's graph has gained."""
+
+    places: Places
+    swaps: Swaps
+    blocks: int
+
+
+def _shifts(segment: str) -> str:
+    """The tensor of a denoiser's shifts, a row for every step."""
+    return f"{SHIFT}s{segment.removeprefix(DENOISER)}"
 
 
 def scale_of(size: tuple[int, int], trained: tuple[int, int]) -> int:
@@ -127,8 +156,10 @@ def _windowed(schedules: Mapping[str, Schedule], native: int) -> dict[str, Sched
 
     def windowed(step: Step, index: int, windows: int) -> Step:
         calls = (
-            dataclasses.replace(call, inputs={**call.inputs, SHIFT: f"{SHIFT}s[{index}]", WINDOWS: WINDOWS})
-            if call.segment == "denoiser"
+            dataclasses.replace(
+                call, inputs={**call.inputs, SHIFT: f"{_shifts(call.segment)}[{index}]", WINDOWS: WINDOWS}
+            )
+            if call.segment.startswith(DENOISER)
             else call
             for call in step.calls
         )
@@ -149,22 +180,23 @@ def _windowed(schedules: Mapping[str, Schedule], native: int) -> dict[str, Sched
 
 
 def _rewritten(
-    steps: Sequence[Step], whole: int, places: Places, scale: int, swaps: Swaps
+    steps: Sequence[Step], whole: int, scale: int, rewrites: Mapping[str, _Rewrites]
 ) -> tuple[Step, ...]:
     """Steps that read what their phase says; a loop that starts late, for a picture, starts late in the phases."""
-    result = []
-    for index, step in enumerate(steps, whole - len(steps)):
-        chosen = {v: w for name in rewrites_at(places, scale, index, whole) for v, w in swaps[name].items()}
-        result.append(dataclasses.replace(step, calls=tuple(_swapped(call, chosen) for call in step.calls)))
-    return tuple(result)
 
+    def swapped(call: Call, index: int) -> Call:
+        if call.segment not in rewrites:
+            return call
+        ours = rewrites[call.segment]
+        swaps = {
+            value: f"{call.segment}/{other}"
+            for name in rewrites_at(ours.places, scale, index, whole)
+            for value, other in ours.swaps[name].items()
+        }
+        others = {tensor.partition("/")[2]: tensor for tensor in swaps.values()}
+        return dataclasses.replace(call, inputs={**call.inputs, **swaps}, outputs={**call.outputs, **others})
 
-def _swapped(call: Call, swaps: Mapping[str, str]) -> Call:
-    if call.segment != "denoiser":
-        return call
-    tensors = {value: f"denoiser/{other}" for value, other in swaps.items()}
-    return dataclasses.replace(
-        call,
-        inputs={**call.inputs, **tensors},
-        outputs={**call.outputs, **{other: tensors[value] for value, other in swaps.items()}},
+    return tuple(
+        dataclasses.replace(step, calls=tuple(swapped(call, index) for call in step.calls))
+        for index, step in enumerate(steps, whole - len(steps))
     )

@@ -11,6 +11,9 @@ from typing import Any
 
 from trimtab.errors import InputError
 
+FILE = "inherit.json"
+"""Where a bundle keeps a plan that was searched for."""
+
 FULL = ""
 """Stands for a step that inherits nothing."""
 
@@ -31,6 +34,8 @@ class InheritPlan:
         dense_end: The last ones.
         speed: Look for the schedule: this many times as fast as full evaluations, by MACs, with the least drift
             (`trimtab.calibration.drift`).
+        prompts: What a search draws, for models that read text; empty for plain things of many kinds
+            (`trimtab.calibration.trajectories.PROMPTS`).
     """
 
     skip: tuple[str, ...] = ()
@@ -40,6 +45,7 @@ class InheritPlan:
     dense_start: int = 0
     dense_end: int = 0
     speed: float | None = None
+    prompts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         modes = [self.every is not None, bool(self.full), bool(self.choices), self.speed is not None]
@@ -56,6 +62,10 @@ class InheritPlan:
             raise InputError("dense_start and dense_end must be whole numbers from 0")
         if self.speed is not None and not self.speed > 1:
             raise InputError(f"speed = {self.speed}: a number above 1 is needed")
+        if self.prompts and self.speed is None:
+            raise InputError(
+                "prompts are what a search draws, and the plan asks for no speed: leave them out"
+            )
         for name, choices in self.choices.items():
             if unknown := sorted(set(choices) - {FULL, *self.skip}):
                 raise InputError(f"the choices of {name} name {unknown[0]!r}, which is not in skip")
@@ -96,9 +106,10 @@ def make_plan(value: Any) -> InheritPlan:
         raise InputError(f"a plan of inheritance has no {unknown[0]!r}: known are {', '.join(sorted(known))}")
     fields = dict(value)
     try:
-        if isinstance(fields.get("skip"), str):
-            fields["skip"] = (fields["skip"],)
-        for name in ("skip", "full"):
+        for name in ("skip", "prompts"):
+            if isinstance(fields.get(name), str):
+                fields[name] = (fields[name],)
+        for name in ("skip", "full", "prompts"):
             if name in fields:
                 fields[name] = tuple(fields[name])
         if "choices" in fields:

@@ -14,6 +14,7 @@ import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.inherit import DENOISER, split_name
+from trimtab.passes.partition import step_calls
 from trimtab.program import Call, PassEntry, Program, Segment, Step
 
 
@@ -32,8 +33,8 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
         A program with the further segments ``denoiser-NAME``.
 
     Raises:
-        PassError: A name that is not among the others, shares that do not rise, or a denoiser whose inputs or
-            outputs differ.
+        PassError: A name that is not among the others, shares that do not rise, a denoiser whose inputs or
+            outputs differ or that was compiled for another sampler, or one that no step would call.
     """
     starts = [start for _, start in ranges]
     if any(not 0 <= start <= 1 for start in starts) or sorted(starts) != starts:
@@ -53,6 +54,12 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
                 f"the denoiser {name} was compiled for {others[name].slots} slots of the sampler and this "
                 f"program has {program.slots}: compile both with the same scheduler and steps"
             )
+        for loop, steps in _loops(program).items():
+            if _constants(_loops(others[name]).get(loop, ())) != _constants(steps):
+                raise PassError(
+                    f"the denoiser {name} was compiled with another {loop}, or with none: compile both with the "
+                    "same scheduler and steps"
+                )
         segments[f"{DENOISER}-{name}"] = Segment(f"{DENOISER}-{name}", model)
         entries.append(PassEntry("Switch", f"{DENOISER}-{name}", 1, 0))
 
@@ -79,7 +86,28 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
             )
             schedules[name] = dataclasses.replace(schedule, steps=steps)
         tasks[task_name] = dataclasses.replace(task, schedules=schedules)
-    return dataclasses.replace(program, segments=segments, tasks=tasks, passes=(*program.passes, *entries))
+    result = dataclasses.replace(program, segments=segments, tasks=tasks, passes=(*program.passes, *entries))
+    called = {call.segment for call in step_calls(result)}
+    if idle := [name for name in segments if name.startswith(DENOISER) and name not in called]:
+        raise PassError(
+            f"no step would call {idle[0]}: the schedules {', '.join(_loops(program))} are too short for switches at "
+            f"{', '.join(f'{start:g}' for start in starts)}"
+        )
+    return result
+
+
+def _loops(program: Program) -> dict[str, tuple[Step, ...]]:
+    """The steps of all whole schedules of the first task."""
+    schedules = next(iter(program.tasks.values())).schedules
+    return {name: schedule.steps for name, schedule in schedules.items() if split_name(name)[0] == name}
+
+
+def _constants(steps: Sequence[Step]) -> list[dict[str, list[str]]]:
+    """What tells one sampler from another, to the digits of float32 that a bundle keeps."""
+    return [
+        {name: [f"{value:.9g}" for value in values] for name, values in step.constants.items()}
+        for step in steps
+    ]
 
 
 def _difference(ours: ir.Model, theirs: ir.Model) -> str | None:

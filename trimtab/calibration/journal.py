@@ -1,0 +1,67 @@
+"""A file that measurements are added to as they are made: what was cut off goes on from it.
+
+Its first line says what was measured; each of the others is one measurement. All are JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trimtab.errors import CalibrationError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def resume(
+    path: Path, header: Mapping[str, object], parse: Callable[[Any], T], *, holds: str, measured_on: str
+) -> list[T]:
+    """What a file holds; one that is not there is begun. A last line that was cut short is dropped.
+
+    Args:
+        path: The file.
+        header: What is measured: JSON, with the ``fingerprint`` of the model.
+        parse: A line's JSON -> a measurement.
+        holds: What they are, for messages: "losses".
+        measured_on: What else than the model they depend on: "samples".
+
+    Raises:
+        CalibrationError: It is no such file, or one of another model or of other samples.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_line(header), encoding="utf-8")
+        return []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole, _, cut = text.rpartition("\n")
+    if cut:
+        logger.warning("the last line of %s was cut short: it is measured again", path)
+    try:
+        first, *entries = [json.loads(line) for line in whole.splitlines()]
+        of = first.get("fingerprint")
+        known = [parse(entry) for entry in entries]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CalibrationError(
+            f"{path} holds no {holds} ({error}): name another file, or remove it"
+        ) from error
+    if first != header:
+        what = f"on other {measured_on}" if of == header["fingerprint"] else "of another model"
+        raise CalibrationError(f"{path} holds {holds} {what}: name another file, or remove it")
+    if cut:
+        path.write_text(whole + "\n", encoding="utf-8")
+    return known
+
+
+def add(path: Path, measurement: Mapping[str, object]) -> None:
+    """Adds one measurement to a file that `resume` has read or begun."""
+    with path.open("a", encoding="utf-8") as stream:
+        stream.write(_line(measurement))
+
+
+def _line(data: Mapping[str, object]) -> str:
+    return json.dumps(data) + "\n"
