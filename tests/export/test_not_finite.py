@@ -58,5 +58,5 @@ def test_a_layer_whose_weights_are_not_finite_keeps_its_name_so_that_packing_fin
     layer = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False))
     with torch.no_grad():
         layer[0].weight[1, 2] = torch.nan
-    graph = trace(layer, {"input": Example(torch.randn(2, 4), ("batch", None))}, ["y"])
+    graph = trace(layer, {"input": Example(torch.randn(2, 5, 4), ("batch", "tokens", None))}, ["y"])
     assert "0.weight.T" in graph.graph.initializers
