@@ -183,6 +183,9 @@ def test_a_store_of_another_model_or_other_settings_is_refused(tmp_path: Path) -
         make_codebooks({"denoiser": model(blocks__0__to_q=weight(1))}, Settings(), store)
     with pytest.raises(CalibrationError, match=r"other settings \(seed 0 and not 7\)"):
         make_codebooks({"denoiser": model(blocks__0__to_q=weight(0))}, Settings(seed=7), store)
+    rules = (("blocks.0.to_q", "keep"),)
+    with pytest.raises(CalibrationError, match=r"other settings \(rules "):
+        make_codebooks({"denoiser": model(blocks__0__to_q=weight(0))}, Settings(rules=rules), store)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "diary.txt").write_text("mine")
     with pytest.raises(CalibrationError, match=r"holds no codebooks\.json: name an empty folder"):

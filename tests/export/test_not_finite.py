@@ -52,3 +52,11 @@ def test_it_does_not_depend_on_what_clip_makes_of_nan(graph: ir.Model) -> None:
     deaf.graph.insert_before(where, [is_nan, black])
     where.replace_input_with(list(where.inputs).index(clip.outputs[0]), black.outputs[0])
     assert np.isnan(run(deaf, np.full((1, 3, 2, 2), np.nan, np.float32))).all()
+
+
+def test_a_layer_whose_weights_are_not_finite_keeps_its_name_so_that_packing_finds_it() -> None:
+    layer = torch.nn.Sequential(torch.nn.Linear(4, 3, bias=False))
+    with torch.no_grad():
+        layer[0].weight[1, 2] = torch.nan
+    graph = trace(layer, {"input": Example(torch.randn(2, 5, 4), ("batch", "tokens", None))}, ["y"])
+    assert "0.weight.T" in graph.graph.initializers

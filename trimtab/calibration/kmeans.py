@@ -157,7 +157,7 @@ def make_codebooks(
     for name in picked:
         if not _finite(found[name].rows()):
             raise CalibrationError(f"{name} holds numbers that are not finite: mend the model's weights")
-    mark = fingerprint((name, found[name].rows()) for name in picked)
+    mark = fingerprint((name, site.rows()) for name, site in found.items())  # whichever the settings pick
     kept = {name: choice for name, choice in choices.items() if isinstance(choice, str)}
     noted = {"bits": settings.bits, "rules": settings.rules, "scale": settings.scale, "seed": settings.seed}
     files = None if store is None else CodebookStore(store, mark, noted)

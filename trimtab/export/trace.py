@@ -192,7 +192,9 @@ def _name_transposed(graph: ir.Graph, module: torch.nn.Module) -> None:
         if parameter is None or weight.name in (name, f"{name}.T") or not weight.is_initializer():
             continue
         array = weight.const_value.numpy()
-        if array.shape == parameter.T.shape and np.array_equal(array, parameter.detach().T.numpy()):
+        if array.shape == parameter.T.shape and np.array_equal(
+            array, parameter.detach().T.numpy(), equal_nan=True
+        ):
             weight.name = f"{name}.T"
 
 
