@@ -3,10 +3,11 @@
     python benchmarks/removal_score.py [--model PIPELINE] [--steps 4] [--evaluations 40] [--json] [--scratch FOLDER]
 
 Runs `trimtab score` on 859,520,964 parameters, random weights (fp32, 512x512 pixels, one thread), reads the resident
-memory of its process twice a second, and stops it after some evaluations: a whole run takes hours. What it would take
+memory of its processes twice a second, and stops it after some evaluations: a whole run takes hours. What it would take
 is what the command itself says, and what the evaluations that were made come to. Memory is told by what was going on:
-the export, the model's own trajectories, the scores. With 4 steps in the place of 20 the trajectories are shorter; no
-memory depends on that. Takes 8 GB of disk and 6 GB of memory; --model takes a pipeline in the place of making one.
+the export, which has a process of its own, the model's own trajectories, the scores. With 4 steps in the place of 20
+the trajectories are shorter; no memory depends on that. Takes 8 GB of disk and 6 GB of memory; --model takes a pipeline
+in the place of making one.
 """
 
 from __future__ import annotations
@@ -40,6 +41,11 @@ def resident(process: int) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+def children(process: int) -> list[int]:
+    """Processes that it waits for."""
+    return [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[str, Any]:
     """Runs the command until it has made some evaluations, and says what it took."""
     log = scratch / "losses"
@@ -63,7 +69,8 @@ def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[st
         lines = len(log.read_text().splitlines()) if log.exists() else 0
         phase = "scores" if lines else "trajectories" if said else "export"
         try:
-            now = resident(process.pid)
+            family = [process.pid, *children(process.pid)]
+            now = tuple(map(sum, zip(*map(resident, family), strict=True)))
         except (OSError, TypeError):  # it has just ended
             break
         peaks[phase] = [max(pair) for pair in zip(now, peaks.get(phase, (0, 0)), strict=True)]
