@@ -193,20 +193,42 @@ def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
     return inputs
 
 
+def kept_losses(log: Path, fingerprint: str) -> int:
+    """How many losses of single layers a file holds, whatever the samples: found out before anything is measured.
+
+    Raises:
+        CalibrationError: The file is of another model, or of something else.
+    """
+    if not log.exists() or log.stat().st_size == 0:
+        return 0
+    first, known, _ = _read(log)
+    if first["fingerprint"] != fingerprint:
+        raise CalibrationError(f"{log} holds losses of another model: name another file, or remove it")
+    return sum(len(names) == 1 for _, names in known)
+
+
 def _resume(log: Path, header: dict[str, object]) -> dict[Job, float]:
     """What a file of losses holds; one that is not there is begun. A last line that was cut short is dropped."""
     if not log.exists() or log.stat().st_size == 0:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(_line(header), encoding="utf-8")
         return {}
-    text = log.read_text(encoding="utf-8", errors="replace")
-    whole, _, cut = text.rpartition("\n")
-    if cut:
+    first, known, cut = _read(log)
+    if first != header:
+        what = "on other samples" if first["fingerprint"] == header["fingerprint"] else "of another model"
+        raise CalibrationError(f"{log} holds losses {what}: name another file, or remove it")
+    if cut is not None:
         logger.warning("the last line of %s was cut short: it is measured again", log)
-    lines = whole.splitlines()
+        log.write_text(cut + "\n", encoding="utf-8")
+    return known
+
+
+def _read(log: Path) -> tuple[dict[str, object], dict[Job, float], str | None]:
+    """The header, the losses, and the whole lines of a file whose last one was cut short."""
+    whole, _, cut = log.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     try:
-        first, *entries = [json.loads(line) for line in lines]
-        of = first.get("fingerprint")
+        first, *entries = [json.loads(line) for line in whole.splitlines()]
+        first = {"fingerprint": None, **first}
         known: dict[Job, float] = {}
         for entry in entries:
             removed = entry["removed"]  # a name, or several that went together
@@ -214,12 +236,7 @@ def _resume(log: Path, header: dict[str, object]) -> dict[Job, float]:
             known[int(entry["sample"]), names] = float.fromhex(entry["loss"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CalibrationError(f"{log} holds no losses ({error}): name another file, or remove it") from error
-    if first != header:
-        what = "on other samples" if of == header["fingerprint"] else "of another model"
-        raise CalibrationError(f"{log} holds losses {what}: name another file, or remove it")
-    if cut:
-        log.write_text(whole + "\n", encoding="utf-8")
-    return known
+    return first, known, whole if cut else None
 
 
 def _line(data: dict[str, object]) -> str:
