@@ -3,17 +3,17 @@
     python benchmarks/removal_score.py [--model PIPELINE] [--steps 4] [--evaluations 40] [--json] [--scratch FOLDER]
 
 Runs `trimtab score` on 859,520,964 parameters, random weights (fp32, 512x512 pixels, one thread), reads the resident
-memory of its process twice a second, and stops it after some evaluations: a whole run takes hours. What it would take
+memory of its processes twice a second, and stops it after some evaluations: a whole run takes hours. What it would take
 is what the command itself says, and what the evaluations that were made come to. Memory is told by what was going on:
-the export, the model's own trajectories, the scores. With 4 steps in the place of 20 the trajectories are shorter; no
-memory depends on that. Takes 8 GB of disk and 6 GB of memory; --model takes a pipeline in the place of making one.
+the export, which has a process of its own, the model's own trajectories, the scores. With 4 steps in the place of 20
+the trajectories are shorter; no memory depends on that. Takes 8 GB of disk and 6 GB of memory; --model takes a pipeline
+in the place of making one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import re
 import signal
@@ -40,6 +40,11 @@ def resident(process: int) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+def children(process: int) -> list[int]:
+    """Processes that it waits for."""
+    return [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
 def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[str, Any]:
     """Runs the command until it has made some evaluations, and says what it took."""
     log = scratch / "losses"
@@ -61,11 +66,13 @@ def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[st
     when: list[float] = []
     while process.poll() is None and len(when) < evaluations:
         lines = len(log.read_text().splitlines()) if log.exists() else 0
-        phase = "scores" if lines else "trajectories" if said else "export"
         try:
-            now = resident(process.pid)
-        except (OSError, TypeError):  # it has just ended
-            break
+            others = children(process.pid)
+            now = tuple(map(sum, zip(*map(resident, [process.pid, *others]), strict=True)))
+        except (OSError, TypeError):  # one of them has just ended
+            time.sleep(_POLL_S)
+            continue
+        phase = "scores" if lines else "export" if others else "trajectories"
         peaks[phase] = [max(pair) for pair in zip(now, peaks.get(phase, (0, 0)), strict=True)]
         when += [time.monotonic() - start] * max(0, lines - 1 - len(when))
         time.sleep(_POLL_S)
@@ -75,7 +82,7 @@ def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[st
     process.wait()
     # Losses come by the chunk, each behind one more evaluation of the whole model.
     chunks = sorted(set(when))
-    each = (chunks[-1] - chunks[0]) / (len(when) - when.count(chunks[0])) if len(chunks) > 1 else math.nan
+    each = (chunks[-1] - chunks[0]) / (len(when) - when.count(chunks[0])) if len(chunks) > 1 else None
     unet = next((model / "unet").glob("*.safetensors")).stat().st_size
     jobs = int(re.search(r"then (\d+) evaluations", said[0][1])[1])  # type: ignore[index]
     top = max(peak[0] for peak in peaks.values())
@@ -87,7 +94,7 @@ def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[st
         "line_seconds": said[0][0],
         "evaluations": len(when),
         "evaluation_seconds": each,
-        "all_scores_hours": each * jobs / 3600,
+        "all_scores_hours": each and each * jobs / 3600,
         "goals": {"memory_ratio": MEMORY_GOAL, "line_seconds": LINE_GOAL_S},
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg()[0],
@@ -105,10 +112,10 @@ def _show(result: dict[str, Any]) -> None:
     for entry in result["said"]:
         print(f"after {entry['seconds']:5.0f} s: {entry['line']}")
     print(f"the first line after {result['line_seconds']:.0f} s (goal: {LINE_GOAL_S:.0f})")
-    print(
-        f"{result['evaluations']} evaluations, {result['evaluation_seconds']:.1f} s each: all scores in "
-        f"{result['all_scores_hours']:.1f} h; {result['cores']} cores, load average {result['load_average']:.1f}"
-    )
+    if result["evaluation_seconds"]:
+        each, hours = result["evaluation_seconds"], result["all_scores_hours"]
+        print(f"{result['evaluations']} evaluations, {each:.1f} s each: all scores in {hours:.1f} h")
+    print(f"{result['cores']} cores, load average {result['load_average']:.1f}")
 
 
 def main() -> None:

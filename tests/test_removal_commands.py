@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import foreign
@@ -76,7 +78,8 @@ def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.
     assert run("distill", other, "--plan", student, "--steps", 1, "-o", tmp_path / "x") == 1
     assert "made for another model" in capsys.readouterr().err
     assert run("score", other, "--steps", 3, "-o", losses) == 1
-    assert "losses of another model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "losses of another model" in said and "trajectories" not in said  # before anything was measured
     assert not (tmp_path / "x").exists() and losses.read_text() == known
 
 
@@ -156,6 +159,20 @@ def test_a_share_that_cannot_be_reached_is_refused_before_anything_is_measured(
     wish = ("--remove", 0.9, "--keep", "h0->h1", "--scores", losses)
     assert run("compile", model, "--steps", 3, *wish, "-o", tmp_path / "x") == 1
     assert "at most 128 can go" in capsys.readouterr().err and not losses.exists()
+
+
+def test_what_the_export_refuses_is_said_by_the_command_that_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = denoiser(tmp_path / "model")
+    assert run("score", model, "--scheduler", "luck", "-o", tmp_path / "losses") == 1
+    assert "there is no scheduler 'luck'" in capsys.readouterr().err
+    assert not (tmp_path / "losses").exists()
+
+
+def test_scoring_does_not_import_torch() -> None:
+    code = "import sys, trimtab.scoring; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_a_rival_measures_only_what_it_removes(tmp_path: Path) -> None:

@@ -7,14 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from trimtab.apart import export_apart
 from trimtab.calibration.planning import Calibration, score_layers
 from trimtab.calibration.sensitivity import Progress
-from trimtab.compiler import export_model
 from trimtab.errors import InputError
 from trimtab.export.source import find
 from trimtab.recipe import make_recipe
-from trimtab.storage import GRAPHS
-from trimtab.weights import WeightStore
 
 
 def score(
@@ -37,13 +35,12 @@ def score(
     """
     if calibration.log is None:
         raise InputError("scores need a file to go to: give one")
-    recipe = make_recipe({name: value for name, value in options.items() if value is not None})
+    given = {name: value for name, value in options.items() if value is not None}
+    make_recipe(given)  # what cannot be is said before anything is done
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="trimtab-") as temporary:
         folder = Path(temporary)
-        (folder / GRAPHS).mkdir()
-        store = WeightStore(folder / GRAPHS)
-        program = export_model(find(str(model)), recipe, store.keep)
+        program = export_apart(find(str(model)), given, folder)
         graph, scores = score_layers(program, calibration, folder, progress)
         candidates = graph.candidates
         return {

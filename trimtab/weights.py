@@ -51,12 +51,7 @@ class WeightStore:
         with path.open("ab") as stream:
             for value in model.graph.initializers.values():
                 tensor = value.const_value
-                if tensor is None or self._holds(tensor):
-                    continue
-                if tensor.nbytes < INLINE_BYTES:
-                    # A view of a mapped checkpoint would hold all of its pages.
-                    array = np.array(tensor.numpy())
-                    value.const_value = ir.tensor(array, dtype=tensor.dtype, name=value.name)
+                if tensor is None or tensor.nbytes < INLINE_BYTES or self._holds(tensor):
                     continue
                 shape = tuple(int(d) for d in tensor.shape.numpy())
                 data = _bytes(tensor)

@@ -37,24 +37,44 @@ def resume(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(_line(header), encoding="utf-8")
         return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    whole, _, cut = text.rpartition("\n")
-    if cut:
+    first, known, cut = _read(path, parse, holds)
+    if first != header:
+        what = (
+            f"on other {measured_on}" if first["fingerprint"] == header["fingerprint"] else "of another model"
+        )
+        raise CalibrationError(f"{path} holds {holds} {what}: name another file, or remove it")
+    if cut is not None:
         logger.warning("the last line of %s was cut short: it is measured again", path)
+        path.write_text(cut + "\n", encoding="utf-8")
+    return known
+
+
+def peek(path: Path, fingerprint: str, parse: Callable[[Any], T], *, holds: str) -> list[T]:
+    """What a file holds, whatever it was measured on; nothing where there is none. The file stays as it is.
+
+    Raises:
+        CalibrationError: It is no such file, or one of another model.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return []
+    first, known, _ = _read(path, parse, holds)
+    if first["fingerprint"] != fingerprint:
+        raise CalibrationError(f"{path} holds {holds} of another model: name another file, or remove it")
+    return known
+
+
+def _read(path: Path, parse: Callable[[Any], T], holds: str) -> tuple[dict[str, object], list[T], str | None]:
+    """The header, the measurements, and the whole lines of a file whose last one was cut short."""
+    whole, _, cut = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     try:
         first, *entries = [json.loads(line) for line in whole.splitlines()]
-        of = first.get("fingerprint")
+        first = {"fingerprint": None, **first}
         known = [parse(entry) for entry in entries]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CalibrationError(
             f"{path} holds no {holds} ({error}): name another file, or remove it"
         ) from error
-    if first != header:
-        what = f"on other {measured_on}" if of == header["fingerprint"] else "of another model"
-        raise CalibrationError(f"{path} holds {holds} {what}: name another file, or remove it")
-    if cut:
-        path.write_text(whole + "\n", encoding="utf-8")
-    return known
+    return first, known, whole if cut else None
 
 
 def add(path: Path, measurement: Mapping[str, object]) -> None:

@@ -16,7 +16,7 @@ from trimtab.calibration import choice, measures
 from trimtab.calibration.choice import Wish
 from trimtab.calibration.draft import draft
 from trimtab.calibration.measures import Measure
-from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores, clock
+from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores, clock, kept_losses
 from trimtab.calibration.trajectories import Sample, own_requests, record
 from trimtab.calibration.workers import Workers
 from trimtab.errors import InputError, PassError
@@ -121,8 +121,10 @@ def score_layers(
         names: Of the candidates; None for all.
     """
     model = program.segments[DENOISER].model
-    names = tuple(Candidates(model) if names is None else names)
-    jobs = max(0, len(names) * calibration.samples - _lines(calibration.log))
+    candidates = Candidates(model)
+    names = tuple(candidates if names is None else names)
+    kept = 0 if calibration.log is None else kept_losses(calibration.log, candidates.fingerprint)
+    jobs = max(0, len(names) * calibration.samples - kept)
     walked = 0
     start = time.monotonic()
 
@@ -165,14 +167,6 @@ def _shapes(program: Program, folder: Path) -> Shapes:
     """What the denoiser is bound to for a picture of the native size."""
     contents = write_contents(program, folder)
     return segment_shapes(contents, contents.size)[DENOISER][0]
-
-
-def _lines(log: Path | None) -> int:
-    """Losses that a file holds already, whatever they are of."""
-    if log is None or not log.exists():
-        return 0
-    with log.open("rb") as stream:
-        return max(0, sum(1 for _ in stream) - 1)
 
 
 def plan_removal(

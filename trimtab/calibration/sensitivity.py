@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.calibration.gates import GATES, Array, add_gates
-from trimtab.calibration.journal import add, resume
+from trimtab.calibration.journal import add, peek, resume
 from trimtab.calibration.trajectories import Sample
 from trimtab.calibration.workers import CHUNK, Job, Workers
 from trimtab.errors import CalibrationError
@@ -190,6 +190,15 @@ def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
         inputs[str(value.name)] = array.copy()
     inputs["mix"] = np.ones(1, np.float32)
     return inputs
+
+
+def kept_losses(log: Path, fingerprint: str) -> int:
+    """How many losses of single layers a file holds, whatever the samples: found out before anything is measured.
+
+    Raises:
+        CalibrationError: The file is of another model, or of something else.
+    """
+    return sum(len(names) == 1 for (_, names), _ in peek(log, fingerprint, _parse, holds="losses"))
 
 
 def _parse(entry: Mapping[str, Any]) -> tuple[Job, float]:

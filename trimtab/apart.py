@@ -1,0 +1,73 @@
+"""A model exported in a process of its own: torch, and what it keeps of a checkpoint, are gone with it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trimtab import errors
+from trimtab.bundle import open_bundle
+from trimtab.program import Program
+from trimtab.storage import GRAPHS, read_program
+from trimtab.weights import WeightStore
+
+_CODE = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from trimtab.apart import main
+main()
+"""
+# multiprocessing would import the caller's script anew.
+
+
+def export_apart(model: Path, options: Mapping[str, Any], folder: Path) -> Program:
+    """The whole model as a Program whose weights are mapped from files; torch is not imported here.
+
+    Args:
+        model: A diffusers folder, or a TOML file that names .onnx files.
+        options: Fields of `trimtab.recipe.Recipe` that decide the export: steps, scheduler, size.
+        folder: Empty; becomes that of a draft.
+
+    Raises:
+        TrimtabError: Whatever the export raises.
+    """
+    job = {"model": str(model.resolve()), "options": dict(options), "folder": str(folder)}
+    done = subprocess.run(
+        [sys.executable, "-c", _CODE, json.dumps(sys.path)],
+        input=json.dumps(job),
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    )
+    answer = json.loads((done.stdout.splitlines() or ["{}"])[-1]) if not done.returncode else {}
+    if "failed" in answer:
+        kind = getattr(errors, answer["kind"])
+        raise (errors.TrimtabError if kind is errors.MissingDependency else kind)(answer["failed"])
+    if done.returncode:
+        raise errors.ExportError(
+            f"the process that exports {model} ended with {done.returncode}, as the system ends one when memory runs "
+            "out: see what it said above"
+        )
+    return read_program(open_bundle(folder))
+
+
+def main() -> None:
+    """Reads a job from stdin, and answers with one line on stdout."""
+    from trimtab.calibration.draft import draft
+    from trimtab.compiler import export_model
+    from trimtab.recipe import make_recipe
+
+    job = json.loads(sys.stdin.read())
+    folder = Path(job["folder"])
+    answer: dict[str, str] = {}
+    try:
+        (folder / GRAPHS).mkdir()
+        store = WeightStore(folder / GRAPHS)
+        draft(export_model(Path(job["model"]), make_recipe(job["options"]), store.keep), folder).close()
+    except errors.TrimtabError as error:
+        answer = {"failed": str(error), "kind": type(error).__name__}
+    print(json.dumps(answer))
