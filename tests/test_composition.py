@@ -41,11 +41,14 @@ LARGE: dict[str, Any] = PROMPT | {"size": (128, 128)}
 
 
 def plain(folder: Path, schedule: str = f"ddim-{STEPS}") -> Program:
-    """The tiny pipeline's first task, with one schedule."""
+    """The tiny pipeline's first task, with one schedule, and the segments that these call."""
     program = read_program(open_bundle(folder))
     name, task = next(iter(program.tasks.items()))
     kept = {key: value for key, value in task.schedules.items() if key == schedule}
-    return dataclasses.replace(program, tasks={name: dataclasses.replace(task, schedules=kept)})
+    calls = [*task.prologue, *program.epilogue, *kept[schedule].steps[0].calls]
+    segments = {call.segment: program.segments[call.segment] for call in calls}
+    tasks = {name: dataclasses.replace(task, schedules=kept)}
+    return dataclasses.replace(program, segments=segments, tasks=tasks)
 
 
 def pruned(program: Program, path: Path) -> Path:
@@ -161,11 +164,11 @@ def test_inheritance_of_nothing_changes_nothing_of_the_rest(
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
-def test_tensorrt_rtx_builds_all_segments_of_a_bundle_with_everything(
+def test_tensorrt_rtx_builds_all_segments_of_a_bundle_that_prunes_switches_inherits_and_packs(
     bundle_folder: BundleFolder, tmp_path: Path
 ) -> None:
     plan = str(pruned(plain(bundle_folder("sd15")), tmp_path / "small.json"))
-    recipe = make_recipe({"switch": [(plan, 0.5)], "hidiffusion": True, "inherit": 2, "vq": 2})
+    recipe = make_recipe({"switch": [(plan, 0.5)], "inherit": {"skip": "layers", "every": 2}, "vq": 2})
     folder = tmp_path / "bundle"
     (folder / "graphs").mkdir(parents=True)
     program = transform(plain(bundle_folder("sd15")), recipe, folder, lambda _: None)
