@@ -14,7 +14,7 @@ Choices = tuple[int, ...]
 def refine(
     start: Choices,
     options: int,
-    measure: Callable[[Choices, float], float],
+    measure: Callable[[Choices], float],
     allowed: Callable[[Choices], bool],
     rank: Callable[[Choices], float],
     moves: int,
@@ -27,7 +27,7 @@ def refine(
     Args:
         start: For every evaluation 0, or 1 + the option that it skips.
         options: How many options there are.
-        measure: (schedule, bound) -> its drift; anything larger than the bound where it is not below that.
+        measure: The drift of a schedule.
         allowed: Whether a schedule may be taken at all.
         rank: What seems good is tried first: a guess at the drift.
         moves: How many neighbours are measured at most.
@@ -35,7 +35,7 @@ def refine(
     Returns:
         A schedule that drifts less than the start, or the start.
     """
-    best, least = start, measure(start, float("inf"))
+    best, least = start, measure(start)
     tried = {start}
     better = True
     while better:
@@ -46,7 +46,7 @@ def refine(
                 return best
             moves -= 1
             tried.add(choices)
-            drift = measure(choices, least)
+            drift = measure(choices)
             if drift < least:
                 best, least, better = choices, drift, True
                 logger.debug("a move to %s drifts %.5f", choices, drift)

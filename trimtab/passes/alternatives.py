@@ -26,11 +26,15 @@ class Alternatives:
     Args:
         graph: Is edited.
         place: The new nodes come right behind it; None for the graph's start.
-        scope: The module path that they carry, and the beginning of their names.
+        scope: The beginning of their names, and the module path that they carry where no module is given.
+        module: The paths of a module that they are to be a part of, outermost first.
     """
 
-    def __init__(self, graph: ir.Graph, place: ir.Node | None, scope: str) -> None:
+    def __init__(
+        self, graph: ir.Graph, place: ir.Node | None, scope: str, module: Sequence[str] = ()
+    ) -> None:
         self.graph = graph
+        self.module = module
         self._place = place
         self.scope = scope
         self._count = 0
@@ -50,7 +54,7 @@ class Alternatives:
         output = node.outputs[0]
         output.name = node.name = name or self._name(op.lower())
         output.type, output.shape = ir.TensorType(dtype), ir.Shape(list(shape))
-        node.metadata_props[SCOPES] = repr(["", self.scope, output.name])
+        node.metadata_props[SCOPES] = repr(["", *(self.module or (self.scope,)), output.name])
         if self._place is not None:
             self.graph.insert_after(self._place, node)
         elif first := next(iter(self.graph), None):

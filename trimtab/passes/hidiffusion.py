@@ -85,7 +85,8 @@ def hidiffusion(program: Program) -> Program:
             f"must be multiples of {multiple} with HiDiffusion"
         )
     rewrites = {
-        name: _Rewrites(found[name], *add_alternatives(model, found[name])) for name, model in models.items()
+        name: _Rewrites(f"{SHIFT}s{number or ''}", found[name], *add_alternatives(model, found[name]))
+        for number, (name, model) in enumerate(models.items())
     }
     least = {scale: math.ceil(trained[0] * trained[1] * scale * scale / 2) for scale in SCALES}
     loops = {
@@ -115,15 +116,15 @@ def hidiffusion(program: Program) -> Program:
             schedules |= {f"{name}/{scale}x": at_scale(name, schedule, scale) for scale in SCALES}
         drawn = tuple(
             TensorSpec(
-                _shifts(name),
+                each.shifts,
                 "int64",
                 (max(loops.values()), each.blocks),
                 {"kind": "window_shifts", "shifts": SHIFTS},
             )
-            for name, each in rewrites.items()
+            for each in rewrites.values()
         )
         tasks[key] = dataclasses.replace(
-            task, inputs=(*task.inputs, *drawn), schedules=_windowed(schedules, native)
+            task, inputs=(*task.inputs, *drawn), schedules=_windowed(schedules, native, rewrites)
         )
     entries = [
         PassEntry("HiDiffusion", name, each.blocks + len(each.swaps), 0) for name, each in rewrites.items()
@@ -133,16 +134,12 @@ def hidiffusion(program: Program) -> Program:
 
 @dataclass(frozen=True)
 class _Rewrites:
-    """What one denoiser's graph has gained."""
+    """What one denoiser's graph has gained; ``shifts`` is the tensor of its windows' shifts, a row for every step."""
 
+    shifts: str
     places: Places
     swaps: Swaps
     blocks: int
-
-
-def _shifts(segment: str) -> str:
-    """The tensor of a denoiser's shifts, a row for every step."""
-    return f"{SHIFT}s{segment.removeprefix(DENOISER)}"
 
 
 def scale_of(size: tuple[int, int], trained: tuple[int, int]) -> int:
@@ -151,15 +148,17 @@ def scale_of(size: tuple[int, int], trained: tuple[int, int]) -> int:
     return 1 << min(2, max(0, round(math.log2(ratio))))
 
 
-def _windowed(schedules: Mapping[str, Schedule], native: int) -> dict[str, Schedule]:
-    """Every call of the denoiser reads its step's shifts, and how many windows there are at its scale."""
+def _windowed(
+    schedules: Mapping[str, Schedule], native: int, rewrites: Mapping[str, _Rewrites]
+) -> dict[str, Schedule]:
+    """Every call of a denoiser reads its step's shifts, and how many windows there are at its scale."""
 
     def windowed(step: Step, index: int, windows: int) -> Step:
         calls = (
             dataclasses.replace(
-                call, inputs={**call.inputs, SHIFT: f"{_shifts(call.segment)}[{index}]", WINDOWS: WINDOWS}
+                call, inputs={**call.inputs, SHIFT: f"{ours.shifts}[{index}]", WINDOWS: WINDOWS}
             )
-            if call.segment.startswith(DENOISER)
+            if (ours := rewrites.get(call.segment))
             else call
             for call in step.calls
         )

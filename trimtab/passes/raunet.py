@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.alternatives import Alternatives, behind, relabel
-from trimtab.passes.scopes import Module, module_tree
+from trimtab.passes.scopes import Module, module_tree, scopes
 from trimtab.passes.window_attention import window_attention
 
 CONV, POOL = "conv", "pool"
@@ -207,29 +207,42 @@ def _feature(module: Module) -> ir.Value:
 
 def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> int:
     """Window attention in the windowed blocks, and the inputs that steer it. Gives their number."""
-    paths = [
-        path
+    attentions = {
+        path: attention
         for path in tree
         if path.endswith(".attn1") and any(path.startswith(f"{block}.") for block in places.windows)
-    ]
+        if (attention := _attention(tree[path])) is not None
+    }
     int64 = ir.TensorType(ir.DataType.INT64)
     windows = ir.Value(name=WINDOWS, shape=ir.Shape([]), type=int64)
-    shifts = ir.Value(name=SHIFT, shape=ir.Shape([len(paths)]), type=int64)
+    shifts = ir.Value(name=SHIFT, shape=ir.Shape([len(attentions)]), type=int64)
     graph.inputs.extend([windows, shifts])
     whole, _ = _grid(graph, places.window_level, "windows")
     inside = whole
     if places.windows_are_pooled:
         inside, half = _grid(graph, places.window_level, "pooled_windows")
         swaps[POOL][str(inside.name)] = str(half.name)
-    for index, path in enumerate(paths):
-        attention = next((n for n in tree[path].nodes if n.op_type == "Attention"), None)
-        if attention is None:
-            raise PassError(f"{path} has no Attention operator, which HiDiffusion windows: export it again")
-        nodes = Alternatives(graph, _before(attention), f"{SCOPE}/{path}")
+    for index, (path, attention) in enumerate(attentions.items()):
+        # A part of the attention: whoever skips the module skips its windows.
+        nodes = Alternatives(graph, _before(attention), f"{SCOPE}/{path}", scopes(attention))
         shift = nodes.int_node("Gather", [shifts, nodes.ints(index)], [], axis=0)
         grid = inside if _is_pooled(tree, places, path) else whole
         window_attention(nodes, attention, grid, windows, shift)
-    return len(paths)
+    return len(attentions)
+
+
+def _attention(module: Module) -> ir.Node | None:
+    """The operator that is given windows; None where the layer was removed.
+
+    Raises:
+        PassError: The attention is there, in other operators.
+    """
+    operators = {node.op_type: node for node in module.nodes}
+    if "Attention" not in operators and "Softmax" in operators:
+        raise PassError(
+            f"{module.path} has no Attention operator, which HiDiffusion windows: export it again"
+        )
+    return operators.get("Attention")
 
 
 def _before(node: ir.Node) -> ir.Node:

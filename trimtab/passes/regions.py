@@ -94,6 +94,8 @@ def find_region(model: ir.Model, name: str) -> Region:
             )
         return Region(name, _stands_for(graph, blocks[first : last + 1], blocks[first]))
     values = [v for path in _modules(graph, name) for v in _stands_for(graph, [path], path)]
+    if not values:
+        raise PassError(f"{name} is to be inherited, and nothing outside of it reads what it makes")
     return Region(name, tuple(values))
 
 
@@ -154,7 +156,7 @@ def _modules(graph: ir.Graph, name: str) -> list[str]:
 
 
 def _stands_for(graph: ir.Graph, paths: Iterable[str], name: str) -> tuple[str, ...]:
-    """The tensors that, if they are known, leave some modules nothing to do."""
+    """The tensors that, if they are known, leave some modules nothing to do; none where layers were removed whole."""
     tree = module_tree(graph)
     nodes = {node for path in paths for node in tree[path].nodes}
     inside = set(nodes)
@@ -165,8 +167,6 @@ def _stands_for(graph: ir.Graph, paths: Iterable[str], name: str) -> tuple[str, 
         for value in node.outputs
         if _is_map(value) and any(user not in inside for user, _ in value.uses())
     ]
-    if not outputs:
-        raise PassError(f"{name} is to be inherited, and nothing outside of it reads what it makes")
     return tuple(_contribution(graph, value, inside, name) for value in outputs)
 
 

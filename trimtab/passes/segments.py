@@ -65,7 +65,7 @@ def build_segment(
         _check_known(name, value)
 
     new: dict[ir.Value, ir.Value] = {value: _copy(value) for value in inputs}
-    sizes = _Sizes([*inputs, *made])
+    sizes = _Sizes([*inputs, *made, *graph.inputs])
     body: list[ir.Node] = []
     initializers: dict[str, ir.Value] = {}
 
@@ -74,6 +74,9 @@ def build_segment(
         if value not in new:
             if value.is_initializer():
                 new[value] = initializers[str(value.name)] = _copy(value)
+            elif value.is_graph_input():  # for its size: what has it here is made later
+                new[value] = _copy(value)
+                inputs.append(value)
             else:
                 node = value.producer()
                 assert node is not None
@@ -81,7 +84,7 @@ def build_segment(
         return new[value]
 
     def add(node: ir.Node) -> None:
-        given = [_shape_source(node, value, new, sizes) for value in node.inputs]
+        given = [_shape_source(node, value, new, sizes, graph.inputs) for value in node.inputs]
         copied = [None if value is None else get(value) for value in given]
         attributes = dict(node.attributes)
         if node.op_type == "Shape" and given[0] is not node.inputs[0]:
@@ -104,7 +107,7 @@ def build_segment(
     for node in nodes:
         add(node)
     part = ir.Graph(
-        [new[value] for value in inputs],
+        [new[value] for value in sorted(inputs, key=lambda value: order.get(value, len(order)))],
         [new[value] for value in outputs],
         nodes=body,
         initializers=list(initializers.values()),
@@ -172,12 +175,17 @@ class _Sizes:
 
 
 def _shape_source(
-    node: ir.Node, value: ir.Value | None, ready: Container[ir.Value], sizes: _Sizes
+    node: ir.Node,
+    value: ir.Value | None,
+    ready: Container[ir.Value],
+    sizes: _Sizes,
+    inputs: Container[ir.Value],
 ) -> ir.Value | None:
-    """What a repeated Shape reads: its own tensor where that is at hand, else another of the same size."""
+    """What a repeated Shape reads: its own tensor where that is at hand, else another of the same size, else an input
+    of the whole graph that has it."""
     if node.op_type != "Shape" or value is None or value in ready or value.is_initializer():
         return value
-    other = sizes.substitute(node, ready)
+    other = sizes.substitute(node, ready) or sizes.substitute(node, inputs)
     if other is None:
         raise PassError(
             f"a part of the graph needs a size of {value.name}, which another part makes, and has no tensor of "

@@ -138,7 +138,7 @@ def window_attention(
         attention.replace_input_with(index, reshaped(by_window, count, width))
     heads, width = sizes[0][0], sizes[2][1]
     users = list(output.uses())
-    after = Alternatives(nodes.graph, attention, f"{nodes.scope}/back")
+    after = Alternatives(nodes.graph, attention, f"{nodes.scope}/back", nodes.module)
     merged = after.node(
         "Reshape", [output, after.ints([0, heads, -1, width])], dtype=dtype, shape=list(output.shape)
     )

@@ -1,0 +1,182 @@
+"""Everything together: what is compiled with several rewrites draws what its parts, run one after the other, draw.
+
+The independent composition is a hand-over: a bundle of the whole denoiser takes the first steps, a bundle of the
+pruned one is given its state and takes the rest. Both have the same rewrites, and none of the switch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trimtab.bundle import open_bundle
+from trimtab.calibration.draft import draft
+from trimtab.compiler import export_model
+from trimtab.passes.candidates import Candidates
+from trimtab.passes.removal import RemovalPlan
+from trimtab.program import Program, Segment
+from trimtab.recipe import Recipe, make_recipe
+from trimtab.runtime.load import Pipeline
+from trimtab.storage import read_program, write_contents, write_graphs
+from trimtab.targets.device import find_device
+from trimtab.targets.engines import make_engines
+from trimtab.transforms import transform
+from trimtab.weights import WeightStore
+
+BundleFolder = Callable[[str], Path]
+
+pytestmark = pytest.mark.xdist_group("sd15")
+
+STEPS, SWITCH = 20, 10
+PROMPT: dict[str, Any] = {"prompt": "a red circle", "seed": 3}
+LARGE: dict[str, Any] = PROMPT | {"size": (128, 128)}
+"""Twice the side that the tiny pipeline was made for."""
+
+
+def plain(folder: Path, schedule: str = f"ddim-{STEPS}") -> Program:
+    """The tiny pipeline's first task, with one schedule, and the segments that these call."""
+    program = read_program(open_bundle(folder))
+    name, task = next(iter(program.tasks.items()))
+    kept = {key: value for key, value in task.schedules.items() if key == schedule}
+    calls = [*task.prologue, *program.epilogue, *kept[schedule].steps[0].calls]
+    segments = {call.segment: program.segments[call.segment] for call in calls}
+    tasks = {name: dataclasses.replace(task, schedules=kept)}
+    return dataclasses.replace(program, segments=segments, tasks=tasks)
+
+
+def pruned(program: Program, path: Path) -> Path:
+    """A removal plan of a third of the candidates, at that path."""
+    candidates = Candidates(program.segments["denoiser"].model)
+    RemovalPlan(candidates.fingerprint, tuple(candidates)[1::3], "by hand").save(path)
+    return path
+
+
+def made(program: Program, folder: Path, **recipe: Any) -> Pipeline:
+    """A program transformed and opened."""
+    folder.mkdir()
+    return draft(transform(program, make_recipe(recipe), folder, lambda _: None), folder)
+
+
+def walk(pipe: Pipeline, first: int, last: int, start: Any = None, **options: Any) -> tuple[list[Any], Any]:
+    """The latents after steps first to last, and the sampler's state after them: from a state or from noise."""
+    request, plan, _ = pipe.prepare(**options)
+    plan.begin(request)
+    if start is not None:
+        plan.buffers["state"][...] = start
+    latents = []
+    for step in plan.steps[first:last]:
+        step.run(request)
+        latents.append(step.results["next_sample"].copy())
+    return latents, plan.buffers["state"].copy()
+
+
+def check_hand_over(
+    fresh: Callable[[], Program],
+    folder: Path,
+    options: dict[str, Any],
+    recipe: dict[str, Any],
+    steps: int = STEPS,
+    switch: int = SWITCH,
+) -> None:
+    """Holds a bundle that switches against one of the whole denoiser, and one of the pruned, one after the other."""
+    plan = str(pruned(fresh(), folder / "small.json"))
+    with (
+        made(fresh(), folder / "whole", **recipe) as whole,
+        made(fresh(), folder / "small", removal_plan=plan, **recipe) as small,
+        made(fresh(), folder / "ours", switch=[(plan, switch / steps)], **recipe) as ours,
+    ):
+        first, state = walk(whole, 0, switch, **options)
+        expected = first + walk(small, switch, steps, state, **options)[0]
+        found, _ = walk(ours, 0, steps, **options)
+        (*_, only), _ = walk(whole, switch, steps, state, **options)
+    assert np.isfinite(expected[-1]).all() and len(found) == steps
+    for index in range(steps):
+        scale = np.abs(expected[index]).max()
+        np.testing.assert_allclose(found[index], expected[index], rtol=0, atol=1e-5 * scale)
+    assert np.abs(only - expected[-1]).max() > 1e-3 * scale  # the pruned one does something else
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ({"inherit": 2}, PROMPT),
+        ({"vq": 2, "inherit": 2}, PROMPT),
+        ({"hidiffusion": True}, LARGE),
+        ({"hidiffusion": True, "vq": 2, "inherit": {"skip": "layers", "every": 2}}, LARGE),
+    ],
+    ids=["inherit", "vq-inherit", "hidiffusion", "all"],
+)
+def test_a_bundle_that_switches_draws_what_its_parts_draw_in_turn(
+    recipe: dict[str, Any], options: dict[str, Any], bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    check_hand_over(functools.partial(plain, bundle_folder("sd15")), tmp_path, options, recipe)
+
+
+@pytest.mark.xdist_group("ddpm")
+@pytest.mark.parametrize(("scheduler", "switch"), [("dpm++", 3), ("heun", 5), ("lms", 3)])
+def test_what_a_sampler_remembers_passes_from_one_denoiser_to_the_other(
+    scheduler: str, switch: int, pipeline_folder: BundleFolder, tmp_path: Path
+) -> None:
+    folder = pipeline_folder("ddpm")
+    (tmp_path / "graphs").mkdir()
+    recipe = Recipe(steps=(5,), scheduler=scheduler)
+    program = export_model(folder, recipe, WeightStore(tmp_path / "graphs").keep)
+    (schedule,) = (s for task in program.tasks.values() for s in task.schedules.values())
+    steps = len(schedule.steps)
+    assert steps == (9 if scheduler == "heun" else 5)
+
+    def fresh() -> Program:
+        return dataclasses.replace(
+            program,
+            segments={n: Segment(n, segment.model.clone()) for n, segment in program.segments.items()},
+        )
+
+    # The inherited feature is as old as the switch at most: the full evaluation comes with the new denoiser.
+    plan = {"full": [0, 2, switch, switch + 1]}
+    check_hand_over(fresh, tmp_path, {"seed": 3}, {"inherit": plan, "vq": 4}, steps, switch)
+
+
+def test_inheritance_of_nothing_changes_nothing_of_the_rest(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    folder = bundle_folder("sd15")
+    plan = str(pruned(plain(folder), tmp_path / "small.json"))
+    recipe: dict[str, Any] = {"removal_plan": plan, "switch": [(plan, 0.5)]}
+    once = {"full": list(range(STEPS))}
+    with (
+        made(plain(folder), tmp_path / "one", inherit=1, **recipe) as one,
+        made(plain(folder), tmp_path / "cut", inherit=once, **recipe) as cut,
+        made(plain(folder), tmp_path / "alone", removal_plan=plan) as alone,
+    ):
+        expected = alone(**PROMPT).pixels
+        np.testing.assert_array_equal(one(**PROMPT).pixels, expected)
+        np.testing.assert_allclose(cut(**PROMPT).pixels, expected, rtol=0, atol=1e-5)
+        parts = [name for name in cut.bundle.contents.segments if name.startswith("denoiser")]
+        assert parts == ["denoiser.0", "denoiser-small.0"] and "denoiser" in one.bundle.contents.segments
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+def test_tensorrt_rtx_builds_all_segments_of_a_bundle_that_prunes_switches_inherits_and_packs(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    plan = str(pruned(plain(bundle_folder("sd15")), tmp_path / "small.json"))
+    recipe = make_recipe({"switch": [(plan, 0.5)], "inherit": {"skip": "layers", "every": 2}, "vq": 2})
+    folder = tmp_path / "bundle"
+    (folder / "graphs").mkdir(parents=True)
+    program = transform(plain(bundle_folder("sd15")), recipe, folder, lambda _: None)
+    store = WeightStore(folder / "graphs")
+    write_graphs(program, folder, store)
+    contents = write_contents(program, folder)
+    engines = make_engines(
+        program.segments, contents, [find_device("rtx-4090")], (contents.size,), store, folder, None, print
+    )
+    assert len(engines) == len(program.segments) > 10
+    assert all(made and all(engine.built for engine in made) for made in engines.values())
