@@ -75,7 +75,7 @@ def sample_denoiser(
     Args:
         pipeline: Of the whole model.
         calibration: How many samples, of what.
-        on_step: Told (steps taken, steps in all, guidance rows of one).
+        on_step: Told (steps taken, steps in all, guidance rows of one), first of none.
     """
     count = calibration.samples
     requests = own_requests(
@@ -90,7 +90,7 @@ def sample_denoiser(
     strata = (np.arange(count) + generator.random(count)) / count
     steps = np.minimum((strata * len(plan.steps)).astype(int), len(plan.steps) - 1)
     chosen = [sorted(set(steps[number :: len(requests)].tolist())) for number in range(len(requests))]
-    total, done = sum(own[-1] + 1 for own in chosen), 0
+    total, done = sum(own[-1] + 1 for own in chosen), -1
 
     def told() -> None:
         nonlocal done
@@ -98,6 +98,7 @@ def sample_denoiser(
         if on_step is not None:
             on_step(done, total, request.rows)
 
+    told()
     samples: list[Sample] = []
     for options, own in zip(requests, chosen, strict=True):
         samples += record(pipeline, [options], steps=own, on_step=told)
@@ -125,12 +126,13 @@ def score_layers(
     names = tuple(candidates if names is None else names)
     kept = 0 if calibration.log is None else kept_losses(calibration.log, candidates.fingerprint)
     jobs = max(0, len(names) * calibration.samples - kept)
-    walked = 0
-    start = time.monotonic()
+    walked, start = 0, 0.0
 
     def on_step(done: int, total: int, rows: int) -> None:
-        nonlocal walked
+        nonlocal walked, start
         walked = total
+        if done == 0:  # engines are loaded
+            start = time.monotonic()
         if done == 1:
             step = time.monotonic() - start
             seconds = step * (total + jobs / rows / calibration.workers.processes)
@@ -144,7 +146,6 @@ def score_layers(
             progress(done, total + jobs)
 
     with draft(_thrifty(program, folder), folder, threads=calibration.workers.threads, lean=True) as pipeline:
-        start = time.monotonic()
         samples = sample_denoiser(pipeline, calibration, on_step)
     graph = GatedGraph(model, samples, folder)
 
