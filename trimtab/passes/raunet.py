@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.alternatives import Alternatives, behind, relabel
+from trimtab.passes.constants import add_constant
 from trimtab.passes.scopes import Module, module_tree, scopes
 from trimtab.passes.window_attention import window_attention
 
@@ -98,10 +100,16 @@ def find_places(model: ir.Model) -> Places:
     return places
 
 
-def add_alternatives(model: ir.Model, places: Places) -> tuple[Swaps, int]:
+def add_alternatives(model: ir.Model, places: Places, count: int | None = None) -> tuple[Swaps, int]:
     """Adds all alternatives to a denoiser's graph, in place, and gives its attention windows.
 
     With one window and no swap the graph computes what it computed, bit for bit.
+
+    Args:
+        model: Edited.
+        places: Where.
+        count: Of windows along each side, where it is always the same; None makes it the input `WINDOWS`. (Engines of
+            fixed sizes want no input that decides a size.)
 
     Returns:
         The alternatives, and the number of blocks that have windows.
@@ -111,7 +119,7 @@ def add_alternatives(model: ir.Model, places: Places) -> tuple[Swaps, int]:
     """
     graph, tree = model.graph, module_tree(model.graph)
     swaps: Swaps = {CONV: {}, POOL: {}}
-    blocks = _add_windows(graph, tree, places, swaps)
+    blocks = _add_windows(graph, tree, places, swaps, count)
     _add_pool(graph, tree, places, swaps)
     _add_conv(tree, places, swaps)
     return swaps, blocks
@@ -205,7 +213,9 @@ def _feature(module: Module) -> ir.Value:
     return found[-1]
 
 
-def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> int:
+def _add_windows(
+    graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps, count: int | None
+) -> int:
     """Window attention in the windowed blocks, and the inputs that steer it. Gives their number."""
     attentions = {
         path: attention
@@ -214,9 +224,13 @@ def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, sw
         if (attention := _attention(tree[path])) is not None
     }
     int64 = ir.TensorType(ir.DataType.INT64)
-    windows = ir.Value(name=WINDOWS, shape=ir.Shape([]), type=int64)
+    if count is None:
+        windows = ir.Value(name=WINDOWS, shape=ir.Shape([]), type=int64)
+        graph.inputs.append(windows)
+    else:
+        windows = add_constant(graph, WINDOWS, np.array(count, np.int64))
     shifts = ir.Value(name=SHIFT, shape=ir.Shape([len(attentions)]), type=int64)
-    graph.inputs.extend([windows, shifts])
+    graph.inputs.append(shifts)
     whole, _ = _grid(graph, places.window_level, "windows")
     inside = whole
     if places.windows_are_pooled:
