@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from trimtab.bundle import open_bundle
+from trimtab.calibration.draft import draft
 from trimtab.manifest import Contents, Engine, SegmentEntry, from_json, to_json
+from trimtab.storage import read_program
 
 ENGINE = Engine(
     target="orin-nano-8gb",
@@ -80,3 +86,13 @@ def test_a_field_that_is_missing_is_refused(field: str) -> None:
     del changed["segments"][0]["engines"][0][field]
     with pytest.raises(KeyError):
         from_json(changed)
+
+
+@pytest.mark.xdist_group("dit")
+def test_the_size_that_a_model_was_trained_for_comes_back(
+    bundle_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    program = read_program(open_bundle(bundle_folder("dit")))
+    assert program.trained_size is None
+    draft(dataclasses.replace(program, trained_size=(32, 48)), tmp_path).close()
+    assert read_program(open_bundle(tmp_path)).trained_size == (32, 48)

@@ -117,6 +117,7 @@ class Contents:
     passes: tuple[PassEntry, ...] = ()
     files: tuple[FileEntry, ...] = ()
     version: str = ""
+    trained_size: tuple[int, int] | None = None
 
 
 def to_json(contents: Contents) -> dict[str, Any]:
@@ -158,6 +159,7 @@ def to_json(contents: Contents) -> dict[str, Any]:
         "trimtab": contents.version,
         "metadata": dict(contents.metadata),
         "size": list(contents.size),
+        **({"trained_size": list(contents.trained_size)} if contents.trained_size else {}),
         "size_multiple": contents.size_multiple,
         "fixed_size": contents.fixed_size,
         "slots": contents.slots,
@@ -245,12 +247,14 @@ def from_json(data: Mapping[str, Any]) -> Contents:
             domains={_of(str, k): _of(int, v) for k, v in entry.get("domains", {}).items()},
         )
     width, height = data["size"]
+    trained = data.get("trained_size")
     return Contents(
         tasks=tasks,
         epilogue=chosen(data["epilogue"]),
         outputs=tuple(_spec(spec) for spec in data["outputs"]),
         segments=segments,
         size=(_of(int, width), _of(int, height)),
+        trained_size=None if trained is None else (_of(int, trained[0]), _of(int, trained[1])),
         size_multiple=_of(int, data["size_multiple"]),
         fixed_size=None if data["fixed_size"] is None else _of(str, data["fixed_size"]),
         slots=_of(int, data["slots"]),

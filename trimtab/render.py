@@ -154,17 +154,20 @@ def plan(result: Result) -> Iterator[str]:
             s["stage"],
             _mb(s["weight_bytes"]),
             _mb(s["activation_bytes"]),
+            _mb(s["buffer_bytes"] + s["fixed_bytes"]),
             "" if s["ms"] is None else _ms(s["ms"]),
         ]
         for s in result["segments"]
     ]
-    yield _table(["segment", "runs in", "weights MB", "activations MB", "ms"], rows)
+    yield _table(["segment", "runs in", "weights MB", "activations MB", "other MB", "ms"], rows)
     needed = result["low_memory_bytes" if result["low_memory"] else "peak_bytes"]
     room = result["room_bytes"]
     yield (
         f"{result['device']}, {result['precision']}, {result['size'][0]}x{result['size'][1]}: {_mb(needed)} MB"
         + ("" if room is None else f" of {_mb(room)} MB: it fits")
     )
+    yield f"{_mb(result['base_bytes'])} MB of it are {result['base']}"
+    yield "most of it: " + ", ".join(f"{part['name']} {_mb(part['bytes'])} MB" for part in result["largest"])
     if result["step_ms"] is not None:
         yield f"a step {_ms(result['step_ms'])} ms, a picture {_ms(result['picture_ms'])} ms at best"
 

@@ -71,6 +71,7 @@ def write_contents(program: Program, folder: Path) -> Contents:
         metadata=program.metadata,
         passes=program.passes,
         version=__version__,
+        trained_size=program.trained_size,
     )
 
 
@@ -107,6 +108,7 @@ def read_program(bundle: Bundle) -> Program:
         },
         metadata=contents.metadata,
         passes=contents.passes,
+        trained_size=contents.trained_size,
     )
 
 

@@ -221,3 +221,31 @@ def test_other_names_and_any_rank() -> None:
     )
     np.testing.assert_array_equal(found["model_output"], -state[0])
     np.testing.assert_array_equal(found["next_sample"], 0.5 * state[0])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_the_next_sample_where_a_clip_hides_it(value: float) -> None:
+    """The runtime asks for its cause once a picture is not finite; TensorRT's Clip gives a bound for NaN."""
+    model = denoiser()
+    FuseSampler(SLOTS, 0.8)(model)
+    (clip,) = [node for node in model.graph if node.op_type == "Clip"]
+    zeros = ir.node("Mul", [clip.inputs[1], clip.inputs[1]])
+    hidden = ir.node("Expand", [zeros.outputs[0], ir.node("Shape", [clip.inputs[0]]).outputs[0]])
+    shape = hidden.inputs[1].producer()  # type: ignore[union-attr]
+    for number, node in enumerate((zeros, shape, hidden)):
+        assert node is not None
+        node.outputs[0].name = f"hidden{number}"
+        model.graph.insert_before(clip, node)
+    clip.replace_input_with(0, hidden.outputs[0])
+    feeds = {
+        "state": np.zeros((SLOTS, 1, *LATENT), np.float32),
+        "sample_weights": np.ones(SLOTS, np.float32),
+        "mix": np.ones(1, np.float32),
+        "next_weights": np.array([0.1] * SLOTS + [0.0, 0.5], np.float32),  # the output's own weight is 0
+        "clip_weights": np.ones(SLOTS + 1, np.float32),
+        "timestep": np.array(0.25, np.float32),
+        "context": np.ones((1, LATENT[0], 1, 1), np.float32),
+    }
+    feeds["timestep"] = np.array(value, np.float32)
+    found = run(model, feeds)
+    assert np.isfinite(found["clipped"]).all() and not np.isfinite(found["next_sample"]).any()

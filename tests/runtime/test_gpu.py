@@ -19,6 +19,7 @@ import trimtab
 from trimtab.bundle import open_bundle, write_manifest
 from trimtab.errors import InputError, MissingDependency, TargetError, WrongDevice
 from trimtab.manifest import Engine
+from trimtab.runtime.bench import _picture
 from trimtab.runtime.load import Pipeline
 from trimtab.runtime.sessions import onnxruntime as ort_sessions
 
@@ -121,6 +122,20 @@ def test_steps_that_call_the_same_share_one_graph(
     assert len(launches) == len(plan.steps)
     assert len(set(launches)) == different
     assert cuda.log.count("capture") == 1  # of the last step, which ran once before: the others are there
+
+
+def test_bench_times_steps_as_they_run_and_calls_in_a_picture_of_their_own(
+    built: Path, tensorrt: NullTensorRT, cuda: NullCuda
+) -> None:
+    with trimtab.load(built, target=TARGET) as pipe:
+        options = {"label": 1, "seed": 0, "schedule": 3, "guidance": 4.0}
+        for _ in range(2):  # plainly, and captured
+            pipe(**options)
+        cuda.log.clear()
+        drawn = _picture(pipe, options)
+    launches = [line for line in cuda.log if line.startswith("launch")]
+    assert len(launches) == 3 and cuda.log.index(launches[0]) < cuda.log.index("run denoiser")
+    assert len(drawn["calls"]["denoiser"]) == 3 and len(drawn["steps"]) == 2
 
 
 def test_an_engine_runs_once_before_it_is_captured(

@@ -160,7 +160,9 @@ def test_the_command_answers_with_its_exit_code(
 ) -> None:
     folder = str(bundle_folder("dit"))
     assert main(["plan", folder, "--target", "rtx-4090"]) == 0
-    assert "it fits" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "it fits" in said and "MB of it are the CUDA context" in said
+    assert "most of it: the CUDA context 524.3 MB, weights of denoiser transformer_blocks" in said
     (tmp_path / "own.toml").write_text(
         '[crumb]\ntitle = "Crumb"\nbackend = "tensorrt"\nsm = "8.7"\nmemory_bytes = 600_000_000\n'
         'bandwidth_gb_s = 1\nfp32_tflops = 1\nfp16_tflops = 1\nprecisions = ["fp32", "fp16"]\n'
@@ -171,3 +173,22 @@ def test_the_command_answers_with_its_exit_code(
     assert error.count("\n") == 1 and "crumb has" in error and "weights of denoiser" in error
     assert main(["plan", folder, "--target", "rtx-409"]) == 1
     assert "rtx-4090" in capsys.readouterr().err
+
+
+@pytest.mark.xdist_group("dit")
+def test_weights_that_are_equal_count_once_where_lowering_merges_them(
+    bundle_folder: Callable[[str], Path],
+) -> None:
+    bundle = open_bundle(bundle_folder("dit"))
+    program = read_program(bundle)
+
+    def weights(target: str) -> int:
+        made = plan(program, bundle.contents, find_device(target), precision="fp32")
+        return next(segment for segment in made.segments if segment.name == "denoiser").weight_bytes
+
+    before, cpu = weights("rtx-4090"), weights("cpu")
+    values = program.segments["denoiser"].model.graph.initializers
+    first, second = (values[f"transformer_blocks.{block}.norm1.linear.weight"] for block in (0, 1))
+    assert isinstance(first.const_value, ir.ExternalTensor)
+    second.const_value = first.const_value  # as the store keeps equal ones
+    assert weights("rtx-4090") == before - first.const_value.nbytes and weights("cpu") == cpu

@@ -20,7 +20,6 @@ from trimtab.targets.device import Device
 from trimtab.targets.liveness import Kernel, Peak, Rules, kernels, peak
 from trimtab.targets.preflight import MEMINFO, memory_bytes, read_text
 from trimtab.targets.propagation import Extents, propagate
-from trimtab.weights import weight_bytes
 
 MIB = 2**20
 
@@ -39,6 +38,7 @@ class MemoryModel:
 
     Attributes:
         rules: What it does to tensors.
+        base: What people call what is taken once.
         base_bytes: Once: the process and its libraries, or the driver's context.
         node_bytes: For each node of a loaded graph: its object, its kernel, its place in the plan.
         workspace_bytes: For each engine with a product of matrices: what its kernels share.
@@ -47,6 +47,7 @@ class MemoryModel:
     """
 
     rules: Rules
+    base: str
     base_bytes: int = 0
     node_bytes: int = 0
     workspace_bytes: int = 0
@@ -56,6 +57,7 @@ class MemoryModel:
 
 ONNXRUNTIME = MemoryModel(
     Rules(scores=2),  # before and after the softmax
+    base="Python and ONNX Runtime",
     base_bytes=66
     * MIB,  # Python, NumPy and ONNX Runtime: 55 MiB imported, and 11 of code touched at the first run
     node_bytes=36_000,  # measured on the sample models, of 542 and 1317 nodes
@@ -64,6 +66,7 @@ ONNXRUNTIME = MemoryModel(
 
 TENSORRT = MemoryModel(
     Rules(fuses=True, joins=True, scores=2, fused_heads=range(12, 257)),  # measured: docs/plan.md
+    base="the CUDA context",
     base_bytes=500 * MIB,  # the CUDA context and the library's own modules; assumed, and not measured
     workspace_bytes=8
     * MIB,  # what every engine of the sample models with a product reports beyond its tensors
@@ -116,6 +119,8 @@ class Plan:
         precision: Of the engines.
         size: (width, height) in pixels.
         segments: In the order in which they run.
+        base: What is held beside the segments: the CUDA context, or a process with its libraries.
+        base_bytes: Of it.
         peak_bytes: All that is held at once.
         low_memory_bytes: The same with ``--low-memory``: the engines of one stage at a time.
         room_bytes: What the device has for it; None where that is unknown.
@@ -127,6 +132,8 @@ class Plan:
     precision: str
     size: tuple[int, int]
     segments: tuple[SegmentPlan, ...]
+    base: str
+    base_bytes: int
     peak_bytes: int
     low_memory_bytes: int
     room_bytes: int | None
@@ -139,13 +146,16 @@ class Plan:
         return self.room_bytes is None or needed <= self.room_bytes
 
     def largest(self, count: int = 3) -> list[tuple[str, int]]:
-        """What takes most memory, by the model's own names."""
+        """What takes most memory, by the model's own names: the largest, and others of a hundredth of it or more."""
         found = [
             (f"{kind} of {segment.name} {module}".rstrip(), size)
             for segment in self.segments
             for kind, parts in (("weights", segment.weights), ("tensors", segment.held))
             for module, size in parts.items()
         ]
+        found.sort(key=lambda entry: entry[1], reverse=True)
+        found[1:] = [entry for entry in found[1:] if entry[1] >= self.peak_bytes / 100]
+        found.append((self.base, self.base_bytes))
         return sorted(found, key=lambda entry: entry[1], reverse=True)[:count]
 
 
@@ -197,6 +207,8 @@ def plan(
         precision=precision,
         size=size,
         segments=tuple(segments),
+        base=model.base,
+        base_bytes=model.base_bytes,
         peak_bytes=model.base_bytes + _held(segments, model),
         low_memory_bytes=model.base_bytes + _low_memory(segments, model),
         room_bytes=room(device),
@@ -259,7 +271,9 @@ def _segment(
 ) -> SegmentPlan:
     # On a CPU, ONNX Runtime casts weights back as it loads, and computes in float32.
     precision = precision if device.sm else "fp32"
-    graph = convert(program.segments[name].model, precision, {}).model
+    own = program.segments[name].model
+    graph = convert(own, precision, {}).model
+    again = _again(own)
     most: tuple[Peak, Extents] | None = None
     for binding in shapes:
         extents = propagate(graph, binding)
@@ -274,12 +288,12 @@ def _segment(
     return SegmentPlan(
         name=name,
         stage=stage,
-        weight_bytes=weight_bytes(graph),
+        weight_bytes=sum(_nbytes(graph, name) for name in graph.graph.initializers if name not in again),
         activation_bytes=top.bytes + workspace,
         buffer_bytes=sum(extents[value].bytes for value in outside),
         fixed_bytes=model.segment_bytes + model.node_bytes * len(graph.graph),
         ms=_ms(kernel_seconds(graph, costs, extents, device, precision, model.rules)),
-        weights=_by_part(graph, extents),
+        weights=_by_part(graph, extents, again),
         held=_by_module(top.held),
     )
 
@@ -322,10 +336,33 @@ def kernel_seconds(
     return timed
 
 
-def _by_part(model: ir.Model, extents: Extents) -> dict[str, int]:
+def _again(model: ir.Model) -> frozenset[str]:
+    """Weights that another one is equal to, as far as files tell: the store keeps equal ones in one place.
+
+    Lowering makes them one, in engines of every kind.
+    """
+    seen: set[tuple[object, ...]] = set()
+    again = []
+    for name, value in model.graph.initializers.items():
+        if isinstance(tensor := value.const_value, ir.ExternalTensor):
+            place = (tensor.path, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy()))
+            if place in seen:
+                again.append(name)
+            seen.add(place)
+    return frozenset(again)
+
+
+def _nbytes(model: ir.Model, name: str) -> int:
+    value = model.graph.initializers.get(name)
+    return value.const_value.nbytes if value is not None and value.const_value is not None else 0
+
+
+def _by_part(model: ir.Model, extents: Extents, again: frozenset[str]) -> dict[str, int]:
     """Outermost module -> bytes of the weights that its nodes read; each weight once."""
     parts: dict[str, int] = {}
-    for value in model.graph.initializers.values():
+    for name, value in model.graph.initializers.items():
+        if name in again:
+            continue
         node = next(iter(value.consumers()), None)
         if node is not None:
             part = next((path.partition(".")[0] for path in scopes(node) if path), "")

@@ -11,7 +11,7 @@ from trimtab.errors import TargetError
 from trimtab.manifest import Contents
 from trimtab.program import Program
 from trimtab.targets.device import Device
-from trimtab.targets.estimate import MIB, Plan, plan, room
+from trimtab.targets.estimate import Plan, plan, room
 
 logger = logging.getLogger(__name__)
 
@@ -72,11 +72,11 @@ def refuse(
         low_memory: Whether ``--low-memory`` was reckoned with.
     """
     needed = given.low_memory_bytes if low_memory else given.peak_bytes
-    most = ", ".join(f"{name} {_mib(size)}" for name, size in given.largest())
+    most = ", ".join(f"{name} {_size(size)}" for name, size in given.largest())
     ways = list(_ways(given, program, contents, device, low_memory))
     return TargetError(
-        f"{device.name} has {_mib(given.room_bytes or 0)} for a bundle and {given.size[0]}x{given.size[1]} in "
-        f"{given.precision} needs {_mib(needed)} (most of it: {most}): "
+        f"{device.name} has {_size(given.room_bytes or 0)} for a bundle and {given.size[0]}x{given.size[1]} in "
+        f"{given.precision} needs {_size(needed)} (most of it: {most}): "
         + (f"it would fit with {' or '.join(ways)}" if ways else "choose a device with more memory")
     )
 
@@ -127,5 +127,5 @@ def _smaller(
     return None
 
 
-def _mib(count: int) -> str:
-    return f"{count / MIB:.0f} MiB" if count < 10_000 * MIB else f"{count / 2**30:.1f} GiB"
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count < 1e10 else f"{count / 1e9:.1f} GB"
