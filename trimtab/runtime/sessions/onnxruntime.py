@@ -17,6 +17,11 @@ from trimtab.runtime.sessions.device_array import DeviceArray
 Provider = str | tuple[str, Mapping[str, str]]
 
 
+_UNFOLDED = ["ConstantFolding", "ConvAddActivationFusion"]
+"""What a graph with packed weights is not optimised by. The second loses the output of a convolution whose weight is no
+constant, where the graph gives it to others as well (onnxruntime 1.32)."""
+
+
 def cuda_provider(stream: int) -> Provider:
     """ONNX Runtime's CUDA provider on a stream of ours.
 
@@ -90,7 +95,8 @@ class OnnxRuntimeSession:
                 graph,
                 options,
                 providers=providers,
-                disabled_optimizers=None if fold else ["ConstantFolding"],
+                disabled_optimizers=None if fold else _UNFOLDED,
+                enable_fallback=0,  # it prints to stdout, and tries again with what failed
             )
         except Exception as error:  # onnxruntime's errors share no base
             reason = str(error).strip().splitlines()[0]
