@@ -23,9 +23,9 @@ def graph(attributes: str = "", mask: str = "") -> ir.Model:
     return ir.from_onnx_text(text)
 
 
-def run(model: ir.Model) -> np.ndarray:
+def run(model: ir.Model, sizes: dict[str, tuple[int, ...]] = SIZES) -> np.ndarray:
     generator = np.random.default_rng(0)
-    arrays = {name: generator.normal(size=size).astype(np.float32) for name, size in SIZES.items()}
+    arrays = {name: generator.normal(size=size).astype(np.float32) for name, size in sizes.items()}
     proto = ir.to_proto(model)
     onnx.checker.check_model(proto)
     return onnxruntime.InferenceSession(proto.SerializeToString()).run(None, arrays)[0]
@@ -45,6 +45,16 @@ def test_the_result_is_the_same_and_the_scores_of_a_part_stay_below_the_bound(pa
             assert 0 < 4 * 2 * 3 * query.shape[2] * 40 <= max(bound, SCORES // 10)
     held = [peak(m, propagate(m, SIZES), Rules()).bytes for m in (graph(), model)]
     assert held[1] < held[0]
+
+
+@pytest.mark.parametrize("queries", [1, 3, 7, 8, 9, 100])
+def test_other_sizes_of_picture_give_the_same_too(queries: int) -> None:
+    sizes = SIZES | {"q": (2, 3, queries, 4)}
+    model = graph()
+    whole = run(model, sizes)
+    assert SplitAttention(SIZES, SCORES // 8)(model).modified
+    ours = run(model, sizes)
+    assert ours.shape == whole.shape and np.abs(ours - whole).max() <= 1e-6
 
 
 def test_it_is_done_once_and_only_where_it_saves_something() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import onnx_ir as ir
 
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.constants import add_constant
 from trimtab.passes.precision import place
 from trimtab.targets.propagation import Extents, propagate
 
@@ -34,10 +36,11 @@ class SplitAttention(Pass):
         Raises:
             PassError: Sizes that do not follow from the inputs'.
         """
-        extents = propagate(model, self.inputs)
+        attentions = [node for node in model.graph if node.op_type == "Attention"]
+        extents = propagate(model, self.inputs) if attentions else {}
         applied, refused = [], []
-        for node in list(model.graph):
-            if node.op_type != "Attention" or (parts := self._parts(node, extents)) < 2:
+        for node in attentions:
+            if (parts := self._parts(node, extents)) < 2:
                 continue
             if reason := _reason_against(node):
                 refused.append(Refusal(place(node), reason))
@@ -66,14 +69,39 @@ def _reason_against(node: ir.Node) -> str | None:
 def _split(graph: ir.Graph, node: ir.Node, parts: int) -> None:
     query, result = node.inputs[0], node.outputs[0]
     assert query is not None
-    split = ir.node("Split", [query], {"axis": 2, "num_outputs": parts}, num_outputs=parts)
-    made = [split]
+    tape = ir.tape.Tape()
+
+    def constant(part: str, *numbers: int) -> ir.Value:
+        return add_constant(graph, f"{result.name}.{part}", np.array(numbers, np.int64))
+
+    # No part may be empty, so a small picture's queries are filled up with zeros, whose results are cut off again.
+    queries = tape.op("Shape", [query], {"start": 2, "end": 3})
+    filled = tape.op("Max", [queries, constant("count", parts)])
+    pads = tape.op("Concat", [constant("none", 0), tape.op("Sub", [filled, queries])], {"axis": 0})
+    axis = constant("axis", 2)
+    padded = tape.op("Pad", [query, pads, None, axis])
+    # Part k begins at k * queries / parts, rounded down: as even as can be, whatever the size of the picture.
+    bounds = tape.op("Mul", [filled, constant("parts", *range(parts + 1))])
+    bounds = tape.op("Div", [bounds, constant("divisor", parts)])
+    begins = tape.op("Slice", [bounds, constant("first", 0), constant("last", parts)])
+    ends = tape.op("Slice", [bounds, constant("second", 1), constant("end", parts + 1)])
+    sizes = tape.op("Sub", [ends, begins])
+    for number, each in enumerate(tape.nodes):
+        each.outputs[0].name = f"{result.name}.split.{number}"
+    padded.type = query.type
+    split = ir.node("Split", [padded, sizes], {"axis": 2}, num_outputs=parts)
+    made = [*tape.nodes, split]
+    joins: list[ir.Value] = []
     for part in split.outputs:
         part.type = query.type
         attributes = list(node.attributes.values())
         made.append(ir.Node("", "Attention", [part, *node.inputs[1:]], attributes, num_outputs=1))
         made[-1].outputs[0].type = result.type
-    joined = ir.node("Concat", [each.outputs[0] for each in made[1:]], {"axis": 2})
+        joins.append(made[-1].outputs[0])
+    together = ir.node("Concat", joins, {"axis": 2})
+    together.outputs[0].name, together.outputs[0].type = f"{result.name}.joined", result.type
+    made.append(together)
+    joined = ir.node("Slice", [together.outputs[0], constant("start", 0), queries, axis])
     joined.outputs[0].type, joined.outputs[0].shape = result.type, result.shape
     made.append(joined)
     for each in made:

@@ -118,7 +118,8 @@ def make_engines(
         segments: The graphs, in the precision of the engines; their weights lie in the store.
         contents: What the bundle says of them, without engines.
         devices: The targets.
-        sizes: (width, height) in pixels that engines of fixed sizes are made for; the native one first.
+        sizes: (width, height) in pixels that engines of fixed sizes are made for; the native one first. Without any,
+            attention in ONNX Runtime's graphs stays as it is.
         store: Of ``folder / GRAPHS``. Gains the weights that only lowered graphs have.
         folder: The bundle's.
         cache: Where engines are looked for first.
@@ -133,12 +134,13 @@ def make_engines(
     maker = _Maker(store, folder, cache, progress)
     fixed = [size for size in sizes if any(device.backend != "onnxruntime" for device in devices)]
     shapes = {size: segment_shapes(contents, size) for size in fixed}
+    opened = [device for device in devices if device.backend == "onnxruntime"]
+    native = segment_shapes(contents, contents.size) if sizes and opened else {}
     engines = {}
     for name, segment in segments.items():
         made: dict[str, list[Engine]] = {device.name: [] for device in devices}
-        for device in devices:
-            if device.backend == "onnxruntime":
-                made[device.name].append(maker.graph(segment, device))
+        for device in opened:
+            made[device.name].append(maker.graph(segment, device, *native.get(name, ())[:1]))
         done: set[Any] = set()
         for size in fixed:
             for number, binding in enumerate(shapes[size][name]):
@@ -165,9 +167,9 @@ class _Maker:
         self._cache = cache
         self._progress = progress
 
-    def graph(self, segment: Segment, device: Device) -> Engine:
+    def graph(self, segment: Segment, device: Device, native: Shapes | None = None) -> Engine:
         """ONNX Runtime's engine: the segment's own graph, or beside it what that was lowered to."""
-        builder, graph = builder_for(device), graph_path(segment)
+        builder, graph = OnnxRuntimeBuilder(native), graph_path(segment)
         model = builder.lower(segment.model, device)
         path = graph if model is segment.model else lowered_path(graph, builder.backend)
         info = builder.build(model, device, BuildOptions(), self._folder / path, self._progress)

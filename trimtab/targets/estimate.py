@@ -13,6 +13,7 @@ import onnx_ir as ir
 from trimtab.manifest import Contents
 from trimtab.passes.precision import convert
 from trimtab.passes.scopes import scopes
+from trimtab.passes.split_attention import SplitAttention
 from trimtab.program import Program, Task, check_size
 from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.cost import Cost, node_costs
@@ -273,6 +274,9 @@ def _segment(
     precision = precision if device.sm else "fp32"
     own = program.segments[name].model
     graph = convert(own, precision, {}).model
+    if device.backend == "onnxruntime":
+        graph = graph.clone()
+        SplitAttention(shapes[0])(graph)  # as lowering does
     again = _again(own)
     most: tuple[Peak, Extents] | None = None
     for binding in shapes:

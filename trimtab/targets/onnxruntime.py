@@ -9,14 +9,20 @@ import onnx_ir as ir
 
 from trimtab.manifest import OPERATORS_DOMAIN
 from trimtab.passes.merge import MergeWeights
+from trimtab.passes.split_attention import SplitAttention
 from trimtab.passes.vq_on_demand import DecodeOnDemand
 from trimtab.targets.base import BuildOptions, EngineInfo, Progress
+from trimtab.targets.bindings import Shapes
 from trimtab.targets.device import Device
 from trimtab.weights import repeated_bytes, weight_bytes
 
 
 class OnnxRuntimeBuilder:
-    """Its engine is a graph: ONNX Runtime optimises at load, for the machine at hand."""
+    """Its engine is a graph: ONNX Runtime optimises at load, for the machine at hand.
+
+    Args:
+        native: Graph input -> sizes at the picture's native size; None leaves attention as it is.
+    """
 
     backend = "onnxruntime"
     version = ""
@@ -24,21 +30,28 @@ class OnnxRuntimeBuilder:
 
     device_fields: tuple[str, ...] = ()
 
+    def __init__(self, native: Shapes | None = None) -> None:
+        self._native = native
+
     def lower(self, model: ir.Model, device: Device) -> ir.Model:
         """The model itself: every operator of opset 23 that the exporter writes has a CPU kernel.
 
-        Two kinds of graph are changed, in a copy. Packed weights are decoded when they are needed. And where equal
-        weights are a hundredth of all or more, as the embedders of a DiT's blocks, they become one: ONNX Runtime
-        lays out each name's numbers anew in memory, and computes again what reads them.
+        Three kinds of graph are changed, in a copy. Packed weights are decoded when they are needed. Attention whose
+        scores are large goes by parts of its queries: ONNX Runtime keeps them all. And where equal weights are a
+        hundredth of all or more, as the embedders of a DiT's blocks, they become one: ONNX Runtime lays out each
+        name's numbers anew in memory, and computes again what reads them.
         """
+        copy = model.clone()
+        changed = False
+        if self._native is not None:
+            changed = SplitAttention(self._native)(copy).modified
         packed = OPERATORS_DOMAIN in model.opset_imports
-        if not packed and repeated_bytes(model) < 0.01 * weight_bytes(model):
-            return model
-        model = model.clone()
-        MergeWeights()(model)
+        if packed or repeated_bytes(model) >= 0.01 * weight_bytes(model):
+            changed = True
+            MergeWeights()(copy)
         if packed:
-            DecodeOnDemand()(model)
-        return model
+            DecodeOnDemand()(copy)
+        return copy if changed else model
 
     def build(
         self, model: ir.Model, device: Device, options: BuildOptions, out: Path, progress: Progress
