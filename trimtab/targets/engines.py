@@ -135,7 +135,7 @@ def make_engines(
     fixed = [size for size in sizes if any(device.backend != "onnxruntime" for device in devices)]
     shapes = {size: segment_shapes(contents, size) for size in fixed}
     opened = [device for device in devices if device.backend == "onnxruntime"]
-    native = segment_shapes(contents, contents.size) if sizes and opened else {}
+    native = _native_shapes(contents) if sizes and opened else {}
     engines = {}
     for name, segment in segments.items():
         made: dict[str, list[Engine]] = {device.name: [] for device in devices}
@@ -154,6 +154,14 @@ def make_engines(
                     made[engine.target].append(engine)
         engines[name] = tuple(engine for device in devices for engine in made[device.name])
     return engines
+
+
+def _native_shapes(contents: Contents) -> dict[str, tuple[Shapes, ...]]:
+    """`segment_shapes` of the native size; nothing for graphs of one's own that take no single picture."""
+    try:
+        return segment_shapes(contents, contents.size)
+    except InputError:
+        return {}
 
 
 class _Maker:

@@ -81,13 +81,12 @@ class OnnxRuntimeSession:
             onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where those are installed
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        # A plan of all buffers is allocated at the second run, beside what the arena kept of the first one: for Stable
+        # Diffusion 1.5's U-Net 0.78 GB more, and not faster.
+        options.enable_mem_pattern = False
         if lean:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
-            options.enable_mem_pattern = False
-        if not fold:
-            # A plan of all buffers is as large as the decoded weights that it keeps apart; without it they share one.
-            options.enable_mem_pattern = False
         options.log_severity_level = 4  # its errors are raised below, and are not printed as well
         providers = [provider] if device == "cpu" else [provider, "CPUExecutionProvider"]
         try:
