@@ -310,7 +310,10 @@ def test_ctrl_c_leaves_nothing(damaged: Path, tmp_path: Path, moment: str) -> No
         # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    time.sleep(1.0)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while process.poll() is None and maps.exists() and "numpy" not in maps.read_text():
+        time.sleep(0.02)  # until then it is Python that starts, and on a busy machine that may take long
+    time.sleep(0.5)
     while moment == "while it writes" and process.poll() is None and not list(place.iterdir()):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
