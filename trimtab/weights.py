@@ -133,20 +133,29 @@ def parameter_count(model: ir.Model) -> int:
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers; what several of them share in a `WeightStore` counts once."""
-    return sum(_places(model).values())
+    again = repeated(model)
+    return sum(_nbytes(value) for name, value in model.graph.initializers.items() if name not in again)
 
 
 def repeated_bytes(model: ir.Model) -> int:
-    """Bytes that `weight_bytes` leaves out: those of initializers that lie where another one does."""
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None) - weight_bytes(model)
+    """Bytes that `weight_bytes` leaves out."""
+    return sum(_nbytes(model.graph.initializers[name]) for name in repeated(model))
 
 
-def _places(model: ir.Model) -> dict[object, int]:
-    """Where initializers lie -> their bytes."""
-    tensors = [value.const_value for value in model.graph.initializers.values()]
-    return {
-        (str(t.path), t.offset) if isinstance(t, ir.ExternalTensor) else id(t): t.nbytes
-        for t in tensors
-        if t is not None
-    }
+def repeated(model: ir.Model) -> frozenset[str]:
+    """Initializers that lie where another one before them does, in a file or in memory."""
+    seen: set[object] = set()
+    again = []
+    for name, value in model.graph.initializers.items():
+        tensor = value.const_value
+        if tensor is None:
+            continue
+        place = (str(tensor.path), tensor.offset) if isinstance(tensor, ir.ExternalTensor) else id(tensor)
+        if place in seen:
+            again.append(name)
+        seen.add(place)
+    return frozenset(again)
+
+
+def _nbytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes

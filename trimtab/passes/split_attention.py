@@ -54,7 +54,6 @@ class SplitAttention(Pass):
         if len(query.shape) != 4:
             return 1
         scores = query.shape[0] * query.shape[1] * key.shape[2] * query.dtype.bitwidth // 8  # of one query
-        # Split makes parts of one size and a smaller last one, which is not empty for this number of them.
         return -(-query.shape[2] // max(1, self.most_bytes // max(1, scores)))
 
 

@@ -21,6 +21,7 @@ from trimtab.targets.device import Device
 from trimtab.targets.liveness import Kernel, Peak, Rules, kernels, peak
 from trimtab.targets.preflight import MEMINFO, memory_bytes, read_text
 from trimtab.targets.propagation import Extents, propagate
+from trimtab.weights import repeated
 
 MIB = 2**20
 
@@ -277,7 +278,7 @@ def _segment(
     if device.backend == "onnxruntime":
         graph = graph.clone()
         SplitAttention(shapes[0])(graph)  # as lowering does
-    again = _again(own)
+    again = repeated(own)  # lowering makes them one, in engines of every kind
     most: tuple[Peak, Extents] | None = None
     for binding in shapes:
         extents = propagate(graph, binding)
@@ -338,22 +339,6 @@ def kernel_seconds(
         )
         timed.append((kernel, seconds))
     return timed
-
-
-def _again(model: ir.Model) -> frozenset[str]:
-    """Weights that another one is equal to, as far as files tell: the store keeps equal ones in one place.
-
-    Lowering makes them one, in engines of every kind.
-    """
-    seen: set[tuple[object, ...]] = set()
-    again = []
-    for name, value in model.graph.initializers.items():
-        if isinstance(tensor := value.const_value, ir.ExternalTensor):
-            place = (tensor.path, tensor.offset, tensor.dtype, tuple(tensor.shape.numpy()))
-            if place in seen:
-                again.append(name)
-            seen.add(place)
-    return frozenset(again)
 
 
 def _nbytes(model: ir.Model, name: str) -> int:
