@@ -14,8 +14,11 @@ from trimtab.calibration.noising import noising_of
 from trimtab.calibration.pictures import Pictures, captioned, check_takes_pictures
 from trimtab.calibration.trajectories import own_requests, record
 from trimtab.compiler import export_model
+from trimtab.errors import InputError
 from trimtab.export.source import Source, find
-from trimtab.passes.removal import DENOISER, PLAN, check_plan, load_plan
+from trimtab.passes.candidates import Candidates
+from trimtab.passes.experts import Experts
+from trimtab.passes.removal import DENOISER, PLAN, RemovalPlan, check_plan, load_plan
 from trimtab.passes.student import WEIGHTS, save_weights
 from trimtab.recipe import make_recipe
 from trimtab.staging import check_replaceable, staged_folder
@@ -28,7 +31,7 @@ TRAJECTORIES = 32
 
 def distill(
     model: str | Path,
-    plan: str | Path,
+    plan: str | Path | None,
     output: str | Path,
     *,
     trajectories: int = TRAJECTORIES,
@@ -36,15 +39,16 @@ def distill(
     guidance: float | None = None,
     data: str | Path | None = None,
     starts: Mapping[str, str] | None = None,
+    experts: Experts | None = None,
     progress: Callable[[float, float], None] | None = None,
     budget: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Trains a model with layers removed to answer as the whole one does.
+    """Trains a model with layers removed, or with experts added, to answer as the whole one does.
 
     Args:
         model: The teacher: a diffusers folder, a hub id, or a TOML file that names .onnx files.
-        plan: A removal plan.
+        plan: A removal plan; None to keep all layers, where experts are added.
         output: The student's folder: the plan, and weights that ``compile(removal_plan=...)`` puts back.
             ``OUTPUT.checkpoint`` lies beside it while it is trained; after an interruption it is gone on with.
         trajectories: Of the teacher, to train on.
@@ -53,6 +57,7 @@ def distill(
         data: A folder of captioned pictures to train on in the place of trajectories, with a task term: see
             `trimtab.calibration.pictures.captioned`.
         starts: Module of the student -> module of the teacher that it starts from in the place of itself.
+        experts: Of the student's convolutions: see `trimtab.passes.experts`. None leaves them plain.
         progress: Told (the share of the budget that is spent, the loss).
         budget: Fields of `trimtab.calibration.distill.Budget`.
         **options: Fields of `trimtab.recipe.Recipe` that decide the trajectories: steps, scheduler, size.
@@ -64,14 +69,17 @@ def distill(
     Raises:
         InputError: No budget; the plan or the data cannot be read, or the model cannot be trained on data; something
             else stands at the output.
-        PassError: The plan is of another model; torch cannot train the graph; a module cannot start from another.
+        PassError: The plan is of another model; torch cannot train the graph; a module cannot start from another, or
+            there is no convolution that experts are to be of.
         CalibrationError: The loss is not finite; the checkpoint is of another run.
     """
     from trimtab.calibration.distill import Budget
     from trimtab.calibration.distill import distill as train
 
     limits = Budget(**(budget or {}))
-    chosen = load_plan(Path(plan))
+    if plan is None and experts is None:
+        raise InputError("a student differs from its teacher: give a removal plan, or experts")
+    chosen = None if plan is None else load_plan(Path(plan))
     pairs = None if data is None else captioned(Path(data))
     output = Path(output)
     check_replaceable(output, PLAN)
@@ -82,8 +90,10 @@ def distill(
         (folder / GRAPHS).mkdir()
         path = find(str(model))
         program = export_model(path, recipe, WeightStore(folder / GRAPHS).keep)
-        candidates = check_plan(program, chosen)
         teacher = program.segments[DENOISER].model
+        if chosen is None:
+            chosen = RemovalPlan(Candidates(teacher).fingerprint, (), "none")
+        candidates = check_plan(program, chosen)
         batches: Batches
         with draft(program, folder) as pipeline:
             if pairs is not None:
@@ -101,6 +111,7 @@ def distill(
             batches,
             limits,
             starts=starts,
+            experts=experts,
             checkpoint=checkpoint,
             progress=progress,
         )
@@ -111,6 +122,8 @@ def distill(
         details = {**chosen.details, "distilled": how}
         replace(chosen, details=details).save(stage / PLAN)
         save_weights(stage, student.weights, student.teacher)
+        if experts is not None:
+            experts.save(stage)
     checkpoint.unlink(missing_ok=True)
     return {
         "student": str(output / WEIGHTS),

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trimtab import options, render
 from trimtab.errors import InputError
+
+if TYPE_CHECKING:
+    from trimtab.passes.experts import Experts
 
 RECIPE = ("remove", "remove_of", "remove_by", "keep", "drop", "scores", "removal_plan")
 """Options of `add_options` that are fields of a recipe."""
@@ -70,7 +73,24 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
         render.distill,
     )
     command.add_argument("model", help=_MODEL)
-    command.add_argument("--plan", required=True, metavar="FILE", help="removal.json of a bundle")
+    command.add_argument(
+        "--plan", metavar="FILE", help="removal.json of a bundle: which layers the student lacks"
+    )
+    command.add_argument(
+        "--experts",
+        type=int,
+        metavar="K",
+        help="make convolutions mixtures of K by time step (docs/experts.md)",
+    )
+    command.add_argument(
+        "--expert-ranges", type=int, metavar="N", help="of time steps, each with its own mixture (default K)"
+    )
+    command.add_argument(
+        "--experts-in",
+        action="append",
+        metavar="GLOB",
+        help="convolutions that become mixtures; repeatable (default: those of all blocks)",
+    )
     command.add_argument("-o", "--output", required=True, metavar="FOLDER", help="for compile --removal-plan")
     command.add_argument("--minutes", type=float, metavar="M", help="how long to train")
     command.add_argument("--steps", type=int, metavar="N", help="of the optimizer; the first limit ends it")
@@ -130,11 +150,23 @@ def _distill(arguments: argparse.Namespace) -> dict[str, Any]:
             guidance=arguments.guidance,
             data=arguments.data,
             starts=_once(arguments.start or ()),
+            experts=_experts(arguments),
             progress=None if bar is None else lambda share, _: bar(round(100 * share), 100),
             budget=budget,
             scheduler=arguments.scheduler,
             size=arguments.size,
         )
+
+
+def _experts(arguments: argparse.Namespace) -> Experts | None:
+    if arguments.experts is None:
+        if arguments.expert_ranges is not None or arguments.experts_in:
+            raise InputError("--expert-ranges and --experts-in say more of --experts: give it too")
+        return None
+    from trimtab.passes.experts import Experts
+
+    ranges = arguments.experts if arguments.expert_ranges is None else arguments.expert_ranges
+    return Experts(arguments.experts, ranges, tuple(arguments.experts_in or ()))
 
 
 def _start(text: str) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trimtab.bundle import MANIFEST, open_bundle
 from trimtab.errors import InputError, PassError
+from trimtab.passes.experts import AddExperts, load_experts
 from trimtab.passes.removal import DENOISER, load_plan, remove_layers
 from trimtab.passes.student import WEIGHTS, put_back
 from trimtab.program import Program, Segment
@@ -54,7 +55,7 @@ def open_switches(program: Program, switches: Sequence[tuple[str, float]]) -> Sw
 
 
 def carry_out(program: Program, path: Path) -> Program:
-    """A program without the layers that a removal plan names, and with a student's weights where there are some.
+    """A program without the layers that a removal plan names, and with a student's experts and weights if it has some.
 
     Args:
         program: Its denoiser is edited.
@@ -65,8 +66,11 @@ def carry_out(program: Program, path: Path) -> Program:
         PassError: Either was made for another model.
     """
     program = remove_layers(program, load_plan(path))
+    model = program.segments[DENOISER].model
+    if (experts := load_experts(path)) is not None:
+        AddExperts(experts)(model)
     if (path / WEIGHTS).exists():
-        put_back(program.segments[DENOISER].model, path)
+        put_back(model, path)
     return program
 
 

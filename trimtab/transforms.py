@@ -11,6 +11,7 @@ from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import FILE as INHERITED
 from trimtab.passes.inherit_plan import InheritPlan, save_plan
+from trimtab.passes.mix_kernels import mix_kernels
 from trimtab.passes.partition import partition
 from trimtab.passes.removal import PLAN, load_plan, remove_layers
 from trimtab.passes.switch import switch
@@ -56,6 +57,7 @@ def transform(
     program = _remove(program, recipe, folder, progress, device)
     if recipe.switch:
         program = switch(program, switches.others, switches.ranges)
+    program = mix_kernels(program)
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, folder, source, progress)
     if recipe.hidiffusion:

@@ -27,6 +27,7 @@ from trimtab.calibration.torch_graph import TorchGraph
 from trimtab.calibration.trajectories import Array
 from trimtab.errors import CalibrationError, InputError
 from trimtab.passes.candidates import Candidates
+from trimtab.passes.experts import AddExperts, Experts
 from trimtab.passes.removal import RemovalPlan, RemoveLayers
 from trimtab.passes.scopes import module_tree
 from trimtab.passes.student import assembled, digest
@@ -106,6 +107,7 @@ def distill(
     budget: Budget,
     *,
     starts: Mapping[str, str] | None = None,
+    experts: Experts | None = None,
     checkpoint: Path | None = None,
     progress: Progress | None = None,
 ) -> Student:
@@ -119,6 +121,7 @@ def distill(
         batches: What to train on.
         budget: How long, and what for.
         starts: See `trimtab.passes.student.assembled`; every other module starts from its own weights.
+        experts: Of the student's convolutions; None leaves them plain.
         checkpoint: A file that the state is kept in; if it is there already, training goes on from it. The same
             steps then follow as without the interruption.
         progress: Told how far it is.
@@ -126,7 +129,7 @@ def distill(
     Raises:
         CalibrationError: The loss is not finite; the checkpoint is damaged or of another run.
         PassError: The plan is of another model; an operator of the graph is not known to torch here; a module cannot
-            start from another.
+            start from another; experts are to be of a convolution that there is not.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     candidates = Candidates(model)
@@ -139,10 +142,14 @@ def distill(
         features = [(name, bypass.get(name, name)) for name in block_outputs(model)]
         pairs += [(mine, its) for mine, its in features if its in left]
     teacher = TorchGraph(model, [mine for mine, _ in pairs], device)
-    student = TorchGraph(smaller, list(dict.fromkeys(its for _, its in pairs)), device)
-    own = assembled(model, student.weights, starts or {})
-    begin = {name: torch.from_numpy(array).to(device) for name, array in own.items()}
-    run = _Student({**student.weights, **begin}, budget)
+    begun = smaller.clone()
+    for name, array in assembled(model, smaller.graph.initializers, starts or {}).items():
+        begun.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    if experts is not None:
+        for graph in (smaller, begun):
+            AddExperts(experts)(graph)
+    student = TorchGraph(begun, list(dict.fromkeys(its for _, its in pairs)), device)
+    run = _Student(student.weights, budget)
     # The budget may grow from one run to the next: all else must be the same.
     kind = dataclasses.asdict(dataclasses.replace(budget, steps=1, minutes=None))
     header = {
@@ -150,6 +157,7 @@ def distill(
         "teacher": digest(smaller, student.weights),
         "kind": kind,
         "starts": dict(starts or {}),
+        "experts": experts and dataclasses.asdict(experts),
         "data": batches.identity,
     }
     if checkpoint is not None and checkpoint.exists():

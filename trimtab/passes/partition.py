@@ -25,7 +25,7 @@ import onnx_ir as ir
 from trimtab.errors import PassError
 from trimtab.passes.segments import build_segment, local_nodes
 from trimtab.passes.sizes import LocalizeSizes
-from trimtab.program import Call, PassEntry, Program, Segment, Task
+from trimtab.program import Call, PassEntry, Program, Segment, Step, Task
 
 _FRONTIER = 256
 """Orders that the search for the fewest segments keeps at each length; where there are no more it is exact."""
@@ -89,14 +89,16 @@ def map_calls(
     tasks: Mapping[str, Task], change: Callable[[tuple[Call, ...]], tuple[Call, ...]]
 ) -> dict[str, Task]:
     """Tasks with the calls of every step changed."""
+    return map_steps(tasks, lambda step: dataclasses.replace(step, calls=change(step.calls)))
+
+
+def map_steps(tasks: Mapping[str, Task], change: Callable[[Step], Step]) -> dict[str, Task]:
+    """Tasks with every step changed."""
     return {
         name: dataclasses.replace(
             task,
             schedules={
-                key: dataclasses.replace(
-                    schedule,
-                    steps=tuple(dataclasses.replace(s, calls=change(s.calls)) for s in schedule.steps),
-                )
+                key: dataclasses.replace(schedule, steps=tuple(map(change, schedule.steps)))
                 for key, schedule in task.schedules.items()
             },
         )
