@@ -2,11 +2,11 @@
 
     python benchmarks/experts.py --plan PLAN [--experts 0 4] [--steps 600] [--work FOLDER] [--json]
 
-The sample's U-Net (samples/01_shapes) with the plan's layers removed, distilled with as many optimizer steps, on the same
-trajectories of the teacher, once plain (0) and once with K experts in K ranges of time steps for every convolution of its
-blocks. Then 1002 pictures each: the share of stated attributes that the judge finds, with its standard error over
-pictures. The bundles then draw the same pictures in turns, on one thread: processor time, and its ratio to the first's.
-A student that lies in FOLDER already is not trained again. K may be K/N for N ranges.
+The sample's U-Net (samples/01_shapes) with the plan's layers removed, distilled with as many optimizer steps, on the
+same trajectories of the teacher, once plain (0) and once with K experts in K ranges of time steps for every convolution
+of its blocks. Then 1002 pictures each: the share of stated attributes that the judge finds, with its standard error
+over pictures. The bundles then draw the same pictures in turns, on one thread: processor time, and its ratio to the
+first's. A student that lies in FOLDER already is not trained again. K may be K/N for N ranges.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from trimtab.distillation import distill
 from trimtab.passes.experts import Experts
 from trimtab.passes.removal import load_plan
 
-MODEL = Path(__file__).parents[1] / "samples" / "01_shapes" / "models" / "shapes-sd"
 ROUNDS = 7
 
 
@@ -45,12 +44,12 @@ def row(kind: str, options: argparse.Namespace, stated: Any) -> dict[str, Any]:
     count, _, ranges = kind.partition("/")
     experts = Experts(int(count), int(ranges or count)) if count != "0" else None
     folder = options.work / f"{options.plan.stem}-{options.steps}-experts-{kind.replace('/', 'of')}"
-    bundle = folder.with_suffix(".bundle")
+    bundle = folder.with_name(folder.name + ".bundle")
     trained: dict[str, Any] = {}
     if not folder.exists():
         start = time.process_time()
         trained = distill(
-            MODEL,
+            judged.MODEL,
             options.plan,
             folder,
             trajectories=options.trajectories,
@@ -61,7 +60,7 @@ def row(kind: str, options: argparse.Namespace, stated: Any) -> dict[str, Any]:
         )
         trained = {"losses": trained["losses"], "cpu_seconds": round(time.process_time() - start)}
     if not bundle.exists():
-        trimtab.compile(MODEL, bundle, removal_plan=str(folder))
+        trimtab.compile(judged.MODEL, bundle, removal_plan=str(folder))
     with trimtab.load(bundle, threads=1) as pipeline:
         score = judged.score(judged.draw(pipeline, stated), stated)
         segments = [s for s in pipeline.bundle.contents.segments.values() if s.name.startswith("denoiser")]

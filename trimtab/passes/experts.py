@@ -4,9 +4,10 @@ In the manner of A-SDM's multi-expert conditional convolution (https://arxiv.org
 abstract could be read), after CondConv (https://arxiv.org/abs/1904.04971, eq. 1) with a routing that reads nothing but
 the time step:
 
-    W(t) = sum over k of routing[range of t, k] * experts[k]
+    W(t) = common + sum over k of routing[range of t, k] * experts[k]
 
-Training time is cut into equal ranges, and a kernel is constant within one: so `trimtab.passes.mix_kernels` can mix
+The common kernel is one more expert, which every step has whole: so it learns from every time step, and the others what
+is special to theirs. Training time is cut into equal ranges, and a kernel is constant within one: so `trimtab.passes.mix_kernels` can mix
 while compiling, and what is trained is what runs.
 """
 
@@ -46,7 +47,7 @@ class Experts:
     """Which convolutions become mixtures, and of what.
 
     Attributes:
-        count: Experts a kernel; no more than ranges, as more could say nothing more.
+        count: Experts a kernel, beside the common one; no more than ranges, as more could say nothing more.
         ranges: Equal parts of the time steps, each with a mixture of its own: as many kernels come to a device.
         modules: Convolutions by module path, ``*`` allowed; none for `convolutions`.
     """
@@ -109,11 +110,11 @@ def convolutions(model: ir.Model) -> dict[str, ir.Node]:
 class AddExperts(Pass):
     """Make mixtures of convolutions, each of which computes at first what it did.
 
-    The expert k of `Experts.count` starts as the kernel itself, and has the whole weight at its own place in time,
-    less towards its neighbours': so experts learn different things. New initializers, float32: ``NAME.experts``
-    (count, O * I * kernel) and ``NAME.routing`` (ranges, count) in the place of ``NAME``.
+    The common kernel starts as the kernel itself, and the experts as zeros. Each has the whole weight at its own place in
+    time, less towards its neighbours': so they learn different things. Initializers in the place of ``NAME``, float32:
+    ``NAME.common`` (as it was), ``NAME.experts`` (count, O * I * kernel) and ``NAME.routing`` (ranges, count).
 
-    Exact: to the rounding of a product with weights that add up to 1.
+    Exact: bit for bit, until the experts are trained.
 
     Args:
         experts: How many, and where.
@@ -203,21 +204,23 @@ def _mix(graph: ir.Graph, node: ir.Node, weight: ir.Value, index: ir.Value, expe
     kernel = tensor.numpy().astype(np.float32)
     node.replace_input_with(1, None)
     del graph.initializers[name]
-    stacked = np.repeat(kernel.reshape(1, -1), experts.count, axis=0)
-    held = add_constant(graph, f"{name}.experts", stacked)
+    common = add_constant(graph, f"{name}.common", kernel)
+    held = add_constant(graph, f"{name}.experts", np.zeros((experts.count, kernel.size), np.float32))
     table = add_constant(graph, f"{name}.routing", hats(experts.ranges, experts.count))
     sizes = add_constant(graph, f"{name}.sizes", np.array(kernel.shape, np.int64))
     row = ir.node("Gather", [table, index], {"axis": 0}, name=f"{name}.row")
     mixed = ir.node("MatMul", [row.outputs[0], held], name=f"{name}.mixed")
-    shaped = ir.node("Reshape", [mixed.outputs[0], sizes], name=name)
+    shaped = ir.node("Reshape", [mixed.outputs[0], sizes], name=f"{name}.special")
+    whole = ir.node("Add", [common, shaped.outputs[0]], name=name)
     _typed(row, ir.DataType.FLOAT, (experts.count,))
     _typed(mixed, ir.DataType.FLOAT, (kernel.size,))
     _typed(shaped, ir.DataType.FLOAT, kernel.shape)
-    for made in (row, mixed, shaped):
+    _typed(whole, ir.DataType.FLOAT, kernel.shape)
+    for made in (row, mixed, shaped, whole):
         if SCOPES in node.metadata_props:
             made.metadata_props[SCOPES] = node.metadata_props[SCOPES]
-    graph.insert_before(node, [row, mixed, shaped])
-    node.replace_input_with(1, shaped.outputs[0])
+    graph.insert_before(node, [row, mixed, shaped, whole])
+    node.replace_input_with(1, whole.outputs[0])
 
 
 def _typed(node: ir.Node, dtype: ir.DataType, shape: tuple[int, ...]) -> None:

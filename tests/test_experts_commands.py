@@ -1,0 +1,67 @@
+"""Experts from the command line: trained, compiled, drawn with, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import trimtab
+from trimtab.cli import main
+
+pytestmark = pytest.mark.xdist_group("sd15")
+
+
+def run(*arguments: object) -> int:
+    return main([str(a) for a in arguments])
+
+
+def test_a_student_with_experts_draws_with_a_denoiser_for_every_range(
+    pipeline_folder: Callable[[str], Path],
+    bundle_folder: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, student, bundle = pipeline_folder("sd15"), tmp_path / "student", tmp_path / "b"
+    command = ("distill", model, "--experts", 2, "--expert-ranges", 3, "--experts-in", "mid_block.*.conv?")
+    assert run(*command, "--steps", 2, "--trajectories", 1, "-o", student, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 2
+    assert run("compile", model, "--steps", 20, "--removal-plan", student, "-o", bundle) == 0
+    capsys.readouterr()
+    assert run("inspect", bundle, "--json") == 0
+    listed = json.loads(capsys.readouterr().out)
+    parameters = {s["name"]: s["parameters"] for s in listed["segments"] if s["name"].startswith("denoiser")}
+    assert parameters.keys() == {"denoiser", "denoiser-mix2", "denoiser-mix3"}
+    steps = listed["schedules"][0]["calls"]
+    assert steps == [["denoiser"]] * 6 + [["denoiser-mix2"]] * 7 + [["denoiser-mix3"]] * 7
+    with trimtab.load(bundle) as ours, trimtab.load(bundle_folder("sd15")) as whole:
+        plain = whole.bundle.contents.segments["denoiser"].parameters
+        assert set(parameters.values()) == {plain}
+        picture, other = (pipe("a red circle", seed=0).pixels for pipe in (ours, whole))
+    # Two steps of training move the pictures a little.
+    assert 1e-6 < np.abs(picture - other).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "a student differs from its teacher: give a removal plan, or experts"),
+        (("--experts", 1), "1 experts in 1 ranges of time steps were asked for: give two experts or more"),
+        (("--experts", 4, "--expert-ranges", 3), "at least as many ranges"),
+        (("--expert-ranges", 3), "say more of --experts: give it too"),
+    ],
+)
+def test_what_cannot_be_is_one_line_and_leaves_nothing(
+    options: tuple[object, ...],
+    message: str,
+    pipeline_folder: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ("distill", pipeline_folder("sd15"), "--steps", 1, "--trajectories", 1, "-o", tmp_path / "s")
+    assert run(*command, *options) == 1
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())
