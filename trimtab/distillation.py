@@ -48,7 +48,7 @@ def distill(
 
     Args:
         model: The teacher: a diffusers folder, a hub id, or a TOML file that names .onnx files.
-        plan: A removal plan; None to keep all layers, where experts are added.
+        plan: A removal plan; None to keep all layers, where experts are added and learn from data.
         output: The student's folder: the plan, and weights that ``compile(removal_plan=...)`` puts back.
             ``OUTPUT.checkpoint`` lies beside it while it is trained; after an interruption it is gone on with.
         trajectories: Of the teacher, to train on.
@@ -77,8 +77,11 @@ def distill(
     from trimtab.calibration.distill import distill as train
 
     limits = Budget(**(budget or {}))
-    if plan is None and experts is None:
-        raise InputError("a student differs from its teacher: give a removal plan, or experts")
+    if plan is None and (experts is None or data is None):
+        raise InputError(
+            "a student that lacks nothing has nothing to learn from its teacher: give a removal plan, or experts and "
+            "data"
+        )
     chosen = None if plan is None else load_plan(Path(plan))
     pairs = None if data is None else captioned(Path(data))
     output = Path(output)

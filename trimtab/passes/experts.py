@@ -6,9 +6,9 @@ the time step:
 
     W(t) = common + sum over k of routing[range of t, k] * experts[k]
 
-The common kernel is one more expert, which every step has whole: so it learns from every time step, and the others what
-is special to theirs. Training time is cut into equal ranges, and a kernel is constant within one: so `trimtab.passes.mix_kernels` can mix
-while compiling, and what is trained is what runs.
+The common kernel is one more expert, which every step has whole: so it learns from every time step, and the others
+what is special to theirs. Training time is cut into equal ranges, and a kernel is constant within one: so
+`trimtab.passes.mix_kernels` can mix while compiling, and what is trained is what runs.
 """
 
 from __future__ import annotations
@@ -110,9 +110,10 @@ def convolutions(model: ir.Model) -> dict[str, ir.Node]:
 class AddExperts(Pass):
     """Make mixtures of convolutions, each of which computes at first what it did.
 
-    The common kernel starts as the kernel itself, and the experts as zeros. Each has the whole weight at its own place in
-    time, less towards its neighbours': so they learn different things. Initializers in the place of ``NAME``, float32:
-    ``NAME.common`` (as it was), ``NAME.experts`` (count, O * I * kernel) and ``NAME.routing`` (ranges, count).
+    The common kernel starts as the kernel itself, and the experts as zeros. Each has the whole weight at its own
+    place in time, less towards its neighbours': so they learn different things. Initializers in the place of
+    ``NAME``, float32: ``NAME.common`` (as it was), ``NAME.experts`` (count, O * I * kernel) and ``NAME.routing``
+    (ranges, count).
 
     Exact: bit for bit, until the experts are trained.
 
