@@ -17,7 +17,7 @@ cuts than they need. A tensor that crosses a cut is a buffer with a name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -25,6 +25,7 @@ import onnx_ir as ir
 from trimtab.errors import PassError
 from trimtab.passes.segments import build_segment, local_nodes
 from trimtab.passes.sizes import LocalizeSizes
+from trimtab.passes.versions import region_of_differences, versions
 from trimtab.program import Call, PassEntry, Program, Segment, Step, Task
 
 _FRONTIER = 256
@@ -33,6 +34,9 @@ _FRONTIER = 256
 
 def partition(program: Program) -> Program:
     """Cuts every graph whose inner values calls name, into segments ``NAME.0``, ``NAME.1``, ... in running order.
+
+    Graphs that differ in weights alone (`trimtab.passes.versions`) are cut alike, in front of the differences and
+    behind them too: the parts that are the same in all stand once, under the first one's name.
 
     Exact: the same operators run on the same numbers. Constants and arithmetic on sizes are repeated where they
     are needed; a weight stands in one segment, unless several read it.
@@ -50,15 +54,19 @@ def partition(program: Program) -> Program:
     segments: dict[str, Segment] = {}
     cuts: dict[str, _Cut] = {}
     entries: list[PassEntry] = []
-    for name, segment in program.segments.items():
-        calls = [call for call in step_calls(program) if call.segment == name]
-        cut = _Cut(name, segment.model, calls)
-        if not cut.inner:
-            segments[name] = segment
+    stepped = {call.segment for call in step_calls(program)}
+    idle = [[name] for name in program.segments if name not in stepped]
+    together = versions({name: program.segments[name].model for name in program.segments if name in stepped})
+    for names in sorted([*idle, *together], key=lambda names: list(program.segments).index(names[0])):
+        calls = [call for call in step_calls(program) if call.segment in names]
+        cut = _Cut({name: program.segments[name].model for name in names}, calls)
+        parts = cut.run()
+        if not parts:
+            segments.update({name: program.segments[name] for name in names})
             continue
-        segments.update({part: Segment(part, model) for part, model in cut.run().items()})
-        cuts[name] = cut
-        entries.append(PassEntry("Partition", name, len(cut.parts), 0))
+        segments.update({part: Segment(part, model) for part, model in parts.items()})
+        cuts.update(dict.fromkeys(names, cut))
+        entries.append(PassEntry("Partition", names[0], len(parts), 0))
 
     def expanded(calls: tuple[Call, ...]) -> tuple[Call, ...]:
         return tuple(
@@ -146,33 +154,43 @@ class Kind:
 
 
 class _Cut:
-    """One graph, cut for all the kinds of its calls."""
+    """One graph, or all versions of one, cut for all the kinds of its calls.
 
-    def __init__(self, name: str, model: ir.Model, calls: Sequence[Call]) -> None:
-        self.name = name
-        self.model = model
+    Args:
+        models: Name -> version; `trimtab.passes.versions.versions` found them.
+        calls: Of any of them.
+    """
+
+    def __init__(self, models: Mapping[str, ir.Model], calls: Sequence[Call]) -> None:
+        self.models = models
+        self.name, model = next(iter(models.items()))
         graph = model.graph
         self._inputs = {str(value.name) for value in graph.inputs}
         self._outputs = {str(value.name) for value in graph.outputs}
         self.kinds = list(dict.fromkeys(self.kind(call) for call in calls))
         self.inner = {v for kind in self.kinds for v in (*(g for g, _ in kind.given), *kind.kept)}
         self.parts: dict[str, ir.Model] = {}
-        self._runs: dict[Kind, tuple[str, ...]] = {}
+        self._runs: dict[Kind, tuple[int, ...]] = {}
         self._tags: dict[Kind, dict[str, int]] = {}
 
     def kind(self, call: Call) -> Kind:
         return Kind.of(call, self._inputs, self._outputs)
 
     def run(self) -> dict[str, ir.Model]:
-        """The parts, in running order."""
-        LocalizeSizes()(self.model)
-        graph = self.model.graph
+        """The parts, in running order; none where nothing asks for a cut."""
+        graph = self.models[self.name].graph
+        if not self.inner and not self._differences(_Sources(set(), {})):
+            return {}
+        for model in self.models.values():
+            LocalizeSizes()(model)
         nodes = list(graph)
+        place = {node: index for index, node in enumerate(nodes)}
         values = {str(value.name): value for node in nodes for value in node.outputs}
         for name in sorted(self.inner - values.keys()):
             raise PassError(f"{self.name} is to be cut at {name}, and the graph has no such value")
         given = {kind: {values[v]: values[w] if w else None for v, w in kind.given} for kind in self.kinds}
         local = local_nodes(graph, _swapped(given.values()))
+        swapped = {str(value.name) for value in _swapped(given.values())}
         needs = {
             kind: reach([*graph.outputs, *(values[v] for v in kind.kept)], given[kind], local)
             for kind in self.kinds
@@ -184,7 +202,8 @@ class _Cut:
         }
         used = [node for node in nodes if runs.get(node)]
         sources = _Sources(local, given)
-        groups = _order(used, runs, sources)
+        region = self._differences(sources)
+        groups = _order(used, {node: (runs[node], node in region) for node in used}, sources)
 
         home = {value: index for index, group in enumerate(groups) for n in group for value in n.outputs}
         crossing = {
@@ -196,16 +215,19 @@ class _Cut:
         }
         leaving = crossing | set(graph.outputs) | {values[v] for kind in self.kinds for v in kind.kept}
         for index, group in enumerate(groups):
-            outputs = [value for node in group for value in node.outputs if value in leaving]
-            part = f"{self.name}.{index}"
-            self._check_given(part, group, given, runs)
-            self.parts[part] = build_segment(part, self.model, group, outputs, local)
+            outputs = [str(v.name) for node in group for v in node.outputs if v in leaving]
+            self._check_given(f"{self.name}.{index}", group, given, runs)
+            places = {place[node] for node in group}
+            for name in self.models if group[0] in region else (self.name,):
+                part = f"{name}.{index}"
+                self.parts[part] = _part(part, self.models[name], places, outputs, swapped)
         for kind in self.kinds:
-            self._runs[kind] = tuple(
-                part for part, group in zip(self.parts, groups, strict=True) if kind in runs[group[0]]
-            )
+            self._runs[kind] = tuple(i for i, group in enumerate(groups) if kind in runs[group[0]])
         self._tags = _tag(groups, given, sources, self.kinds)
         return self.parts
+
+    def _differences(self, sources: _Sources) -> set[ir.Node]:
+        return region_of_differences([model.graph for model in self.models.values()], sources.all)
 
     def _check_given(
         self,
@@ -235,7 +257,9 @@ class _Cut:
             return f"{self.name}{tag}/{value}"
 
         result = []
-        for part in self._runs[kind]:
+        for index in self._runs[kind]:
+            own = f"{call.segment}.{index}"
+            part = own if own in self.parts else f"{self.name}.{index}"
             graph = self.parts[part].graph
             inputs = {str(v.name): call.inputs.get(str(v.name)) or tensor(str(v.name)) for v in graph.inputs}
             outputs = {str(v.name): tensor(str(v.name)) for v in graph.outputs}
@@ -265,6 +289,21 @@ def reach(
     return needed
 
 
+def _part(
+    name: str,
+    model: ir.Model,
+    places: Collection[int],
+    outputs: Iterable[str],
+    swapped: Collection[str],
+) -> ir.Model:
+    """Some nodes of a graph, by their places in it, as a graph of their own."""
+    graph = model.graph
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    local = local_nodes(graph, {values[name] for name in swapped})
+    nodes = [node for index, node in enumerate(graph) if index in places]
+    return build_segment(name, model, nodes, [values[name] for name in outputs], local)
+
+
 def _swapped(given: Iterable[Mapping[ir.Value, ir.Value | None]]) -> set[ir.Value]:
     """Values that others stand for in some kind of call, and those others."""
     swaps = ((v, w) for pairs in given for v, w in pairs.items() if w is not None)
@@ -288,9 +327,9 @@ class _Sources:
 
 
 def _order(
-    nodes: Sequence[ir.Node], runs: Mapping[ir.Node, frozenset[Kind]], sources: _Sources
+    nodes: Sequence[ir.Node], kinds: Mapping[ir.Node, Hashable], sources: _Sources
 ) -> list[list[ir.Node]]:
-    """The fewest groups of nodes that run in the same kinds of call, in an order without cycles.
+    """The fewest groups of nodes of one sort, such as run in the same kinds of call, in an order without cycles.
 
     A state of the search is the set of nodes that are placed. It goes from the end: a move places all nodes of one
     sort whose readers are placed. Placing more never hurts, so the shortest way is the fewest groups; and what is
@@ -304,9 +343,9 @@ def _order(
             if maker in number:
                 assert number[maker] < number[node]
                 readers[number[maker]] |= 1 << number[node]
-    sorts: dict[frozenset[Kind], list[int]] = {}
+    sorts: dict[Hashable, list[int]] = {}
     for node in reversed(nodes):
-        sorts.setdefault(runs[node], []).append(number[node])
+        sorts.setdefault(kinds[node], []).append(number[node])
     whole = (1 << len(nodes)) - 1
     frontier: dict[int, list[list[int]]] = {0: []}
     while whole not in frontier:
