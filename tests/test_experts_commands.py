@@ -40,12 +40,14 @@ def test_a_student_with_experts_draws_with_a_denoiser_for_every_range(
     assert run("inspect", bundle, "--json") == 0
     listed = json.loads(capsys.readouterr().out)
     parameters = {s["name"]: s["parameters"] for s in listed["segments"] if s["name"].startswith("denoiser")}
-    assert parameters.keys() == {"denoiser", "denoiser-mix2", "denoiser-mix3"}
-    steps = listed["schedules"][0]["calls"]
-    assert steps == [["denoiser"]] * 6 + [["denoiser-mix2"]] * 7 + [["denoiser-mix3"]] * 7
+    middle = ["denoiser.1", "denoiser-mix2.1", "denoiser-mix3.1"]
+    assert parameters.keys() == {"denoiser.0", *middle, "denoiser.2"}
+    steps = [["denoiser.0", name, "denoiser.2"] for name in middle]
+    assert listed["schedules"][0]["calls"] == [steps[0]] * 6 + [steps[1]] * 7 + [steps[2]] * 7
     with trimtab.load(bundle) as ours, trimtab.load(bundle_folder("sd15")) as whole:
         plain = whole.bundle.contents.segments["denoiser"].parameters
-        assert set(parameters.values()) == {plain - candidates.freed(tuple(candidates)[1:2])[0]}
+        left = plain - candidates.freed(tuple(candidates)[1:2])[0]
+        assert {sum(parameters[name] for name in step) for step in steps} == {left}
         picture, other = (pipe("a red circle", seed=0).pixels for pipe in (ours, whole))
     assert 1e-6 < np.abs(picture - other).max() < 0.5
 
