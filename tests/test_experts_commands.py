@@ -44,6 +44,9 @@ def test_a_student_with_experts_draws_with_a_denoiser_for_every_range(
     assert parameters.keys() == {"denoiser.0", *middle, "denoiser.2"}
     steps = [["denoiser.0", name, "denoiser.2"] for name in middle]
     assert listed["schedules"][0]["calls"] == [steps[0]] * 6 + [steps[1]] * 7 + [steps[2]] * 7
+    assert run("inspect", bundle) == 0
+    shown = [line.split()[2:] for line in capsys.readouterr().out.splitlines() if " ddim-20 " in line][:3]
+    assert shown == [[count, *" + ".join(step).split()] for count, step in zip("677", steps, strict=True)]
     with trimtab.load(bundle) as ours, trimtab.load(bundle_folder("sd15")) as whole:
         plain = whole.bundle.contents.segments["denoiser"].parameters
         left = plain - candidates.freed(tuple(candidates)[1:2])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import logging
 import sys
@@ -117,10 +118,11 @@ def inspect(result: Result) -> Iterator[str]:
         rows.append([segment["name"], f"{segment['parameters']:,}", _mb(segment["weight_bytes"]), engines])
     yield _table(["segment", "parameters", "weights MB", "engines"], rows)
     schedules = [s for s in result["schedules"] if "/" not in s["name"]]
-    yield _table(
-        ["task", "schedule", "steps", "calls of a step"],
-        [[s["task"], s["name"], str(s["steps"]), " + ".join(s["calls"][0])] for s in schedules],
-    )
+    rows = []
+    for schedule in schedules:
+        kinds = collections.Counter(" + ".join(calls) for calls in schedule["calls"])
+        rows += [[schedule["task"], schedule["name"], str(count), kind] for kind, count in kinds.items()]
+    yield _table(["task", "schedule", "steps", "calls of a step"], rows)
     if result["removal"]:
         yield from _removal(result["removal"])
     if result["passes"]:
