@@ -18,6 +18,7 @@ from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
+from trimtab.passes.hidiffusion import scale_of
 from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
@@ -92,6 +93,8 @@ def compile(
         program = export_model(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
+        if chosen.hidiffusion:
+            _check_larger(program, (program.size, *chosen.buckets), devices)
         source = Source(path) if path.is_dir() else None
         program = transform(program, chosen, stage, progress, source=source, device=device)
         store.compact({name: segment.model for name, segment in program.segments.items()})
@@ -115,6 +118,17 @@ def compile(
             engines = {name: engines[name] + made[name] for name in engines}
         write_manifest(stage, with_engines(contents, engines))
     return open_bundle(output)
+
+
+def _check_larger(program: Program, sizes: Iterable[tuple[int, int]], devices: Iterable[Device]) -> None:
+    """Refuses HiDiffusion where the engines would draw nothing that it is for."""
+    trained = program.trained_size or program.size
+    larger = any(scale_of(size, trained) > 1 for size in sizes)
+    if not larger and all(device.backend != "onnxruntime" for device in devices):
+        raise InputError(
+            f"HiDiffusion is for pictures of more than {trained[0]}x{trained[1]}, and no engine would be made for one: "
+            "give a larger --size too, or leave --hidiffusion out"
+        )
 
 
 def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCache | None:
