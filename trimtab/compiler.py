@@ -23,6 +23,7 @@ from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
+from trimtab.switching import check_switches
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
 from trimtab.targets.precision import by_precision, in_precision
@@ -77,6 +78,7 @@ def compile(
     halves = [device for precision, those in groups.items() if precision != "fp32" for device in those]
     check_targets(devices, kernels=halves if chosen.vq is not None else ())
     device = timed_device(chosen, devices)
+    check_switches(chosen.switch, chosen.steps, chosen.scheduler)
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))
