@@ -16,10 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+import trimtab
 from trimtab.bundle import open_bundle
+from trimtab.calibration.course import Course
 from trimtab.calibration.draft import draft
+from trimtab.calibration.drift import candidates
+from trimtab.calibration.trajectories import own_requests
+from trimtab.comparison import relative_error
 from trimtab.compiler import export_model
+from trimtab.errors import InputError
 from trimtab.passes.candidates import Candidates
+from trimtab.passes.hidiffusion import hidiffusion
+from trimtab.passes.inherit import inherit
+from trimtab.passes.inherit_plan import InheritPlan
+from trimtab.passes.partition import partition
 from trimtab.passes.removal import RemovalPlan
 from trimtab.program import Program, Segment
 from trimtab.recipe import Recipe, make_recipe
@@ -159,6 +169,69 @@ def test_inheritance_of_nothing_changes_nothing_of_the_rest(
         np.testing.assert_allclose(cut(**PROMPT).pixels, expected, rtol=0, atol=1e-5)
         parts = [name for name in cut.bundle.contents.segments if name.startswith("denoiser")]
         assert parts == ["denoiser.0", "denoiser-small.0"] and "denoiser" in one.bundle.contents.segments
+
+
+def test_a_search_measures_schedules_of_larger_pictures_at_a_size_that_walks_them(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    def fresh() -> Program:
+        return hidiffusion(plain(bundle_folder("sd15"), "ddim-3"))
+
+    requests = Course(fresh(), ("branch 0",)).requests
+    assert [request["size"] for request in requests.values()] == [(64, 64), (96, 96), (192, 192)]
+    plan = InheritPlan(skip=("branch 0",), speed=1.1)
+    found = candidates(fresh(), plan, tmp_path / "search", trajectories=1, moves=0)
+    assert found.keys() == {"ddim-3", "ddim-3/2x", "ddim-3/4x"}
+    best = {name: schedules[0] for name, schedules in found.items()}
+    chosen = InheritPlan(skip=plan.skip, choices={name: each.choices for name, each in best.items()})
+    with (
+        draft(partition(fresh()), tmp_path / "full") as full,
+        draft(partition(inherit(fresh(), chosen)), tmp_path / "ours") as ours,
+    ):
+        for name, request in requests.items():
+            (asked,) = own_requests(full, 2, **request)[1:]
+            assert ours.prepare(**asked)[2]["schedule"] == name
+            (*_, expected), _ = walk(full, 0, 3, **asked)
+            (*_, latents), _ = walk(ours, 0, 3, **asked)
+            assert relative_error(latents, expected) == pytest.approx(best[name].drift, rel=1e-3)
+            assert best[name].drift > 0
+
+
+@pytest.mark.xdist_group("ddpm")
+def test_larger_pictures_that_no_engine_would_draw_are_refused_before_anything_is_built(
+    pipeline_folder: BundleFolder, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"hidiffusion": True, "steps": 2, "cache": None, "targets": "orin-nano-8gb"}
+    with pytest.raises(
+        InputError, match=r"of more than (\d+)x\1, and no engine would be made for one: give a"
+    ):
+        trimtab.compile(pipeline_folder("ddpm"), tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("sd_below")
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt_rtx")
+@pytest.mark.parametrize("family", ["sd15", "sd_below"])
+def test_tensorrt_rtx_builds_what_pictures_of_the_trained_size_and_of_a_larger_one_call(
+    family: str, bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    (tmp_path / "graphs").mkdir()
+    schedule = next(n for n in open_bundle(bundle_folder(family)).contents.tasks["text-to-image"].schedules)
+    program = partition(hidiffusion(plain(bundle_folder(family), schedule)))
+    store = WeightStore(tmp_path / "graphs")
+    write_graphs(program, tmp_path, store)
+    contents = write_contents(program, tmp_path)
+    device, sizes = [find_device("rtx-4090")], (contents.size, LARGE["size"])
+    engines = make_engines(program.segments, contents, device, sizes, store, tmp_path, None, print)
+    assert len(engines["denoiser.0"]) == 2 and all(each.built for made in engines.values() for each in made)
+    called = {
+        c.segment
+        for name in (schedule, f"{schedule}/2x")
+        for step in contents.tasks["text-to-image"].schedules[name].steps
+        for c in step.calls
+    }
+    assert {name for name, made in engines.items() if made and name.startswith("denoiser")} == called
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 from test_removal_commands import denoiser, run
 
 import trimtab
+from trimtab import compiler
 from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.inspection import inspect
@@ -88,13 +89,8 @@ def test_a_student_takes_over_from_its_teacher(tmp_path: Path, capsys: pytest.Ca
         ("small@1.5", "a share of the steps between 0 and 1"),
         ("small@0", "a share of the steps between 0 and 1"),
         ("small@nan", "a share of the steps between 0 and 1"),
-        ("none@0.4", "none is not there: give a bundle, a removal plan or a student's folder"),
-        ("model@0.4", "removal.json cannot be read"),
-        ("model/model.toml@0.4", "is no removal plan"),
         ("other@0.4", "cannot take over: noise is among the inputs of only one"),
-        ("few@0.4", "was compiled with another ddim-5, or with none: compile both with the same"),
         ("small@0.01", "no step would call denoiser: the schedules ddim-5 are too short"),
-        ("cut@0.4", "has its denoiser in parts (denoiser.0)"),
         ("damaged@0.4", "copy the bundle again"),
     ],
 )
@@ -109,6 +105,37 @@ def test_what_cannot_be_switched_to_is_refused_in_one_line(
     assert message in told and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["none@0.4"], "none is not there: give a bundle, a removal plan or a student's folder"),
+        (["model@0.4"], "removal.json cannot be read"),
+        (["model/model.toml@0.4"], "is no removal plan"),
+        (
+            ["few@0.4"],
+            "the denoiser few was compiled with another ddim-5, or with none: compile both with the",
+        ),
+        (["small@0.4", "--steps", 7], "the denoiser small was compiled with another ddim-7, or with none"),
+        (["small@0.4", "--scheduler", "ddpm"], "was compiled with another ddpm-5, or with none"),
+        (["small@0.4", "--scheduler", "DDPMScheduler"], "was compiled with another ddpm-5, or with none"),
+        (["cut@0.4"], "cut has denoiser.0 in the place of one whole denoiser"),
+        (["switched@0.4"], "switched has denoiser, denoiser-small in the place of one whole denoiser"),
+    ],
+)
+def test_what_its_own_files_rule_out_is_refused_before_the_export(
+    options: list[str | int], message: str, bundles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def exported(*arguments: object) -> None:
+        raise AssertionError("the model is exported")
+
+    monkeypatch.chdir(bundles)
+    monkeypatch.setattr(compiler, "export_model", exported)
+    assert run("compile", "model/model.toml", "--steps", 5, "--switch", *options, "-o", tmp_path / "x") == 1
+    told = capsys.readouterr().err.strip()
+    assert message in told and "\n" not in told and not (tmp_path / "x").exists()
+
+
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model, and bundles that can or cannot take over from it."""
@@ -121,6 +148,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inner = next(n for n in program.segments["denoiser"].model.graph if n.op_type == "MatMul").outputs[0].name
     keeping = map_calls(program.tasks, lambda calls: tuple(_keeping(call, str(inner)) for call in calls))
     draft(partition(dataclasses.replace(program, tasks=keeping)), folder / "cut").close()
+    run("compile", model, "--steps", 5, "--switch", f"{folder / 'small'}@0.4", "-o", folder / "switched")
     shutil.copytree(folder / "small", folder / "damaged")
     next((folder / "damaged" / "graphs").glob("denoiser*")).write_bytes(b"")
     return folder

@@ -18,10 +18,12 @@ from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
+from trimtab.passes.hidiffusion import scale_of
 from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
+from trimtab.switching import check_switches
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
 from trimtab.targets.precision import by_precision, in_precision
@@ -76,6 +78,7 @@ def compile(
     halves = [device for precision, those in groups.items() if precision != "fp32" for device in those]
     check_targets(devices, kernels=halves if chosen.vq is not None else ())
     device = timed_device(chosen, devices)
+    check_switches(chosen.switch, chosen.steps, chosen.scheduler)
     output = Path(output)
     check_replaceable(output, MANIFEST)
     path = find(str(model))
@@ -92,6 +95,8 @@ def compile(
         program = export_model(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
+        if chosen.hidiffusion:
+            _check_larger(program, (program.size, *chosen.buckets), devices)
         source = Source(path) if path.is_dir() else None
         program = transform(program, chosen, stage, progress, source=source, device=device)
         store.compact({name: segment.model for name, segment in program.segments.items()})
@@ -115,6 +120,17 @@ def compile(
             engines = {name: engines[name] + made[name] for name in engines}
         write_manifest(stage, with_engines(contents, engines))
     return open_bundle(output)
+
+
+def _check_larger(program: Program, sizes: Iterable[tuple[int, int]], devices: Iterable[Device]) -> None:
+    """Refuses HiDiffusion where the engines would draw nothing that it is for."""
+    trained = program.trained_size or program.size
+    larger = any(scale_of(size, trained) > 1 for size in sizes)
+    if not larger and all(device.backend != "onnxruntime" for device in devices):
+        raise InputError(
+            f"HiDiffusion is for pictures of more than {trained[0]}x{trained[1]}, and no engine would be made for one: "
+            "give a larger --size too, or leave --hidiffusion out"
+        )
 
 
 def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCache | None:

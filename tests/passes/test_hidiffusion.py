@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,19 @@ import torch
 import torch.nn.functional as F
 
 import trimtab
-from trimtab.bundle import open_bundle
+from trimtab.bundle import open_bundle, update_manifest
 from trimtab.calibration.draft import draft
-from trimtab.errors import InputError, PassError
+from trimtab.errors import InputError, PassError, WrongDevice
 from trimtab.passes.hidiffusion import hidiffusion, rewrites_at, scale_of
 from trimtab.passes.partition import partition
 from trimtab.passes.raunet import CONV, POOL, Places
 from trimtab.runtime.load import Pipeline
-from trimtab.storage import read_program
+from trimtab.storage import read_program, with_engines
+from trimtab.targets.bindings import segment_shapes
+from trimtab.targets.device import find_device
+from trimtab.targets.engines import specialized
+from trimtab.targets.estimate import plan
+from trimtab.targets.propagation import propagate
 
 BundleFolder = Callable[[str], Path]
 
@@ -288,6 +295,51 @@ def test_a_large_native_size_takes_the_place_of_the_plain_schedules(sample_bundl
     task = hidiffusion(program).tasks["text-to-image"]
     assert set(task.schedules) == set(program.tasks["text-to-image"].schedules)
     assert all(s.size_multiple == 16 for s in task.schedules.values())
+
+
+# ---- what every picture is bound to ----
+
+
+@pytest.mark.xdist_group("sd_below")
+def test_all_sizes_follow_from_those_of_the_inputs(below: tuple[Pipeline, Any]) -> None:
+    """Windows in the pooled part too: whoever fixes sizes, plans memory or splits attention asks for it."""
+    contents = below[0].bundle.contents
+    for size, windows in (((64, 64), 1), ((128, 128), 2)):
+        shapes = segment_shapes(contents, size)
+        windowed = [each["windows"] for made in shapes.values() for each in made if "windows" in each]
+        assert len(windowed) > 2 and set(windowed) == {(windows,)}
+        for name, segment in read_program(below[0].bundle).segments.items():
+            for binding in shapes[name]:
+                extents = propagate(segment.model, binding)
+                assert all(value in extents for node in segment.model.graph for value in node.outputs)
+    inner = next(n for n, made in shapes.items() if len(made) > 2)
+    fixed = specialized(read_program(below[0].bundle).segments[inner].model, shapes[inner][0])
+    assert all(v.shape is not None and v.shape.is_static() for node in fixed.graph for v in node.outputs)
+    assert not {"Shape", "Size", "Range"} & {node.op_type for node in fixed.graph}
+
+
+@pytest.mark.xdist_group("sd_below")
+def test_a_plan_of_a_larger_picture_has_the_segments_that_it_calls(below: tuple[Pipeline, Any]) -> None:
+    bundle = below[0].bundle
+    whole = functools.partial(plan, read_program(bundle), bundle.contents, find_device("cpu"))
+    small, large = whole(precision="fp32"), whole(precision="fp32", size=(128, 128))
+    assert len(large.segments) > len(small.segments) and large.peak_bytes > small.peak_bytes
+
+
+@pytest.mark.xdist_group("sd_below")
+def test_engines_may_lack_what_only_larger_pictures_call(below: tuple[Pipeline, Any], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(below[0].bundle.folder, tmp_path / "b"))
+    contents = open_bundle(folder).contents
+    lacking = {n for n, made in segment_shapes(contents, contents.size).items() if not made}
+    engines = {n: () if n in lacking else s.engines for n, s in contents.segments.items()}
+    update_manifest(folder, with_engines(contents, engines))
+    with trimtab.load(folder) as pipe:
+        assert lacking and pipe("a star", seed=0, schedule=3).images
+        with pytest.raises(InputError, match=r"no engine of denoiser\.\d for cpu, as the sizes that were"):
+            pipe("a star", seed=0, schedule=3, size=(128, 128))
+    update_manifest(folder, with_engines(contents, engines | {"denoiser.0": ()}))
+    with pytest.raises(WrongDevice, match=r"has no engine of denoiser\.0 for cpu yet"):
+        trimtab.load(folder, target="cpu")
 
 
 @pytest.mark.xdist_group("dit")

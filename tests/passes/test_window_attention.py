@@ -28,12 +28,13 @@ def graph(masked: bool = False) -> ir.Model:
     end = result.outputs[0]
     end.name, end.type, end.shape = "end", float_, output.shape
     steer = [
-        ir.Value(name="grid", shape=ir.Shape([2]), type=float_),
+        ir.Value(name="rows", shape=ir.Shape(["height"]), type=int_),
+        ir.Value(name="columns", shape=ir.Shape(["width"]), type=int_),
         ir.Value(name="windows", shape=ir.Shape([]), type=int_),
         ir.Value(name="shift", shape=ir.Shape([]), type=int_),
     ]
     first = ir.node("Identity", [steer[0]], name="start")
-    first.outputs[0].name, first.outputs[0].type, first.outputs[0].shape = "started", float_, ir.Shape([2])
+    first.outputs[0].name, first.outputs[0].type, first.outputs[0].shape = "started", int_, steer[0].shape
     return ir.Model(
         ir.Graph([*qkv, *extra, *steer], [end], nodes=[first, node, result], opset_imports={"": 23}),
         ir_version=10,
@@ -47,7 +48,7 @@ def rewritten() -> ir.Model:
     window_attention(
         Alternatives(model.graph, start, "test"),
         attention,
-        values["grid"],
+        (values["rows"], values["columns"]),
         values["windows"],
         values["shift"],
     )
@@ -66,7 +67,8 @@ def feeds(height: int, width: int, windows: int, shift: int) -> dict[str, Any]:
     shape = (ROWS, HEADS, height * width, WIDTH)
     return {
         **{name: rng.standard_normal(shape).astype(np.float32) for name in "qkv"},
-        "grid": np.array([height, width], np.float32),
+        "rows": np.arange(height),
+        "columns": np.arange(width),
         "windows": np.array(windows),
         "shift": np.array(shift),
     }
@@ -107,7 +109,7 @@ def test_masked_attention_is_refused() -> None:
         window_attention(
             Alternatives(model.graph, model.graph.node("start"), "test"),
             model.graph.node("attention"),
-            values["grid"],
+            (values["rows"], values["columns"]),
             values["windows"],
             values["shift"],
         )

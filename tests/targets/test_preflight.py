@@ -130,10 +130,18 @@ def test_what_cannot_end_well_is_refused_with_the_way_out(
 
 
 def test_a_later_jetpack_brings_its_own_tensorrt() -> None:
-    later = dataclasses.replace(GOOD, l4t="39.2.1", jetpack="7.2.1", backend_version="10.16.0")
-    preflight(find_device("orin-nano-8gb"), later)
-    unlisted = dataclasses.replace(GOOD, l4t="39.4.0", jetpack="7.3", backend_version="10.17.0")
-    preflight(find_device("orin-nano-8gb"), unlisted)
+    def verdict(jetpack: str, version: str) -> str:
+        machine = dataclasses.replace(GOOD, l4t="39.2.1", jetpack=jetpack, backend_version=version)
+        try:
+            preflight(find_device("orin-nano-8gb"), machine)
+        except TargetError as error:
+            return str(error)
+        return "taken"
+
+    assert verdict("7.2.1", "10.16.0") == "taken"
+    assert "TensorRT 10.17.0 and JetPack 7.2.1 has 10.16" in verdict("7.2.1", "10.17.0")
+    assert verdict("7.3", "10.17.0") == "taken"  # nobody has listed what it brings
+    assert "TensorRT 10.17.0 and JetPack 6.2 has 10.3" in verdict("6.2", "10.17.0")
 
 
 def test_a_desktop_gpu_needs_no_jetpack() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ class Course:
     Attributes:
         program: To be cut.
         schedules: Name -> evaluations.
+        requests: Name -> what asks `Pipeline.prepare` for that schedule: the plain one's name and a size at which it is
+            walked, the native one or, for a schedule of larger pictures, the smallest.
         skip: The options.
     """
 
@@ -41,8 +44,12 @@ class Course:
         task_name, task = next(iter(program.tasks.items()))
         whole = {name: s for name, s in task.schedules.items() if split_name(name)[0] == name}
         self.schedules = {name: len(schedule.steps) for name, schedule in whole.items()}
+        self.requests: dict[str, dict[str, Any]] = {
+            name: {"schedule": name.partition("/")[0], "size": _least_size(program.size, schedule)}
+            for name, schedule in whole.items()
+        }
         ways = {
-            name: Schedule(s.steps * (1 + len(skip)), s.prologue) for name, s in whole.items()
+            name: dataclasses.replace(s, steps=s.steps * (1 + len(skip))) for name, s in whole.items()
         }  # at index way * evaluations + evaluation
         choices = {
             name: tuple(way for way in (NOTHING, *skip) for _ in range(count))
@@ -146,6 +153,17 @@ def step_macs(pipeline: Pipeline, calls: Sequence[BoundCall]) -> int:
         sizes = {name: buffer.shape for name, buffer in call.inputs.items()}
         total += sum(cost.macs for cost in node_costs(graph, sizes).values())
     return total
+
+
+def _least_size(native: tuple[int, int], schedule: Schedule) -> tuple[int, int]:
+    """The smallest (width, height), in the proportion of the native one, at which a schedule is walked."""
+    if not schedule.least_pixels:
+        return native
+    scale = math.sqrt(schedule.least_pixels / math.prod(native))
+    width, height = (
+        math.ceil(side * scale / schedule.size_multiple) * schedule.size_multiple for side in native
+    )
+    return width, height
 
 
 def _added(plain: Sequence[Call], ours: Sequence[Call], side: Callable[[Call], Any]) -> frozenset[str]:

@@ -126,12 +126,15 @@ def candidates(
     found = {}
     with _drafted(partition(course.program), folder) as pipe:
         for name in course.schedules:
-            requests = own_requests(pipe, 2 * trajectories, prompts=plan.prompts or None, schedule=name)
+            requests = own_requests(
+                pipe, 2 * trajectories, prompts=plan.prompts or None, **course.requests[name]
+            )
             if plan.prompts and "prompt" not in requests[0]:
                 raise InputError(
                     "the plan of inheritance gives prompts, and the model reads none: leave them out"
                 )
-            progress(f"measuring what {name} may skip")
+            width, height = course.requests[name]["size"]
+            progress(f"measuring what {name} may skip, at {width}x{height}")
             scale = _Scale(course, pipe, name, requests, journal)
             found[name] = _of_schedule(scale, plan, plan.speed, moves)
     return found

@@ -87,9 +87,8 @@ def hidiffusion(program: Program) -> Program:
             f"the windows of {places.windows[0]} cannot divide {program.size[0]}x{program.size[1]}: both sides "
             f"must be multiples of {multiple} with HiDiffusion"
         )
-    count = WINDOWS_PER_SIDE if native > 1 else None
     rewrites = {
-        name: _Rewrites(f"{SHIFT}s{number or ''}", found[name], *add_alternatives(model, found[name], count))
+        name: _Rewrites(f"{SHIFT}s{number or ''}", found[name], *add_alternatives(model, found[name]))
         for number, (name, model) in enumerate(models.items())
     }
     least = {scale: math.ceil(trained[0] * trained[1] * scale * scale / 2) for scale in SCALES}
@@ -158,22 +157,23 @@ def _windowed(
     """Every call of a denoiser reads its step's shifts, and how many windows there are at its scale."""
 
     def windowed(step: Step, index: int, windows: int) -> Step:
-        chosen = {} if native > 1 else {WINDOWS: WINDOWS}
         calls = (
-            dataclasses.replace(call, inputs={**call.inputs, SHIFT: f"{ours.shifts}[{index}]", **chosen})
+            dataclasses.replace(
+                call, inputs={**call.inputs, WINDOWS: WINDOWS, SHIFT: f"{ours.shifts}[{index}]"}
+            )
             if (ours := rewrites.get(call.segment))
             else call
             for call in step.calls
         )
         return dataclasses.replace(
-            step, calls=tuple(calls), constants={**step.constants, **dict.fromkeys(chosen, (windows,))}
+            step, calls=tuple(calls), constants={**step.constants, WINDOWS: (0.0,) * windows}
         )
 
     return {
         name: dataclasses.replace(
             schedule,
             steps=tuple(
-                windowed(step, index, WINDOWS_PER_SIDE if schedule.least_pixels else 1)
+                windowed(step, index, WINDOWS_PER_SIDE if native > 1 or schedule.least_pixels else 1)
                 for index, step in enumerate(schedule.steps)
             ),
         )

@@ -9,12 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.alternatives import Alternatives, behind, relabel
-from trimtab.passes.constants import add_constant
 from trimtab.passes.scopes import Module, module_tree, scopes
 from trimtab.passes.window_attention import window_attention
 
@@ -22,7 +20,11 @@ CONV, POOL = "conv", "pool"
 """The rewrites: the resolution-aware downsampler, and the pooled path."""
 
 WINDOWS = "windows"
-"""Input of the denoiser: int64 scalar, how many windows attention has along each side; 1 is the plain graph."""
+"""Input of the denoiser: int64 (windows,), as long as attention has windows along each side; 1 is the plain graph.
+
+Its numbers mean nothing. What decides sizes is a size itself: so it is known wherever the inputs' sizes are, and an
+engine of fixed sizes has it as a constant.
+"""
 
 SHIFT = "window_shift"
 """Input of the denoiser: int64 (blocks,), the shift of each block's windows in quarters."""
@@ -100,7 +102,7 @@ def find_places(model: ir.Model) -> Places:
     return places
 
 
-def add_alternatives(model: ir.Model, places: Places, count: int | None = None) -> tuple[Swaps, int]:
+def add_alternatives(model: ir.Model, places: Places) -> tuple[Swaps, int]:
     """Adds all alternatives to a denoiser's graph, in place, and gives its attention windows.
 
     With one window and no swap the graph computes what it computed, bit for bit.
@@ -108,8 +110,6 @@ def add_alternatives(model: ir.Model, places: Places, count: int | None = None) 
     Args:
         model: Edited.
         places: Where.
-        count: Of windows along each side, where it is always the same; None makes it the input `WINDOWS`. (Engines of
-            fixed sizes want no input that decides a size.)
 
     Returns:
         The alternatives, and the number of blocks that have windows.
@@ -119,7 +119,7 @@ def add_alternatives(model: ir.Model, places: Places, count: int | None = None) 
     """
     graph, tree = model.graph, module_tree(model.graph)
     swaps: Swaps = {CONV: {}, POOL: {}}
-    blocks = _add_windows(graph, tree, places, swaps, count)
+    blocks = _add_windows(graph, tree, places, swaps)
     _add_pool(graph, tree, places, swaps)
     _add_conv(tree, places, swaps)
     return swaps, blocks
@@ -174,13 +174,12 @@ def _add_pool(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps
         dtype=first.dtype,
         shape=[*first.shape[:2], *(_part(dim, 2) for dim in first.shape[2:])],
     )
-    grid, _ = _grid(graph, places.pool_level, "pooled_from")
     # Halved so often, each time rounded up.
     sizes = [f"-(-latent_{side}//{2**places.pool_level})" for side in ("height", "width")]
     back = behind(graph, last, f"{SCOPE}/{up}/last")
     nodes = Alternatives(graph, back.producer(), f"{SCOPE}/{up}")
     rows = nodes.int_node("Shape", [last], [2], start=0, end=2)
-    sides = nodes.int_node("Cast", [grid], [2], to=int(ir.DataType.INT64))
+    sides = _halved(nodes, _sides(graph, nodes), places.pool_level)
     resized = nodes.node(
         "Resize",
         [last, None, None, nodes.int_node("Concat", [rows, sides], [4], axis=0)],
@@ -213,9 +212,7 @@ def _feature(module: Module) -> ir.Value:
     return found[-1]
 
 
-def _add_windows(
-    graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps, count: int | None
-) -> int:
+def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> int:
     """Window attention in the windowed blocks, and the inputs that steer it. Gives their number."""
     attentions = {
         path: attention
@@ -224,18 +221,18 @@ def _add_windows(
         if (attention := _attention(tree[path])) is not None
     }
     int64 = ir.TensorType(ir.DataType.INT64)
-    if count is None:
-        windows = ir.Value(name=WINDOWS, shape=ir.Shape([]), type=int64)
-        graph.inputs.append(windows)
-    else:
-        windows = add_constant(graph, WINDOWS, np.array(count, np.int64))
+    counted = ir.Value(name=WINDOWS, shape=ir.Shape([WINDOWS]), type=int64)
+    graph.inputs.append(counted)
+    start = Alternatives(graph, None, f"{SCOPE}/{WINDOWS}")
+    length = start.int_node("Shape", [counted], [1], start=0, end=1)
+    windows = start.int_node("Squeeze", [length, start.ints([0])], [])
     shifts = ir.Value(name=SHIFT, shape=ir.Shape([len(attentions)]), type=int64)
     graph.inputs.append(shifts)
-    whole, _ = _grid(graph, places.window_level, "windows")
-    inside = whole
+    whole = inside = _grid(graph, places.window_level, "grid")
     if places.windows_are_pooled:
-        inside, half = _grid(graph, places.window_level, "pooled_windows")
-        swaps[POOL][str(inside.name)] = str(half.name)
+        inside = _grid(graph, places.window_level, "pooled_grid")
+        half = _grid(graph, places.window_level + 1, "half_grid")
+        swaps[POOL] |= {str(a.name): str(b.name) for a, b in zip(inside, half, strict=True)}
     for index, (path, attention) in enumerate(attentions.items()):
         # A part of the attention: whoever skips the module skips its windows.
         nodes = Alternatives(graph, _before(attention), f"{SCOPE}/{path}", scopes(attention))
@@ -275,23 +272,33 @@ def _is_pooled(tree: Mapping[str, Module], places: Places, path: str) -> bool:
 
 
 def _grid(graph: ir.Graph, level: int, name: str) -> tuple[ir.Value, ir.Value]:
-    """(height, width) of a level as a value that can be swapped, and what stands for it at half the side.
+    """The numbers of a level's rows and of its columns: int64 (height,) and (width,).
 
-    float32 (2,) each: arithmetic on sizes alone is repeated by `partition` wherever it is needed, and cannot be
-    swapped.
+    Arithmetic on sizes alone is repeated by `partition` wherever it is needed, and cannot be swapped. These can, and
+    who reads them knows the sizes from theirs.
     """
     nodes = Alternatives(graph, None, f"{SCOPE}/{name}")
+    sides = _halved(nodes, _sides(graph, nodes), level)
+    zero, one = nodes.ints(0), nodes.ints(1)
+
+    def numbers(axis: int, side: str) -> ir.Value:
+        count = nodes.int_node("Gather", [sides, nodes.ints(axis)], [], axis=0)
+        # "+ 0": a size of its own, as what `relabel` names.
+        return nodes.int_node("Range", [zero, count, one], [f"-(-(latent_{side} + 0)//{2**level})"])
+
+    return numbers(0, "height"), numbers(1, "width")
+
+
+def _sides(graph: ir.Graph, nodes: Alternatives) -> ir.Value:
+    """Height and width of the latents: int64 (2,)."""
     state = next(value for value in graph.inputs if value.name == "state")
-    sizes = nodes.int_node("Shape", [state], [2], start=3, end=5)
+    return nodes.int_node("Shape", [state], [2], start=3, end=5)
+
+
+def _halved(nodes: Alternatives, sides: ir.Value, times: int) -> ir.Value:
+    """Sides halved so often, each time rounded up."""
     one, two = nodes.ints([1]), nodes.ints([2])
-
-    def halved(value: ir.Value) -> ir.Value:
-        less = nodes.int_node("Sub", [value, one], [2])
-        return nodes.int_node("Add", [nodes.int_node("Div", [less, two], [2]), one], [2])
-
-    def floats(value: ir.Value) -> ir.Value:
-        return nodes.node("Cast", [value], {"to": int(ir.DataType.FLOAT)}, dtype=ir.DataType.FLOAT, shape=[2])
-
-    for _ in range(level):
-        sizes = halved(sizes)
-    return floats(sizes), floats(halved(sizes))
+    for _ in range(times):
+        less = nodes.int_node("Sub", [sides, one], [2])
+        sides = nodes.int_node("Add", [nodes.int_node("Div", [less, two], [2]), one], [2])
+    return sides

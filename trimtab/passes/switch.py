@@ -56,10 +56,7 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
             )
         for loop, steps in _loops(program).items():
             if _constants(_loops(others[name]).get(loop, ())) != _constants(steps):
-                raise PassError(
-                    f"the denoiser {name} was compiled with another {loop}, or with none: compile both with the "
-                    "same scheduler and steps"
-                )
+                raise another_loop(name, loop)
         segments[f"{DENOISER}-{name}"] = Segment(f"{DENOISER}-{name}", model)
         entries.append(PassEntry("Switch", f"{DENOISER}-{name}", 1, 0))
 
@@ -94,6 +91,14 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
             f"{', '.join(f'{start:g}' for start in starts)}"
         )
     return result
+
+
+def another_loop(name: str, loop: str) -> PassError:
+    """The error for a denoiser that was compiled without one of the program's schedules."""
+    return PassError(
+        f"the denoiser {name} was compiled with another {loop}, or with none: compile both with the same scheduler "
+        "and steps"
+    )
 
 
 def _loops(program: Program) -> dict[str, tuple[Step, ...]]:

@@ -23,28 +23,33 @@ class WindowOrder:
 
     Args:
         nodes: Where the nodes go.
-        grid: (height, width) of the tokens, float32 (2,): multiples of ``windows``.
+        grid: The numbers of the tokens' rows and of their columns, int64 (height,) and (width,): as many as multiples
+            of ``windows``.
         windows: Along each side, int64 scalar: with 1, the order is the tokens' own.
         shift: In quarters of a window, int64 scalar; without effect where there is one window.
         tokens: The expression of height * width.
     """
 
     def __init__(
-        self, nodes: Alternatives, grid: ir.Value, windows: ir.Value, shift: ir.Value, tokens: str | int
+        self,
+        nodes: Alternatives,
+        grid: tuple[ir.Value, ir.Value],
+        windows: ir.Value,
+        shift: ir.Value,
+        tokens: str | int,
     ) -> None:
         self._nodes = nodes
-        sizes = nodes.int_node("Cast", [grid], [2], to=int(ir.DataType.INT64))
-        sides = [nodes.int_node("Gather", [sizes, nodes.ints(axis)], [], axis=0) for axis in (0, 1)]
+        # No Shape: `partition` would take another tensor's that the plain graph says is as large.
+        sides = [nodes.int_node("Size", [line], []) for line in grid]
         parts = [self._op("Div", side, windows) for side in sides]
         height, width = parts
         several = self._op("Mul", shift, self._op("Sub", windows, nodes.ints(1)))
         rolls = [self._op("Mul", self._op("Div", part, nodes.ints(SHIFTS)), several) for part in parts]
-        lines = [nodes.int_node("Range", [nodes.ints(0), s, nodes.ints(1)], [None]) for s in sides]
 
         # Token [wy, y, wx, x] of the rolled picture, counted in the picture itself, becomes [wy, wx, y, x].
         rows, columns = (
             self._op("Mod", self._op("Add", line, roll), side)
-            for line, roll, side in zip(lines, rolls, sides, strict=True)
+            for line, roll, side in zip(grid, rolls, sides, strict=True)
         )
         picture = self._table(self._op("Mul", rows, sides[1]), columns)
         split = nodes.int_node(
@@ -69,7 +74,7 @@ class WindowOrder:
         # Row y of the picture is row (y - roll) mod height of the rolled one; there it is cut into window and rest.
         back = [
             self._op("Mod", self._op("Sub", line, roll), side)
-            for line, roll, side in zip(lines, rolls, sides, strict=True)
+            for line, roll, side in zip(grid, rolls, sides, strict=True)
         ]
         window_y, window_x = (self._op("Div", p, part) for p, part in zip(back, parts, strict=True))
         y, x = (self._op("Mod", p, part) for p, part in zip(back, parts, strict=True))
@@ -91,7 +96,11 @@ class WindowOrder:
 
 
 def window_attention(
-    nodes: Alternatives, attention: ir.Node, grid: ir.Value, windows: ir.Value, shift: ir.Value
+    nodes: Alternatives,
+    attention: ir.Node,
+    grid: tuple[ir.Value, ir.Value],
+    windows: ir.Value,
+    shift: ir.Value,
 ) -> None:
     """Lets every token of a self-attention look at its own window only, in place.
 
@@ -101,7 +110,7 @@ def window_attention(
     Args:
         nodes: Where the nodes go: before the attention.
         attention: With the inputs (rows, heads, tokens, width) of fixed heads and width.
-        grid: (height, width) of the tokens, float32 (2,).
+        grid: The numbers of the tokens' rows and of their columns, int64 (height,) and (width,).
         windows: Along each side, int64 scalar.
         shift: int64 scalar, 0 to 3.
 

@@ -92,6 +92,11 @@ class Engines:
         for engine in engines:
             if all(inputs[name].shape == shape for name, shape in engine.shapes.items() if name in inputs):
                 return engine
+        if not engines:
+            raise InputError(
+                f"there is no engine of {segment} for {self.target}, as the sizes that were compiled do not call it: "
+                "ask for one of them, or compile with this one as well"
+            )
         name, shape = next((n, s) for n, s in engines[0].shapes.items() if inputs[n].shape != s)
         raise InputError(
             f"the engines of {segment} for {self.target} take {name} of {shape} and {inputs[name].shape} is asked "
@@ -141,6 +146,15 @@ def _stages(contents: Contents) -> dict[str, str]:
     return stages
 
 
+def _for_larger(contents: Contents) -> set[str]:
+    """Segments that only pictures of more than the native size call: engines of fixed sizes may lack them."""
+    called: dict[bool, set[str]] = {False: set(), True: set()}
+    for task in contents.tasks.values():
+        for schedule in task.schedules.values():
+            called[schedule.least_pixels > 0] |= {c.segment for step in schedule.steps for c in step.calls}
+    return called[True] - called[False]
+
+
 def _engines(contents: Contents, segment: str, target: str) -> list[Engine]:
     return [engine for engine in contents.segments[segment].engines if engine.target == target]
 
@@ -181,9 +195,10 @@ def _choose(
 
 def _open(bundle: Bundle, target: str, provider: str, threads: int, fast: bool) -> Backend:
     engines: list[Engine] = []
+    larger = _for_larger(bundle.contents)
     for name in bundle.contents.segments:
         made = _engines(bundle.contents, name, target)
-        if not made or not all(engine.built for engine in made):
+        if not all(engine.built for engine in made) or (not made and name not in larger):
             raise WrongDevice(
                 f"{bundle.folder} has no engine of {name} for {target} yet: run trimtab build {bundle.folder} "
                 f"--target {target} on the device"

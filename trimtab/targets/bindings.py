@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trimtab.errors import TargetError
 from trimtab.manifest import Contents
 from trimtab.program import Call, Schedule, Step, Task
+from trimtab.runtime.arguments import for_size
 from trimtab.runtime.executor import make_plan
 from trimtab.runtime.sessions import Buffer, Run, Session, open_backend
 
@@ -29,21 +31,23 @@ def segment_shapes(contents: Contents, size: tuple[int, int]) -> dict[str, tuple
         size: (width, height) in pixels.
 
     Returns:
-        Segment -> the distinct shapes that it is called with; one for nearly all.
+        Segment -> the distinct shapes that it is called with; one for nearly all, and none for those that only
+        pictures of other sizes call.
 
     Raises:
+        InputError: A size that a schedule cannot take.
         TargetError: A segment that nothing calls.
     """
     found: dict[str, dict[Any, Shapes]] = {name: {} for name in contents.segments}
     for task in contents.tasks.values():
         symbols = {"batch": 1, "rows": _rows(task), "width": size[0], "height": size[1]}
         seen = set()
-        for schedule in task.schedules.values():
+        for schedule in _walked(task, size):
             short = _shortened(schedule)
             look = (
                 *map(_look, short.prologue),
                 None,
-                *(_look(c) for step in short.steps for c in step.calls),
+                *(_step_look(step) for step in short.steps),
             )
             if look not in seen:
                 seen.add(look)
@@ -55,9 +59,22 @@ def segment_shapes(contents: Contents, size: tuple[int, int]) -> dict[str, tuple
                     functools.partial(_noting, found),
                     open_backend("onnxruntime"),
                 )
-    if idle := [name for name, shapes in found.items() if not shapes]:
+    called = {
+        call.segment
+        for task in contents.tasks.values()
+        for schedule in task.schedules.values()
+        for step in schedule.steps
+        for call in step.calls
+    }
+    if idle := [name for name, shapes in found.items() if not shapes and name not in called]:
         raise TargetError(f"nothing calls the segment {idle[0]}, so its sizes are unknown: remove it")
     return {name: tuple(shapes.values()) for name, shapes in found.items()}
+
+
+def _walked(task: Task, size: tuple[int, int]) -> Iterable[Schedule]:
+    """The schedules that pictures of a size walk."""
+    for name in dict.fromkeys(re.sub(r"/\d+x$", "", name) for name in task.schedules):
+        yield for_size(task, name, size)[1]
 
 
 def _noting(found: Mapping[str, dict[Any, Shapes]], segment: str, inputs: Mapping[str, Buffer]) -> Session:
@@ -87,11 +104,17 @@ def _rows(task: Task) -> int:
 
 
 def _shortened(schedule: Schedule) -> Schedule:
-    """The same loop with every step only once: what is bound depends on the calls and not on the numbers."""
+    """The same loop with every step only once: what is bound depends on the calls and not on the numbers, but on how
+    many there are."""
     steps: dict[Any, Step] = {}
     for step in schedule.steps:
-        steps.setdefault((*map(_look, step.calls), step.draws), step)
+        steps.setdefault((_step_look(step), step.draws), step)
     return dataclasses.replace(schedule, steps=tuple(steps.values()))
+
+
+def _step_look(step: Step) -> Any:
+    counts = sorted((name, len(values)) for name, values in step.constants.items())
+    return (*map(_look, step.calls), *counts)
 
 
 def _look(call: Call) -> Any:

@@ -14,7 +14,8 @@ from trimtab.manifest import Contents
 from trimtab.passes.precision import convert
 from trimtab.passes.scopes import scopes
 from trimtab.passes.split_attention import SplitAttention
-from trimtab.program import Program, Task, check_size
+from trimtab.program import Program, Schedule, Task, check_size
+from trimtab.runtime.arguments import for_size
 from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.cost import Cost, node_costs
 from trimtab.targets.device import Device
@@ -199,11 +200,12 @@ def plan(
     shapes = segment_shapes(contents, size)
     model = memory_model(device)
     task = next(iter(contents.tasks.values()))
+    _, schedule = for_size(task, next(iter(task.schedules)), size)
     segments = [
         _segment(name, stage, program, shapes[name], device, precision, model)
-        for name, stage in _stages(task, contents).items()
+        for name, stage in _stages(task, schedule, contents).items()
     ]
-    step, picture = _times(task, contents, {segment.name: segment.ms for segment in segments})
+    step, picture = _times(task, schedule, contents, {segment.name: segment.ms for segment in segments})
     return Plan(
         device=device.name,
         precision=precision,
@@ -237,9 +239,8 @@ def _low_memory(segments: Iterable[SegmentPlan], model: MemoryModel) -> int:
     return buffers + max((_held(stage, model) for stage in stages.values()), default=0)
 
 
-def _stages(task: Task, contents: Contents) -> dict[str, str]:
-    """Segment -> when it runs, for the first schedule of a task."""
-    schedule = next(iter(task.schedules.values()))
+def _stages(task: Task, schedule: Schedule, contents: Contents) -> dict[str, str]:
+    """Segment -> when it runs, for a schedule of a task."""
     found: dict[str, str] = {}
     for call in (*task.prologue, *schedule.prologue):
         found.setdefault(call.segment, "prologue")
@@ -251,12 +252,11 @@ def _stages(task: Task, contents: Contents) -> dict[str, str]:
 
 
 def _times(
-    task: Task, contents: Contents, ms: Mapping[str, float | None]
+    task: Task, schedule: Schedule, contents: Contents, ms: Mapping[str, float | None]
 ) -> tuple[float | None, float | None]:
     known = {name: value for name, value in ms.items() if value is not None}
     if len(known) < len(ms):
         return None, None
-    schedule = next(iter(task.schedules.values()))
     steps = sum(known[call.segment] for step in schedule.steps for call in step.calls)
     around = sum(known[call.segment] for call in (*task.prologue, *schedule.prologue, *contents.epilogue))
     return steps / max(1, len(schedule.steps)), around + steps

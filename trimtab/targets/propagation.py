@@ -144,6 +144,8 @@ class _Walk:
             whole = self.extents[node.inputs[0]].shape
             start, end = node.attributes.get_int("start", 0), node.attributes.get_int("end", len(whole))
             return [np.array(whole[start:end], np.int64)]
+        if node.op_type == "Size" and node.inputs[0] is not None:
+            return [np.array(self.extents[node.inputs[0]].elements, np.int64)]
         if not node.inputs or any(v is not None and v not in self.values for v in node.inputs):
             return None
         from onnx.reference import ReferenceEvaluator

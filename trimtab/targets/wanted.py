@@ -30,13 +30,14 @@ def with_target(contents: Contents, device: Device) -> Contents:
         TargetError: A segment that nothing calls.
         BundleError: A segment without any engine.
     """
-    if bare := [name for name, segment in contents.segments.items() if not segment.engines]:
-        raise BundleError(f"{bare[0]} has no engine of any target: compile the bundle again")
     there = [engine for segment in contents.segments.values() for engine in segment.engines]
     gpus = sorted(
         (e for e in there if e.shapes), key=lambda e: e.backend != device.backend
     )  # its own kind first
     like = gpus[0].target if gpus and device.backend != "onnxruntime" else None
+    bare = [name for name, segment in contents.segments.items() if not segment.engines]
+    if bare and like is None:
+        raise BundleError(f"{bare[0]} has no engine of any target: compile the bundle again")
     native = segment_shapes(contents, contents.size) if device.sm and like is None else {}
     files = {entry.path for entry in contents.files}
     engines = {}

@@ -74,9 +74,13 @@ def test_every_kernel_assembles_on_every_sm(sm: int, rows: int, tmp_path: Path) 
 @pytest.mark.parametrize(("d", "bits", "dtype"), [(2, 6, "fp16"), (2, 8, "bf16"), (4, 8, "bf16")])
 def test_every_format_assembles_on_every_sm(sm: int, d: int, bits: int, dtype: str, tmp_path: Path) -> None:
     for rows in (1, 4096):
-        for kernel in matmul_kernels(sm, rows, 321, 333, d=d, bits=bits, dtype=dtype):
-            assemble(kernel, sm, tmp_path)
-    assemble(decode_kernel(sm, 321, 333, d=d, bits=bits, dtype=dtype), sm, tmp_path)
+        kernels = matmul_kernels(sm, rows, 321, 333, d=d, bits=bits, dtype=dtype)
+        assert {kernel.dtype for kernel in kernels} == {dtype}
+        for kernel in kernels:
+            assert f"'{kernel.entry}' for 'sm_{sm}" in assemble(kernel, sm, tmp_path)
+    decoder = decode_kernel(sm, 321, 333, d=d, bits=bits, dtype=dtype)
+    assert decoder.dtype == dtype
+    assert f"'{decoder.entry}' for 'sm_{sm}" in assemble(decoder, sm, tmp_path)
 
 
 def test_the_decoder_assembles(tmp_path: Path) -> None:
