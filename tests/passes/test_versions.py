@@ -65,6 +65,23 @@ def test_what_is_before_and_behind_the_differences_stands_once_and_computes_the_
     assert sum(weight_bytes(segment.model) for segment in result.segments.values()) == 9 * one
 
 
+def test_a_version_has_only_the_parts_that_its_own_steps_run() -> None:
+    skipped = inherit(differing(3, steps=4), InheritPlan(skip=("blocks.3",), full=(0, 1, 2, 3)))
+    late = skipped.tasks["t"].schedules["s"].steps
+    # The second version inherits from the start what the first one keeps.
+    read = {**late[3].calls[0].inputs, "branch3": "denoiser/branch3"}
+    kept = {**late[1].calls[0].outputs, "branch3": "denoiser/branch3"}
+    steps = [
+        dataclasses.replace(late[0], calls=(dataclasses.replace(late[1].calls[0], outputs=kept),)),
+        dataclasses.replace(late[3], calls=(dataclasses.replace(late[3].calls[0], inputs=read),)),
+    ]
+    schedule = dataclasses.replace(skipped.tasks["t"].schedules["s"], steps=tuple(steps))
+    task = dataclasses.replace(skipped.tasks["t"], schedules={"s": schedule})
+    result = partition(dataclasses.replace(skipped, tasks={"t": task}))
+    called = {name for step in names(result) for name in step}
+    assert called == result.segments.keys()
+
+
 def test_versions_that_share_too_little_are_not_cut() -> None:
     everywhere = differing(0, 5)
     assert partition(everywhere).segments.keys() == {"denoiser", "denoiser-2"}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +103,8 @@ class Source:
             if library == "transformers":
                 options["dtype"] = options.pop("torch_dtype")
         try:
-            component = cls.from_pretrained(folder, local_files_only=True, **options)
+            with _no_bar(library):
+                component = cls.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # from_pretrained raises whatever the layer below did
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
@@ -123,6 +126,23 @@ class Source:
             _check_safetensors(file)
         plain = [f for f in files if f.name.count(".") == 1 or ".fp" not in f.name]
         return None if plain else "fp16"
+
+
+@contextlib.contextmanager
+def _no_bar(library: str) -> Iterator[None]:
+    """transformers draws a bar for every model that it loads, also where nobody sees a terminal."""
+    if library != "transformers":
+        yield
+        return
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def _is_model(cls: type) -> bool:

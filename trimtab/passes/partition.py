@@ -168,6 +168,7 @@ class _Cut:
         self._inputs = {str(value.name) for value in graph.inputs}
         self._outputs = {str(value.name) for value in graph.outputs}
         self.kinds = list(dict.fromkeys(self.kind(call) for call in calls))
+        self._used = {(call.segment, self.kind(call)) for call in calls}
         self.inner = {v for kind in self.kinds for v in (*(g for g, _ in kind.given), *kind.kept)}
         self.parts: dict[str, ir.Model] = {}
         self._runs: dict[Kind, tuple[int, ...]] = {}
@@ -220,7 +221,8 @@ class _Cut:
             places = {place[node] for node in group}
             for name in self.models if group[0] in region else (self.name,):
                 part = f"{name}.{index}"
-                self.parts[part] = _part(part, self.models[name], places, outputs, swapped)
+                if group[0] not in region or any((name, kind) in self._used for kind in runs[group[0]]):
+                    self.parts[part] = _part(part, self.models[name], places, outputs, swapped)
         for kind in self.kinds:
             self._runs[kind] = tuple(i for i, group in enumerate(groups) if kind in runs[group[0]])
         self._tags = _tag(groups, given, sources, self.kinds)
