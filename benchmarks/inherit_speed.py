@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -25,8 +24,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import models
-from step import GUIDANCE, SCHEDULE, process, serve, spread
+from step import GUIDANCE, SCHEDULE, between, compiled, conditions, process, serve, spread, told
 
 GOALS = {2: 1.5, 3: 1.85}
 """Every N-th step in full -> how many times as fast."""
@@ -37,21 +35,11 @@ GOAL_OF_PREDICTION = 0.95
 
 def steps_of(connection: Connection, bundle: str, threads: int) -> None:
     """Steps of a bundle in their order, from the first; says first what each of the first two multiplies."""
-    import onnx_ir as ir
-
+    from trimtab.calibration.course import step_macs
     from trimtab.runtime.load import load
-    from trimtab.targets.cost import node_costs
 
     with load(bundle, threads=threads) as pipe:
         request, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
-
-        def macs(index: int) -> int:
-            total = 0
-            for call in plan.steps[index].calls:
-                graph = ir.load(pipe.bundle.path(pipe.bundle.contents.segments[call.segment].graph))
-                sizes = {name: buffer.shape for name, buffer in call.inputs.items()}
-                total += sum(cost.macs for cost in node_costs(graph, sizes).values())
-            return total
 
         plan.begin(request)
         for index in (0, 1):  # memory is touched and kernels are packed
@@ -61,7 +49,8 @@ def steps_of(connection: Connection, bundle: str, threads: int) -> None:
             for name, segment in pipe.bundle.contents.segments.items()
             if name.startswith("denoiser")
         )
-        first = {"macs": [macs(0), macs(1)], "weight_bytes": weights}
+        macs = [step_macs(pipe, plan.steps[index].calls) for index in (0, 1)]
+        first = {"macs": macs, "weight_bytes": weights}
         # `serve` counts from 1: an odd turn is a full step, an even one inherits.
         serve(connection, lambda turn: plan.steps[(turn + 1) % 2].run(request), first)
 
@@ -81,10 +70,7 @@ def inheriting(plain: Path, folder: Path) -> None:
 def measure(scratch: Path, plain: Path | None, part: str, rounds: int, threads: int) -> dict[str, Any]:
     """Makes both bundles below ``scratch``, lets their steps take turns, and says what was found."""
     if plain is None:
-        source, plain = scratch / "pipeline", scratch / "plain.bundle"
-        models.make(source, part)
-        command = [sys.executable, "-m", "trimtab", "compile", str(source), "--steps", str(SCHEDULE)]
-        subprocess.run([*command, "-o", str(plain)], check=True, stdout=subprocess.DEVNULL)
+        _, plain = compiled(scratch, part)
     ours = scratch / "inheriting.bundle"
     # In a process of its own, whose memory is gone before anything is measured.
     subprocess.run([sys.executable, __file__, "--bundle", str(plain), "--write", str(ours)], check=True)
@@ -136,11 +122,8 @@ def measure(scratch: Path, plain: Path | None, part: str, rounds: int, threads: 
         "macs": macs,
         "weight_bytes": {"plain": before["weight_bytes"], "inheriting": after["weight_bytes"]},
         "peak_bytes": peaks,
-        "rounds": rounds,
         "threads": threads or "one a core",
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "command": " ".join(["python", *sys.argv]),
+        **conditions(rounds),
     }
 
 
@@ -151,9 +134,8 @@ def _medians(values: dict[str, list[float]]) -> dict[str, float]:
 def _show(result: dict[str, Any]) -> None:
     print(f"{'step':9}{'processor s':>12}{'[min .. max]':>20}{'clock s':>10}{'GMACs':>9}")
     for name, used in result["processor_seconds"].items():
-        between = f"[{used['min']:.2f} .. {used['max']:.2f}]"
         clock, macs = result["seconds"][name]["median"], result["macs"][name] / 1e9
-        print(f"{name:9}{used['median']:12.2f}{between:>20}{clock:10.2f}{macs:9.1f}")
+        print(f"{name:9}{used['median']:12.2f}{between(used):>20}{clock:10.2f}{macs:9.1f}")
     for row in result["speeds"]:
         print(
             f"every {row['every']}: {row['full']} full + {row['inherit']} inheriting of {SCHEDULE}: "
@@ -165,10 +147,7 @@ def _show(result: dict[str, Any]) -> None:
         print(
             f"{name:11} {count / 1e6:9.1f} MB of weights, {result['peak_bytes'][name] / 1e6:9.1f} MB at most"
         )
-    print(
-        f"{result['rounds']} rounds, threads: {result['threads']}, {result['cores']} cores, "
-        f"load average {result['load_average']:.1f}"
-    )
+    print(told(result))
 
 
 def main() -> None:

@@ -20,6 +20,23 @@ UNET_PARAMETERS = 859_520_964
 """Of Stable Diffusion 1.5's U-Net; what is made here is held against it."""
 
 
+DIT_XL_2: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "sample_size": 32,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+    "norm_type": "ada_norm_zero",
+    "norm_elementwise_affine": False,
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+}
+"""The published transformer's configuration, for diffusers."""
+
+
 def make(folder: Path, part: str) -> None:
     """Writes a pipeline in a process of its own, whose memory is gone before anything is measured.
 
@@ -102,20 +119,7 @@ def _write_dit(folder: Path) -> None:
     import torch
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=72,
-        in_channels=4,
-        out_channels=8,
-        num_layers=28,
-        sample_size=32,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_zero",
-        norm_elementwise_affine=False,
-        activation_fn="gelu-approximate",
-        attention_bias=True,
-    )
+    transformer = DiTTransformer2DModel(**DIT_XL_2)
     first = transformer.transformer_blocks[0].norm1.emb.state_dict()
     with torch.no_grad():
         for block in transformer.transformer_blocks:

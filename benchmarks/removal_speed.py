@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -26,8 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import models
-from step import GUIDANCE, SCHEDULE, process, serve, spread
+from step import GUIDANCE, SCHEDULE, between, compiled, conditions, process, serve, spread, told
 
 SHARES = (0.3, 0.5)
 TARGET = "rtx-4090"
@@ -35,19 +33,15 @@ TARGET = "rtx-4090"
 
 def steps_of(connection: Connection, bundle: str, threads: int) -> None:
     """Steps of a bundle; says first what one multiplies, and the denoiser's bytes."""
-    import onnx_ir as ir
-
+    from trimtab.calibration.course import step_macs
     from trimtab.runtime.load import load
-    from trimtab.targets.cost import node_costs
 
     with load(bundle, threads=threads) as pipe:
         request, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
         plan.begin(request)
         plan.steps[0].run(request)  # memory is touched
         segment = pipe.bundle.contents.segments["denoiser"]
-        graph = ir.load(pipe.bundle.path(segment.graph))
-        sizes = {name: buffer.shape for name, buffer in plan.steps[0].calls[0].inputs.items()}
-        macs = sum(cost.macs for cost in node_costs(graph, sizes).values())
+        macs = step_macs(pipe, plan.steps[0].calls)
         first = {"macs": macs, "weight_bytes": segment.weight_bytes, "parameters": segment.parameters}
         serve(connection, lambda turn: plan.steps[turn % SCHEDULE].run(request), first)
 
@@ -84,10 +78,7 @@ def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Makes the bundles below ``scratch``, lets their steps take turns, and says what was found."""
     plain = options.bundle
     if plain is None:
-        source, plain = scratch / "pipeline", scratch / "plain.bundle"
-        models.make(source, options.part)
-        command = [sys.executable, "-m", "trimtab", "compile", str(source), "--steps", str(SCHEDULE)]
-        subprocess.run([*command, "-o", str(plain)], check=True, stdout=subprocess.DEVNULL)
+        _, plain = compiled(scratch, options.part)
     bundles = {"whole": plain}
     for share in SHARES:
         name = f"{share:.0%} removed"
@@ -116,11 +107,8 @@ def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
         },
         "by": options.by,
         "of": options.of,
-        "rounds": options.rounds,
         "threads": options.threads or "one a core",
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "command": " ".join(["python", *sys.argv]),
+        **conditions(options.rounds),
     }
 
 
@@ -157,16 +145,12 @@ def _show(result: dict[str, Any]) -> None:
     )
     for name, row in result["rows"].items():
         used = row["processor_seconds"]
-        between = f"[{used['min']:.2f} .. {used['max']:.2f}]"
         engine = f"{row['engine_bytes'] / 1e6:11.1f}{row['engine_ratio']:7.3f}" if row["engine_bytes"] else ""
         print(
-            f"{name:13}{row['removed']:8.1%}{used['median']:13.2f}{between:>18}{row['time_ratio']:7.3f}"
+            f"{name:13}{row['removed']:8.1%}{used['median']:13.2f}{between(used):>18}{row['time_ratio']:7.3f}"
             f"{row['macs_ratio']:7.3f}{row['peak_bytes'] / 1e6:9.0f}{row['memory_ratio']:7.3f}{engine}"
         )
-    print(
-        f"of {result['of']}, by {result['by']}, {result['rounds']} rounds, threads: {result['threads']}, "
-        f"{result['cores']} cores, load average {result['load_average']:.1f}"
-    )
+    print(f"of {result['of']}, by {result['by']}, {told(result)}")
 
 
 def main() -> None:

@@ -132,10 +132,8 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[Connection
 
 def measure(scratch: Path, part: str, rounds: int, threads: int) -> dict[str, Any]:
     """Compiles below ``scratch``, runs both in turn, and says what was found."""
-    source, bundle, shared = scratch / "pipeline", scratch / "pipeline.bundle", scratch / "shared.npz"
-    models.make(source, part)
-    command = [sys.executable, "-m", "trimtab", "compile", str(source), "--steps", str(SCHEDULE)]
-    subprocess.run([*command, "-o", str(bundle)], check=True, stdout=subprocess.DEVNULL)
+    source, bundle = compiled(scratch, part)
+    shared = scratch / "shared.npz"
     times: dict[str, list[float]] = {"trimtab": [], "torch": []}
     processor: dict[str, list[float]] = {"trimtab": [], "torch": []}
     peaks = {}
@@ -158,20 +156,50 @@ def measure(scratch: Path, part: str, rounds: int, threads: int) -> dict[str, An
         "ratios": spread(ratios),
         "processor_ms": {name: spread(values) for name, values in processor.items()},
         "goal": GOAL,
-        "rounds": rounds,
         "peak_bytes": peaks,
         "relative_error": torch["error"],
         "threads": {"torch": torch["threads"], "trimtab": threads or "one a core"},
-        "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg()[0],
-        "command": " ".join(["python", *sys.argv]),
+        **conditions(rounds),
         "versions": {name: version(name) for name in ("torch", "diffusers", "onnxruntime")},
     }
+
+
+def compiled(scratch: Path, part: str) -> tuple[Path, Path]:
+    """A pipeline of `models.make` below ``scratch``, and its plain bundle of `SCHEDULE` steps."""
+    source, bundle = scratch / "pipeline", scratch / "plain.bundle"
+    models.make(source, part)
+    command = [sys.executable, "-m", "trimtab", "compile", str(source), "--steps", str(SCHEDULE)]
+    subprocess.run([*command, "-o", str(bundle)], check=True, stdout=subprocess.DEVNULL)
+    return source, bundle
 
 
 def spread(values: list[float]) -> dict[str, float]:
     """Smallest, middle and largest of some measurements."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def between(values: dict[str, float]) -> str:
+    """The smallest and the largest of a `spread` of seconds."""
+    return f"[{values['min']:.2f} .. {values['max']:.2f}]"
+
+
+def conditions(rounds: int) -> dict[str, Any]:
+    """What a measurement was made under."""
+    return {
+        "rounds": rounds,
+        "cores": len(os.sched_getaffinity(0)),
+        "load_average": os.getloadavg()[0],
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def told(result: dict[str, Any]) -> str:
+    """The `conditions` in a result, and its threads where it names a number of them, in a line."""
+    threads = result["threads"]
+    used = "" if isinstance(threads, dict) else f"threads: {threads}, "
+    return (
+        f"{result['rounds']} rounds, {used}{result['cores']} cores, load average {result['load_average']:.1f}"
+    )
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -188,7 +216,7 @@ def _show(result: dict[str, Any]) -> None:
         f"ratio {used['trimtab'] / used['torch']:.3f}"
     )
     print(f"relative difference of the guided prediction  {result['relative_error']:.1e}")
-    print(f"{result['rounds']} rounds, {result['cores']} cores, load average {result['load_average']:.1f}")
+    print(told(result))
 
 
 def main() -> None:

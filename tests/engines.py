@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from trimtab.bundle import Bundle, open_bundle, write_manifest
+from trimtab.manifest import Engine
 from trimtab.storage import GRAPHS, read_program, with_engines
 from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.cache import EngineCache
@@ -22,6 +25,9 @@ from trimtab.weights import WeightStore
 
 DEVICE = find_device("cpu")
 OPTIONS = BuildOptions(shapes={"x": (1, 4)}, precision="fp16")
+
+Fake = Callable[..., Callable[[], list[Any]]]
+"""Of the fixture `fake`: how a TensorRT that is not there is to behave -> what was asked of it."""
 
 NANO = "orin-nano-8gb"
 ORIN = Machine("Orin", "8.7", "36.4.3", "6.2", "10.3.0.30", 6 << 30, 7 << 30)
@@ -125,3 +131,16 @@ def rebuilt(folder: Path, *targets: str, cache: EngineCache | None = None) -> Bu
     made = make_engines(segments, bundle.contents, devices, sizes, store, folder, cache, lambda text: None)
     write_manifest(folder, with_engines(bundle.contents, made))
     return open_bundle(folder)
+
+
+def whole(folder: Path) -> Bundle:
+    """A bundle of which every file is as it was written."""
+    bundle = open_bundle(folder)
+    bundle.verify()
+    return bundle
+
+
+def engines_for(folder: Path, target: str = NANO) -> dict[str, Engine]:
+    """Segment -> the engine for a target that a whole bundle has one of each for."""
+    contents = whole(folder).contents
+    return {n: e for n, s in contents.segments.items() for e in s.engines if e.target == target}

@@ -20,7 +20,7 @@ import trimtab
 from trimtab.bundle import open_bundle
 from trimtab.calibration.course import Course
 from trimtab.calibration.draft import draft
-from trimtab.calibration.drift import candidates
+from trimtab.calibration.drift import Effort, candidates
 from trimtab.calibration.trajectories import own_requests
 from trimtab.comparison import relative_error
 from trimtab.compiler import export_model
@@ -180,7 +180,7 @@ def test_a_search_measures_schedules_of_larger_pictures_at_a_size_that_walks_the
     requests = Course(fresh(), ("branch 0",)).requests
     assert [request["size"] for request in requests.values()] == [(64, 64), (96, 96), (192, 192)]
     plan = InheritPlan(skip=("branch 0",), speed=1.1)
-    found = candidates(fresh(), plan, tmp_path / "search", trajectories=1, moves=0)
+    found = candidates(fresh(), plan, tmp_path / "search", Effort(trajectories=1, moves=0))
     assert found.keys() == {"ddim-3", "ddim-3/2x", "ddim-3/4x"}
     best = {name: schedules[0] for name, schedules in found.items()}
     chosen = InheritPlan(skip=plan.skip, choices={name: each.choices for name, each in best.items()})

@@ -127,6 +127,81 @@ def _parser() -> argparse.ArgumentParser:
         _compile,
         render.compile,
     )
+    _compile_arguments(command)
+
+    command = add(
+        "build",
+        "finish or refresh the engines of a bundle on this machine",
+        "trimtab build sd15.bundle --target orin-nano-8gb",
+        _build,
+        render.build,
+    )
+    options.bundle_argument(command)
+    command.add_argument(
+        "--target", action="append", metavar="NAME", help="a new one is added (default: all)"
+    )
+    options.devices_argument(command)
+    options.cache_arguments(command)
+    command.set_defaults(interrupted="interrupted: finished engines are kept, and the next build goes on")
+
+    command = add(
+        "run",
+        "make pictures with a bundle",
+        'trimtab run sd15.bundle --prompt "a red circle" --seed 0 -o circle.png',
+        _run,
+        render.run,
+    )
+    options.run_arguments(command)
+
+    removal_commands.add_commands(add)
+
+    command = add(
+        "bench",
+        "measure the time of every segment and step, and the memory",
+        "trimtab bench small.bundle --against whole.bundle",
+        _bench,
+        render.bench,
+    )
+    options.bundle_argument(command)
+    command.add_argument("--against", type=Path, metavar="BUNDLE", help="a second bundle, measured in turn")
+    command.add_argument("--rounds", type=int, default=3, metavar="N", help="pictures that count (default 3)")
+    options.run_options(command)
+
+    command = add(
+        "compare",
+        "measure how far two bundles drift apart on the same latents",
+        "trimtab compare whole.bundle small.bundle",
+        _compare,
+        render.compare,
+    )
+    options.compare_arguments(command)
+
+    command = add(
+        "inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, render.inspect
+    )
+    options.bundle_argument(command)
+
+    command = add(
+        "plan",
+        "say whether a model fits a device, and how long it takes there, before anything is built",
+        "trimtab plan sd15.bundle --target orin-nano-8gb --size 768x768",
+        _plan,
+        render.plan,
+    )
+    options.plan_arguments(command)
+
+    command = add(
+        "devices",
+        "list the known devices, and mark the one at hand",
+        "trimtab devices --devices my-devices.toml",
+        _devices,
+        render.devices,
+    )
+    options.devices_argument(command)
+    return parser
+
+
+def _compile_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", help="a diffusers folder, a hub id, or a .toml file that names .onnx files")
     command.add_argument(
         "--target", action="append", metavar="NAME", help="a device of `trimtab devices` (default cpu)"
@@ -153,101 +228,6 @@ def _parser() -> argparse.ArgumentParser:
     options.devices_argument(command)
     options.cache_arguments(command)
     command.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
-
-    command = add(
-        "build",
-        "finish or refresh the engines of a bundle on this machine",
-        "trimtab build sd15.bundle --target orin-nano-8gb",
-        _build,
-        render.build,
-    )
-    options.bundle_argument(command)
-    command.add_argument(
-        "--target", action="append", metavar="NAME", help="a new one is added (default: all)"
-    )
-    options.devices_argument(command)
-    options.cache_arguments(command)
-    command.set_defaults(interrupted="interrupted: finished engines are kept, and the next build goes on")
-
-    command = add(
-        "run",
-        "make pictures with a bundle",
-        'trimtab run sd15.bundle --prompt "a red circle" --seed 0 -o circle.png',
-        _run,
-        render.run,
-    )
-    options.request_arguments(command)
-    command.add_argument(
-        "--low-memory", action="store_true", help="load one stage's engines at a time, for every picture"
-    )
-    command.add_argument("--tile", type=int, metavar="N", help="decode in overlapping tiles of N x N pixels")
-    command.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
-    )
-    command.add_argument(
-        "--fast",
-        action="store_true",
-        help="on the CPU, decode packed weights once: faster, and as large as dense",
-    )
-
-    removal_commands.add_commands(add)
-
-    command = add(
-        "bench",
-        "measure the time of every segment and step, and the memory",
-        "trimtab bench small.bundle --against whole.bundle",
-        _bench,
-        render.bench,
-    )
-    options.bundle_argument(command)
-    command.add_argument("--against", type=Path, metavar="BUNDLE", help="a second bundle, measured in turn")
-    command.add_argument("--rounds", type=int, default=3, metavar="N", help="pictures that count (default 3)")
-    options.run_options(command)
-
-    command = add(
-        "compare",
-        "measure how far two bundles drift apart on the same latents",
-        "trimtab compare whole.bundle small.bundle",
-        _compare,
-        render.compare,
-    )
-    command.add_argument("reference", type=Path, metavar="BUNDLE")
-    command.add_argument("other", type=Path, metavar="BUNDLE")
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--prompt", metavar="TEXT")
-    command.add_argument("--class", dest="label", metavar="N")
-    command.add_argument("--schedule", metavar="NAME")
-
-    command = add(
-        "inspect", "show what a bundle holds", "trimtab inspect sd15.bundle --json", _inspect, render.inspect
-    )
-    options.bundle_argument(command)
-
-    command = add(
-        "plan",
-        "say whether a model fits a device, and how long it takes there, before anything is built",
-        "trimtab plan sd15.bundle --target orin-nano-8gb --size 768x768",
-        _plan,
-        render.plan,
-    )
-    command.add_argument("model", metavar="MODEL|BUNDLE", help="a bundle, or what `trimtab compile` takes")
-    command.add_argument("--target", default="cpu", metavar="NAME", help="a device (default cpu)")
-    command.add_argument("--size", type=options.size, metavar="WxH", help="size in pixels")
-    command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
-    command.add_argument(
-        "--low-memory", action="store_true", help="as `trimtab run --low-memory`: one stage at a time"
-    )
-    options.devices_argument(command)
-
-    command = add(
-        "devices",
-        "list the known devices, and mark the one at hand",
-        "trimtab devices --devices my-devices.toml",
-        _devices,
-        render.devices,
-    )
-    options.devices_argument(command)
-    return parser
 
 
 # ---- commands: arguments -> one JSON-able object ----

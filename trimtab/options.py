@@ -126,3 +126,42 @@ def size(text: str) -> tuple[int, int]:
         return parse_size(text)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def run_arguments(command: argparse.ArgumentParser) -> None:
+    """What `trimtab run` takes."""
+    request_arguments(command)
+    command.add_argument(
+        "--low-memory", action="store_true", help="load one stage's engines at a time, for every picture"
+    )
+    command.add_argument("--tile", type=int, metavar="N", help="decode in overlapping tiles of N x N pixels")
+    command.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT.png", help="a .png, or .npy for floats"
+    )
+    command.add_argument(
+        "--fast",
+        action="store_true",
+        help="on the CPU, decode packed weights once: faster, and as large as dense",
+    )
+
+
+def compare_arguments(command: argparse.ArgumentParser) -> None:
+    """What `trimtab compare` takes."""
+    command.add_argument("reference", type=Path, metavar="BUNDLE")
+    command.add_argument("other", type=Path, metavar="BUNDLE")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--prompt", metavar="TEXT")
+    command.add_argument("--class", dest="label", metavar="N")
+    command.add_argument("--schedule", metavar="NAME")
+
+
+def plan_arguments(command: argparse.ArgumentParser) -> None:
+    """What `trimtab plan` takes."""
+    command.add_argument("model", metavar="MODEL|BUNDLE", help="a bundle, or what `trimtab compile` takes")
+    command.add_argument("--target", default="cpu", metavar="NAME", help="a device (default cpu)")
+    command.add_argument("--size", type=size, metavar="WxH", help="size in pixels")
+    command.add_argument("--precision", help="fp16, bf16 or fp32 (default: fp16 on GPUs, fp32 on CPUs)")
+    command.add_argument(
+        "--low-memory", action="store_true", help="as `trimtab run --low-memory`: one stage at a time"
+    )
+    devices_argument(command)

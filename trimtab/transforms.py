@@ -73,10 +73,10 @@ def _searched(
     """The plan with its schedule, where it asks for a speed; what was found lies in the bundle."""
     if plan.speed is None:
         return plan
-    from trimtab.calibration.drift import search
+    from trimtab.calibration.drift import Effort, search
 
     log = Path(recipe.drifts) if recipe.drifts is not None else None
-    found = search(program, plan, folder, log=log, progress=progress)
+    found = search(program, plan, folder, Effort(log=log), progress)
     save_plan(found, folder / INHERITED)
     return found
 

@@ -13,7 +13,7 @@ import pytest
 from trimtab.bundle import open_bundle
 from trimtab.calibration.course import Course
 from trimtab.calibration.draft import draft
-from trimtab.calibration.drift import candidates, search
+from trimtab.calibration.drift import Effort, candidates, search
 from trimtab.calibration.trajectories import own_requests
 from trimtab.comparison import relative_error
 from trimtab.errors import CalibrationError, InputError
@@ -46,9 +46,11 @@ def test_what_is_chosen_is_as_fast_as_asked_and_drifts_no_more_than_uniform(
     told: list[str] = []
     log, stage = tmp_path / "drifts", tmp_path / "stage"
     stage.mkdir()
-    chosen = search(only(folder, "ddim-20"), plan, stage, trajectories=1, log=log, progress=told.append)
+    chosen = search(
+        only(folder, "ddim-20"), plan, stage, Effort(trajectories=1, log=log), progress=told.append
+    )
     assert not list(stage.iterdir())
-    found = candidates(only(folder, "ddim-20"), plan, stage, trajectories=1, log=log)["ddim-20"]
+    found = candidates(only(folder, "ddim-20"), plan, stage, Effort(trajectories=1, log=log))["ddim-20"]
     *starts, refined = found
     assert [c.name for c in starts] == ["least sum", "every 2: layers", "every 3: feed-forward"]
     assert refined.name == "refined"
@@ -64,7 +66,7 @@ def test_moves_find_what_drifts_less_than_every_schedule_that_they_start_from(
 ) -> None:
     folder = bundle_folder("dit")
     plan = InheritPlan(skip=SKIP, speed=1.3, dense_end=1)
-    found = candidates(only(folder, "ddim-20"), plan, tmp_path, trajectories=1)["ddim-20"]
+    found = candidates(only(folder, "ddim-20"), plan, tmp_path, Effort(trajectories=1))["ddim-20"]
     course = Course(only(folder, "ddim-20"), SKIP)
     drifts = {}
     with draft(partition(course.program), tmp_path) as pipe:
@@ -95,7 +97,7 @@ def test_the_drift_of_a_candidate_is_that_of_the_compiled_schedule(
 ) -> None:
     plain = only(bundle_folder("dit"))
     plan = InheritPlan(skip=SKIP, speed=1.1)
-    (first, *_) = candidates(plain, plan, tmp_path / "search", trajectories=1)["ddim-3"]
+    (first, *_) = candidates(plain, plan, tmp_path / "search", Effort(trajectories=1))["ddim-3"]
     chosen = InheritPlan(skip=SKIP, choices={"ddim-3": first.choices})
     latents = []
     for name, ours in (("a", plain), ("b", partition(inherit(plain, chosen)))):
@@ -130,17 +132,20 @@ def test_a_search_that_was_cut_off_goes_on_and_finds_the_same(
         return draw(self, *arguments)
 
     monkeypatch.setattr(Course, "draw", counted)
-    whole = search(only(folder), plan, stage, trajectories=2, log=log)
+    whole = search(only(folder), plan, stage, Effort(trajectories=2, log=log))
     lines, count = log.read_text().splitlines(keepends=True), len(drawn)
-    assert search(only(folder), plan, stage, trajectories=2, log=log) == whole and len(drawn) == count > 0
+    assert (
+        search(only(folder), plan, stage, Effort(trajectories=2, log=log)) == whole
+        and len(drawn) == count > 0
+    )
     log.write_text("".join(lines[:-2]) + lines[-2][:9])  # cut off in the last line but one
     drawn.clear()
-    assert search(only(folder), plan, stage, trajectories=2, log=log) == whole
+    assert search(only(folder), plan, stage, Effort(trajectories=2, log=log)) == whole
     assert 0 < len(drawn) < count and sorted(log.read_text().splitlines()) == sorted(
         "".join(lines).splitlines()
     )
     faster = dataclasses.replace(plan, speed=1.2)
-    assert candidates(only(folder), faster, stage, trajectories=2, log=log)
+    assert candidates(only(folder), faster, stage, Effort(trajectories=2, log=log))
 
 
 @pytest.mark.parametrize(
@@ -160,13 +165,13 @@ def test_a_file_of_other_drifts_is_refused(
 ) -> None:
     folder = bundle_folder("dit")
     plan, log = InheritPlan(skip=("feed-forward",), speed=1.05), tmp_path / "drifts"
-    search(only(folder), plan, tmp_path, trajectories=1, moves=0, log=log)
+    search(only(folder), plan, tmp_path, Effort(trajectories=1, moves=0, log=log))
     if "text" in change:
         log.write_text(change["text"])
     before = log.read_text()
     plan = dataclasses.replace(plan, skip=change.get("skip", plan.skip))
     with pytest.raises(CalibrationError, match=message):
-        search(only(folder, change.get("program", "ddim-3")), plan, tmp_path, log=log, trajectories=1)
+        search(only(folder, change.get("program", "ddim-3")), plan, tmp_path, Effort(log=log, trajectories=1))
     assert log.read_text() == before
 
 

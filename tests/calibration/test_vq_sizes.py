@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import onnx_ir as ir
 import pytest
 import torch
@@ -10,6 +12,8 @@ from diffusers import DiTTransformer2DModel
 from trimtab.calibration.codebooks import FORMATS
 from trimtab.calibration.kmeans import Settings, choose
 from trimtab.passes.vq import Site
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 MIB = 2**20
 
@@ -21,21 +25,12 @@ BIASES = 483_840
 @pytest.fixture(scope="module")
 def shapes() -> dict[str, tuple[int, ...]]:
     """Parameter -> shape."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(BENCHMARKS)
+        from models import DIT_XL_2
+
     with torch.device("meta"):
-        model = DiTTransformer2DModel(
-            num_attention_heads=16,
-            attention_head_dim=72,
-            in_channels=4,
-            out_channels=8,
-            num_layers=28,
-            sample_size=32,
-            patch_size=2,
-            num_embeds_ada_norm=1000,
-            norm_type="ada_norm_zero",
-            norm_elementwise_affine=False,
-            activation_fn="gelu-approximate",
-            attention_bias=True,
-        )
+        model = DiTTransformer2DModel(**DIT_XL_2)
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 

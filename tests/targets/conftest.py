@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import NANO, ORIN, rebuilt
+from engines import NANO, ORIN, Fake, rebuilt
 
 from trimtab.targets import preflight
 from trimtab.targets.preflight import Machine
-
-Fake = Callable[..., Callable[[], list[Any]]]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from engines import NANO, ORIN
+from engines import NANO, ORIN, Fake
 
 from trimtab.bundle import file_hash, open_bundle, update_manifest
 from trimtab.cli import main
@@ -30,7 +30,6 @@ from trimtab.targets.wanted import with_target
 
 pytestmark = pytest.mark.xdist_group("dit")
 
-Fake = Callable[..., Callable[[], list[Any]]]
 At = Callable[[Any], None]
 
 STUB = Path(__file__).parent / "plugins" / "stub"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import pytest
+from engines import Fake
 from graphs import single
 
 from trimtab.errors import BuildFailed, MissingDependency, UnsupportedOp
@@ -21,8 +21,6 @@ from trimtab.targets.tensorrt import TensorRTBuilder
 ORIN, THOR = find_device("orin-nano-8gb"), find_device("agx-thor")
 OPTIONS = BuildOptions(shapes={"x": (1, 4)})
 GRAPH = single("Gelu", {"x": (1, 4)}, (1, 4))
-
-Fake = Callable[..., Callable[[], list[Any]]]
 
 
 def build(

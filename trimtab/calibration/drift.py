@@ -39,12 +39,22 @@ from trimtab.runtime.load import Pipeline
 
 logger = logging.getLogger(__name__)
 
-TRAJECTORIES = 4
-"""Pictures that are drawn to search by, and again as many to choose by: two were not enough, on the sample U-Net what
-they favoured drifted as much as before on others."""
 
-MOVES = 30
-"""Schedules that are drawn to refine one: where the sample's searches had found most of what they find."""
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.
+
+    Attributes:
+        trajectories: How many are drawn to search by, and again as many to choose by. Two were not enough: on the
+            sample U-Net what they favoured drifted as much as before on others.
+        moves: How many schedules are drawn to refine the best one. At 30 the sample's searches had found most of what
+            they find.
+        log: A file that every measurement is added to as it is made. What is in it already is not made again.
+    """
+
+    trajectories: int = 4
+    moves: int = 30
+    log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -71,10 +81,7 @@ def search(
     program: Program,
     plan: InheritPlan,
     folder: Path,
-    *,
-    trajectories: int = TRAJECTORIES,
-    moves: int = MOVES,
-    log: Path | None = None,
+    effort: Effort = Effort(),
     progress: Callable[[str], None] = logger.info,
 ) -> InheritPlan:
     """Finds the schedule of a plan that asks for a speed.
@@ -83,9 +90,7 @@ def search(
         program: As it will be cut; its weights may lie in ``folder / "graphs"``.
         plan: With ``speed``. Its ``dense_start`` and ``dense_end`` hold; empty ``skip`` is the default region.
         folder: Where the program is drafted; what was not there before is removed again.
-        trajectories: How many are drawn to search by, and to choose by.
-        moves: How many schedules are drawn to refine the best one.
-        log: A file that every measurement is added to as it is made. What is in it already is not made again.
+        effort: How much is measured.
         progress: Told what was found.
 
     Returns:
@@ -97,10 +102,7 @@ def search(
         PassError: The denoiser lacks what the plan skips.
     """
     chosen = {}
-    found = candidates(
-        program, plan, folder, trajectories=trajectories, moves=moves, log=log, progress=progress
-    )
-    for name, schedules in found.items():
+    for name, schedules in candidates(program, plan, folder, effort, progress).items():
         best = min(schedules, key=lambda candidate: (candidate.drift, candidate.macs))
         others = ", ".join(f"{c.name} {c.drift:.4f}" for c in schedules)
         progress(f"inheritance in {name}: {best.name} (drift of the last latents: {others})")
@@ -112,22 +114,21 @@ def candidates(
     program: Program,
     plan: InheritPlan,
     folder: Path,
-    *,
-    trajectories: int = TRAJECTORIES,
-    moves: int = MOVES,
-    log: Path | None = None,
+    effort: Effort = Effort(),
     progress: Callable[[str], None] = logger.info,
 ) -> dict[str, list[Candidate]]:
     """Schedule -> the one of the least sum, the uniform ones, and the best of them refined. As `search`."""
     assert plan.speed is not None
     skip = _options(program, plan)
-    journal = None if log is None else _Journal(log, _header(program, plan, skip, trajectories))
+    journal = None
+    if effort.log is not None:
+        journal = _Journal(effort.log, _header(program, plan, skip, effort.trajectories))
     course = Course(program, skip)
     found = {}
     with _drafted(partition(course.program), folder) as pipe:
         for name in course.schedules:
             requests = own_requests(
-                pipe, 2 * trajectories, prompts=plan.prompts or None, **course.requests[name]
+                pipe, 2 * effort.trajectories, prompts=plan.prompts or None, **course.requests[name]
             )
             if plan.prompts and "prompt" not in requests[0]:
                 raise InputError(
@@ -136,7 +137,7 @@ def candidates(
             width, height = course.requests[name]["size"]
             progress(f"measuring what {name} may skip, at {width}x{height}")
             scale = _Scale(course, pipe, name, requests, journal)
-            found[name] = _of_schedule(scale, plan, plan.speed, moves)
+            found[name] = _of_schedule(scale, plan, plan.speed, effort.moves)
     return found
 
 

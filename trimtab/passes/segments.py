@@ -64,28 +64,69 @@ def build_segment(
     for value in (*inputs, *outputs):
         _check_known(name, value)
 
-    new: dict[ir.Value, ir.Value] = {value: _copy(value) for value in inputs}
-    sizes = _Sizes([*inputs, *made, *graph.inputs])
-    body: list[ir.Node] = []
-    initializers: dict[str, ir.Value] = {}
+    copies = _Copies(inputs, made, graph)
+    for node in nodes:
+        copies.add(node)
+    part = ir.Graph(
+        [copies.get(v) for v in sorted(copies.inputs, key=lambda value: order.get(value, len(order)))],
+        [copies.get(value) for value in outputs],
+        nodes=copies.body,
+        initializers=list(copies.initializers.values()),
+        opset_imports=dict(graph.opset_imports),
+        name=name,
+    )
+    _own_symbols(name, part)
+    called = {node.op_identifier() for node in copies.body}
+    return ir.Model(
+        part,
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        functions=[function for key, function in model.functions.items() if key in called],
+        metadata_props=dict(model.metadata_props),
+    )
 
-    def get(value: ir.Value) -> ir.Value:
-        """The new graph's value; what may be repeated is, here."""
-        if value not in new:
+
+class _Copies:
+    """Copies of nodes and values, as one part of a graph has them.
+
+    Args:
+        inputs: What the part reads of others.
+        made: What it makes.
+        graph: The whole.
+
+    Attributes:
+        inputs: The same, and inputs of the whole graph that turn out to be read for their sizes.
+        body: Copied nodes, in a running order.
+        initializers: Copied ones, by name.
+    """
+
+    def __init__(self, inputs: Sequence[ir.Value], made: Iterable[ir.Value], graph: ir.Graph) -> None:
+        self.inputs = list(inputs)
+        self.body: list[ir.Node] = []
+        self.initializers: dict[str, ir.Value] = {}
+        self._graph = graph
+        self._new: dict[ir.Value, ir.Value] = {value: _copy(value) for value in inputs}
+        self._sizes = _Sizes([*inputs, *made, *graph.inputs])
+
+    def get(self, value: ir.Value) -> ir.Value:
+        """The part's value; what may be repeated is, here."""
+        if value not in self._new:
             if value.is_initializer():
-                new[value] = initializers[str(value.name)] = _copy(value)
+                self._new[value] = self.initializers[str(value.name)] = _copy(value)
             elif value.is_graph_input():  # for its size: what has it here is made later
-                new[value] = _copy(value)
-                inputs.append(value)
+                self._new[value] = _copy(value)
+                self.inputs.append(value)
             else:
                 node = value.producer()
                 assert node is not None
-                add(node)
-        return new[value]
+                self.add(node)
+        return self._new[value]
 
-    def add(node: ir.Node) -> None:
-        given = [_shape_source(node, value, new, sizes, graph.inputs) for value in node.inputs]
-        copied = [None if value is None else get(value) for value in given]
+    def add(self, node: ir.Node) -> None:
+        """Copies a node; a Shape may read another tensor of the same size."""
+        sizes = self._sizes
+        given = [_shape_source(node, value, self._new, sizes, self._graph.inputs) for value in node.inputs]
+        copied = [None if value is None else self.get(value) for value in given]
         attributes = dict(node.attributes)
         if node.op_type == "Shape" and given[0] is not node.inputs[0]:
             axis = sizes.axis(node, given[0])
@@ -101,28 +142,8 @@ def build_segment(
             name=node.name,
             metadata_props=dict(node.metadata_props),
         )
-        new.update(zip(node.outputs, clone.outputs, strict=True))
-        body.append(clone)
-
-    for node in nodes:
-        add(node)
-    part = ir.Graph(
-        [new[value] for value in sorted(inputs, key=lambda value: order.get(value, len(order)))],
-        [new[value] for value in outputs],
-        nodes=body,
-        initializers=list(initializers.values()),
-        opset_imports=dict(graph.opset_imports),
-        name=name,
-    )
-    _own_symbols(name, part)
-    called = {node.op_identifier() for node in body}
-    return ir.Model(
-        part,
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-        functions=[function for key, function in model.functions.items() if key in called],
-        metadata_props=dict(model.metadata_props),
-    )
+        self._new.update(zip(node.outputs, clone.outputs, strict=True))
+        self.body.append(clone)
 
 
 def _measured(read: Iterable[ir.Value], local: set[ir.Node], near: set[ir.Value]) -> Iterator[ir.Value]:

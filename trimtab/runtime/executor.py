@@ -16,7 +16,7 @@ import numpy as np
 
 from trimtab.errors import BundleError, InputError
 from trimtab.manifest import Contents, SegmentEntry
-from trimtab.program import STATE, Call, Schedule, Task, TensorSpec
+from trimtab.program import STATE, Call, Schedule, Step, Task, TensorSpec
 from trimtab.runtime.constants import Constants
 from trimtab.runtime.inputs import Request, make_input
 from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session, in_turn
@@ -200,19 +200,7 @@ def make_plan(
         calls = tuple(calls)
         return BoundCalls(calls, fuse([call.run for call in calls]), backend.synchronize)
 
-    draw = next(
-        (spec for spec in task.inputs if spec.source.get("kind") == "noise" and "batch" in spec.shape), None
-    )
-    for name in {name for step in steps for name in step.draws}:
-        if draw is None:
-            raise BundleError(
-                f"a step draws the noise {name!r}, and the task starts from none: compile again"
-            )
-        table.make(name, shape(draw.shape, symbols), draw.dtype)
-    if draw is not None and _reads(read, "noise"):
-        # Schedules without noise share their graph with those that have it: theirs has the weight 0.
-        table.make("noise", shape(draw.shape, symbols), draw.dtype)
-
+    _make_noise(table, task, steps, read, symbols)
     first = together(bound(call) for call in prologue)
     shared: dict[str, BoundCalls] = {}
     bound_steps = []
@@ -227,6 +215,24 @@ def make_plan(
         bound_steps.append(BoundStep(draws, row, constants.place, shared[key], results))
     last = together(bound(call) for call in contents.epilogue)
     return Plan(inputs, table.buffers, first, tuple(bound_steps), last)
+
+
+def _make_noise(
+    table: _Buffers, task: Task, steps: Sequence[Step], read: set[str], symbols: Mapping[str, int]
+) -> None:
+    """Buffers for what steps draw, like the noise that the task starts from."""
+    draw = next(
+        (spec for spec in task.inputs if spec.source.get("kind") == "noise" and "batch" in spec.shape), None
+    )
+    for name in {name for step in steps for name in step.draws}:
+        if draw is None:
+            raise BundleError(
+                f"a step draws the noise {name!r}, and the task starts from none: compile again"
+            )
+        table.make(name, shape(draw.shape, symbols), draw.dtype)
+    if draw is not None and _reads(read, "noise"):
+        # Schedules without noise share their graph with those that have it: theirs has the weight 0.
+        table.make("noise", shape(draw.shape, symbols), draw.dtype)
 
 
 class _Buffers:
