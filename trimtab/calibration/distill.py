@@ -27,7 +27,7 @@ from trimtab.calibration.torch_graph import TorchGraph
 from trimtab.calibration.trajectories import Array
 from trimtab.errors import CalibrationError, InputError
 from trimtab.passes.candidates import Candidates
-from trimtab.passes.experts import AddExperts, Experts
+from trimtab.passes.experts import EXPERTS, ROUTING, AddExperts, Experts
 from trimtab.passes.removal import RemovalPlan, RemoveLayers
 from trimtab.passes.scopes import module_tree
 from trimtab.passes.student import assembled, digest
@@ -44,6 +44,10 @@ _AVERAGE = 0.999
 """Decay of the averaged weights a step, once the run is long enough: see `_Student.average`."""
 
 _BETAS = (0.9, 0.99)
+
+_SHARE_OF_EXPERTS = 0.25
+"""Of the learning rate. An expert's step adds to the common kernel's, and AdamW takes it for larger than it is: the
+second moment is an average over steps of all ranges, most of which do not reach the expert."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,14 +233,23 @@ class _Student:
         self.steps, self.seconds = 0, 0.0
         self.losses = (math.nan, math.nan)
         self._rate = budget.rate
+        of_experts = [name for name in start if name.endswith((EXPERTS, ROUTING))]
+        groups = [
+            {"params": [self.weights[name] for name in start if name not in of_experts], "share": 1.0},
+            {"params": [self.weights[name] for name in of_experts], "share": _SHARE_OF_EXPERTS},
+        ]
         self._optimizer = torch.optim.AdamW(
-            list(self.weights.values()), budget.rate, _BETAS, weight_decay=0.0, foreach=True
+            [group for group in groups if group["params"]],
+            budget.rate,
+            _BETAS,
+            weight_decay=0.0,
+            foreach=True,
         )
 
     def step(self, loss: Tensor, value: float, factor: float) -> None:
         """One step at a share of the highest learning rate."""
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate * factor
+            group["lr"] = self._rate * factor * group["share"]
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(list(self.weights.values()), 1.0, error_if_nonfinite=False)

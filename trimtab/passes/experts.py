@@ -39,6 +39,9 @@ TIMESTEP = "timestep"
 SPAN = 1000.0
 """Time steps of training in every family that is exported; flow matching's are 1000 sigma."""
 
+EXPERTS, ROUTING = ".experts", ".routing"
+"""How the names of their initializers end."""
+
 _SCHEMA = 1
 
 
@@ -206,8 +209,8 @@ def _mix(graph: ir.Graph, node: ir.Node, weight: ir.Value, index: ir.Value, expe
     node.replace_input_with(1, None)
     del graph.initializers[name]
     common = add_constant(graph, f"{name}.common", kernel)
-    held = add_constant(graph, f"{name}.experts", np.zeros((experts.count, kernel.size), np.float32))
-    table = add_constant(graph, f"{name}.routing", hats(experts.ranges, experts.count))
+    held = add_constant(graph, name + EXPERTS, np.zeros((experts.count, kernel.size), np.float32))
+    table = add_constant(graph, name + ROUTING, hats(experts.ranges, experts.count))
     sizes = add_constant(graph, f"{name}.sizes", np.array(kernel.shape, np.int64))
     row = ir.node("Gather", [table, index], {"axis": 0}, name=f"{name}.row")
     mixed = ir.node("MatMul", [row.outputs[0], held], name=f"{name}.mixed")
