@@ -169,7 +169,7 @@ class _Scorer:
 
 MODES = {"uniform": "every N", "dense": "every N, dense ends", "searched": "searched"}
 
-COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#b9770e", "#7d3c98", "#17a589", "#839192", "#d81b60", "#283747")
+COLOURS = ("#c0392b", "#2471a3", "#1e8449", "#b9770e", "#7d3c98", "#17a589", "#839192", "#d81b60", "#9acd32")
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
