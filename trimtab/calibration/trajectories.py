@@ -150,3 +150,27 @@ def own_requests(
             request["label"] = int(generator.choice(classes))
         requests.append(request)
     return requests
+
+
+def stratified(
+    pipeline: Pipeline, count: int, each: int, *, prompts: Sequence[str] | None = None, seed: int = 0
+) -> list[tuple[dict[str, Any], list[int]]]:
+    """Requests for trajectories, and of each the steps to keep: strata of the schedule, dealt to the requests in turn.
+
+    Args:
+        pipeline: Of the whole model.
+        count: Evaluations in all; fewer where the schedule is so short that draws of one trajectory meet.
+        each: Evaluations of one trajectory.
+        prompts: As `own_requests` takes them.
+        seed: Of the trajectories and of the steps.
+    """
+    requests = own_requests(pipeline, -(-count // each), prompts=prompts, seed=seed)
+    length = len(pipeline.prepare(**requests[0])[1].steps)
+    generator = np.random.default_rng(seed)
+    # One draw from each of `count` equal parts of the schedule.
+    strata = (np.arange(count) + generator.random(count)) / count
+    steps = np.minimum((strata * length).astype(int), length - 1)
+    return [
+        (request, sorted(set(steps[number :: len(requests)].tolist())))
+        for number, request in enumerate(requests)
+    ]
