@@ -16,7 +16,7 @@ from trimtab.calibration.draft import draft
 from trimtab.calibration.forecast import least_seconds
 from trimtab.calibration.measures import Measure
 from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores, clock, kept_losses
-from trimtab.calibration.trajectories import Sample, record, stratified
+from trimtab.calibration.trajectories import record_each, stratified
 from trimtab.calibration.workers import Workers
 from trimtab.errors import InputError, PassError
 from trimtab.passes.candidates import Candidates
@@ -117,9 +117,7 @@ def score_layers(
 
         if progress is not None:
             progress(0, steps + jobs)
-        samples: list[Sample] = []
-        for options, own in walk:
-            samples += record(pipeline, [options], steps=own, on_step=on_step)
+        samples = record_each(pipeline, walk, on_step=on_step)
     graph = GatedGraph(model, samples, folder)
 
     def on_loss(done: int, total: int) -> None:
