@@ -40,6 +40,12 @@ def resident(process: int) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+def processor_seconds(process: int) -> float:
+    """Of a process and of those that it has waited for."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
 def children(process: int) -> list[int]:
     """Processes that it waits for."""
     return [int(n) for n in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
@@ -53,13 +59,14 @@ def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[st
     process = subprocess.Popen(
         [*command, "--steps", str(steps), "-o", str(log)], stderr=subprocess.PIPE, text=True
     )
-    said: list[tuple[float, str]] = []
+    said: list[tuple[float, float, str]] = []
 
     def listen() -> None:
         assert process.stderr is not None
         for line in process.stderr:
             if " info: " in line:
-                said.append((time.monotonic() - start, line.strip().partition(" info: ")[2]))
+                passed, used = time.monotonic() - start, processor_seconds(process.pid)
+                said.append((passed, used, line.strip().partition(" info: ")[2]))
 
     threading.Thread(target=listen, daemon=True).start()
     peaks: dict[str, list[int]] = {}
@@ -84,13 +91,13 @@ def measure(model: Path, scratch: Path, steps: int, evaluations: int) -> dict[st
     chunks = sorted(set(when))
     each = (chunks[-1] - chunks[0]) / (len(when) - when.count(chunks[0])) if len(chunks) > 1 else None
     unet = next((model / "unet").glob("*.safetensors")).stat().st_size
-    jobs = int(re.search(r"then (\d+) evaluations", said[0][1])[1])  # type: ignore[index]
+    jobs = int(re.search(r"then (\d+) evaluations", said[0][2])[1])  # type: ignore[index]
     top = max(peak[0] for peak in peaks.values())
     return {
         "model_bytes": unet,
         "peak_bytes": {name: {"resident": peak[0], "own": peak[1]} for name, peak in peaks.items()},
         "memory_ratio": top / unet,
-        "said": [{"seconds": seconds, "line": line} for seconds, line in said],
+        "said": [{"seconds": passed, "processor_seconds": used, "line": line} for passed, used, line in said],
         "line_seconds": said[0][0],
         "evaluations": len(when),
         "evaluation_seconds": each,
@@ -110,7 +117,9 @@ def _show(result: dict[str, Any]) -> None:
             f"{peak['resident'] / whole:.2f} times the model's {whole / 1e6:.0f} MB (goal: {MEMORY_GOAL})"
         )
     for entry in result["said"]:
-        print(f"after {entry['seconds']:5.0f} s: {entry['line']}")
+        print(
+            f"after {entry['seconds']:5.0f} s ({entry['processor_seconds']:.0f} s of processors): {entry['line']}"
+        )
     print(f"the first line after {result['line_seconds']:.0f} s (goal: {LINE_GOAL_S:.0f})")
     if result["evaluation_seconds"]:
         each, hours = result["evaluation_seconds"], result["all_scores_hours"]

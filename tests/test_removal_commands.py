@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -49,9 +50,17 @@ def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.
     model = denoiser(tmp_path / "model")
     losses, bundle, student = tmp_path / "losses", tmp_path / "small.bundle", tmp_path / "student"
     assert run("score", model, "--samples", 16, "--steps", 3, "-o", losses, "--json") == 0
-    scored = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    scored = json.loads(out)
     assert [c["parameters"] for c in scored["candidates"]] == [64, 64, 64]
     known = losses.read_text()
+    # Four trajectories of three steps have 12 different ones at most; both lines count those that there are.
+    lines = re.findall(
+        r"(\d+) steps of .* trajectories, then (\d+) evaluations .*: at (least|most) about", err
+    )
+    count = len(known.splitlines()) - 1
+    assert scored["samples"] <= 12 and count == 3 * scored["samples"]
+    assert [(int(jobs), bound) for _, jobs, bound in lines] == [(count, "least"), (count, "most")]
 
     assert run("compile", model, "--steps", 3, "--remove", 0.3, "--scores", losses, "-o", bundle) == 0
     # No score was measured again; of three layers, sets of one are all there are, and their losses are known.

@@ -29,8 +29,8 @@ def export_apart(model: Path, options: Mapping[str, Any], folder: Path) -> Progr
 
     Args:
         model: A diffusers folder, or a TOML file that names .onnx files.
-        options: Fields of `trimtab.recipe.Recipe` that decide the export: steps, scheduler, size.
-        folder: Empty; becomes that of a draft.
+        options: Fields of `trimtab.recipe.Recipe` that decide the export: steps, scheduler, size, eta.
+        folder: Becomes that of a draft.
 
     Raises:
         TrimtabError: Whatever the export raises.
@@ -65,7 +65,7 @@ def main() -> None:
     folder = Path(job["folder"])
     answer: dict[str, str] = {}
     try:
-        (folder / GRAPHS).mkdir()
+        (folder / GRAPHS).mkdir(exist_ok=True)
         store = WeightStore(folder / GRAPHS)
         draft(export_model(Path(job["model"]), make_recipe(job["options"]), store.keep), folder).close()
     except errors.TrimtabError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 
+from trimtab.apart import export_apart
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
 from trimtab.calibration.ranges import FILE as RANGES
 from trimtab.calibration.ranges import measure_ranges
@@ -92,7 +93,14 @@ def compile(
             progress(f"exported {name}")
             return store.keep(name, graph)
 
-        program = export_model(path, chosen, keep)
+        if chosen.remove is not None:
+            # Layers are measured first, which takes long: what torch keeps of a checkpoint is gone by then.
+            decide = {name: getattr(chosen, name) for name in ("steps", "scheduler", "size", "eta")}
+            decide = {name: value for name, value in decide.items() if value is not None}
+            program = export_apart(path, decide, stage)
+            progress(f"exported {', '.join(program.segments)}")
+        else:
+            program = export_model(path, chosen, keep)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size)
         if chosen.hidiffusion:

@@ -26,8 +26,8 @@ def draft(program: Program, folder: Path, *, threads: int = 0, lean: bool = Fals
         program: Graphs whose weights lie in ``folder / "graphs"`` already are not copied.
         folder: What is written here is a whole bundle, and can be written again.
         threads: CPU threads for one operator; 0 for one a core.
-        lean: Use weights where they lie, and do not lay them out anew: less memory and more time; results differ in
-            their last bits.
+        lean: Use weights where they lie, do not lay them out anew, and hold the engines of one stage at a time: less
+            memory and more time; results differ in their last bits.
 
     Returns:
         A pipeline to draw with and to take steps of: close it, as it holds the engines.
@@ -40,7 +40,7 @@ def draft(program: Program, folder: Path, *, threads: int = 0, lean: bool = Fals
         program.segments, contents, [find_device(TARGET)], (), store, folder, None, logger.debug
     )
     write_manifest(folder, with_engines(contents, engines))
-    pipeline = Pipeline(open_bundle(folder), TARGET, threads)
+    pipeline = Pipeline(open_bundle(folder), TARGET, threads, low_memory=lean)
     if lean:
         pipeline.engines.backend = OnnxRuntimeCpu(threads, lean=True)
     return pipeline

@@ -10,21 +10,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-
 from trimtab.calibration import choice, measures
 from trimtab.calibration.choice import Wish
 from trimtab.calibration.draft import draft
+from trimtab.calibration.forecast import least_seconds
 from trimtab.calibration.measures import Measure
 from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores, clock, kept_losses
-from trimtab.calibration.trajectories import Sample, own_requests, record
+from trimtab.calibration.trajectories import record_each, stratified
 from trimtab.calibration.workers import Workers
 from trimtab.errors import InputError, PassError
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import DENOISER, RemovalPlan
 from trimtab.passes.split_attention import SplitAttention
 from trimtab.program import Program, Segment
-from trimtab.runtime.load import Pipeline
 from trimtab.storage import write_contents
 from trimtab.targets.bindings import Shapes, segment_shapes
 
@@ -67,44 +65,6 @@ class Calibration:
             )
 
 
-def sample_denoiser(
-    pipeline: Pipeline, calibration: Calibration, on_step: Callable[[int, int, int], None] | None = None
-) -> list[Sample]:
-    """Evaluations along the model's own trajectories: time steps stratified, each trajectory with its own.
-
-    Args:
-        pipeline: Of the whole model.
-        calibration: How many samples, of what.
-        on_step: Told (steps taken, steps in all, guidance rows of one), first of none.
-    """
-    count = calibration.samples
-    requests = own_requests(
-        pipeline,
-        -(-count // _STEPS_PER_TRAJECTORY),
-        prompts=calibration.prompts,
-        seed=calibration.seed,
-    )
-    request, plan, _ = pipeline.prepare(**requests[0])
-    generator = np.random.default_rng(calibration.seed)
-    # One draw from each of `count` equal parts of the schedule, dealt to the trajectories in turn.
-    strata = (np.arange(count) + generator.random(count)) / count
-    steps = np.minimum((strata * len(plan.steps)).astype(int), len(plan.steps) - 1)
-    chosen = [sorted(set(steps[number :: len(requests)].tolist())) for number in range(len(requests))]
-    total, done = sum(own[-1] + 1 for own in chosen), -1
-
-    def told() -> None:
-        nonlocal done
-        done += 1
-        if on_step is not None:
-            on_step(done, total, request.rows)
-
-    told()
-    samples: list[Sample] = []
-    for options, own in zip(requests, chosen, strict=True):
-        samples += record(pipeline, [options], steps=own, on_step=told)
-    return samples
-
-
 def score_layers(
     program: Program,
     calibration: Calibration,
@@ -125,35 +85,46 @@ def score_layers(
     candidates = Candidates(model)
     names = tuple(candidates if names is None else names)
     kept = 0 if calibration.log is None else kept_losses(calibration.log, candidates.fingerprint)
-    jobs = max(0, len(names) * calibration.samples - kept)
-    walked, start = 0, 0.0
+    thrifty, workers = _thrifty(program, folder), calibration.workers
+    with draft(thrifty, folder, threads=workers.threads, lean=True) as pipeline:
+        walk = stratified(
+            pipeline,
+            calibration.samples,
+            _STEPS_PER_TRAJECTORY,
+            prompts=calibration.prompts,
+            seed=calibration.seed,
+        )
+        request, plan, _ = pipeline.prepare(**walk[0][0])
+        steps = sum(own[-1] + 1 for _, own in walk)
+        jobs = max(0, len(names) * sum(len(own) for _, own in walk) - kept)
+        evaluations = steps + jobs / request.rows / workers.processes  # of all rows, one behind the other
+        what = f"{steps} steps of the model's own trajectories, then {jobs} evaluations without a layer"
+        read = next(call.inputs for call in plan.steps[0].calls if call.segment == DENOISER)
+        shapes = {name: array.shape for name, array in read.items()}
+        least = least_seconds(thrifty.segments[DENOISER].model, shapes, workers.threads)
+        logger.info("%s: at least about %s", what, clock(least * evaluations))
+        done, start = 0, time.monotonic()
 
-    def on_step(done: int, total: int, rows: int) -> None:
-        nonlocal walked, start
-        walked = total
-        if done == 0:  # engines are loaded
+        def on_step() -> None:
+            nonlocal done, start
+            done += 1
+            # The first one loads the engine.
+            if done == 2:
+                logger.info("%s: at most about %s", what, clock((time.monotonic() - start) * evaluations))
             start = time.monotonic()
-        if done == 1:
-            step = time.monotonic() - start
-            seconds = step * (total + jobs / rows / calibration.workers.processes)
-            logger.info(
-                "%d steps of the model's own trajectories, then %d evaluations without a layer: at most about %s",
-                total,
-                jobs,
-                clock(seconds),
-            )
-        if progress is not None:
-            progress(done, total + jobs)
+            if progress is not None:
+                progress(done, steps + jobs)
 
-    with draft(_thrifty(program, folder), folder, threads=calibration.workers.threads, lean=True) as pipeline:
-        samples = sample_denoiser(pipeline, calibration, on_step)
+        if progress is not None:
+            progress(0, steps + jobs)
+        samples = record_each(pipeline, walk, on_step=on_step)
     graph = GatedGraph(model, samples, folder)
 
     def on_loss(done: int, total: int) -> None:
         if progress is not None:
-            progress(walked + done, walked + total)
+            progress(steps + done, steps + total)
 
-    scores = graph.score(calibration.workers, log=calibration.log, progress=on_loss, names=names)
+    scores = graph.score(workers, log=calibration.log, progress=on_loss, names=names)
     return graph, scores
 
 

@@ -6,7 +6,7 @@ calibration (https://arxiv.org/abs/2408.17131, section 3.3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +68,7 @@ def record(
     Args:
         pipeline: A bundle or a `trimtab.calibration.draft.draft`.
         requests: Arguments of `Pipeline.prepare`, one trajectory each: see `own_requests`.
-        steps: Indices into the schedule; None for all of them.
+        steps: Indices into the schedule, for all of them; None for every one.
         on_step: Told of every step that was taken, whether it is kept or not.
 
     Returns:
@@ -78,15 +78,37 @@ def record(
         InputError: A step that the schedule does not have.
         CalibrationError: The model gives numbers that are not finite.
     """
-    samples: list[Sample] = []
-    for options in requests:
+    return record_each(
+        pipeline, [(options, None if steps is None else set(steps)) for options in requests], on_step=on_step
+    )
+
+
+def record_each(
+    pipeline: Pipeline,
+    walk: Sequence[tuple[dict[str, Any], Collection[int] | None]],
+    *,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Sample]:
+    """As `record`, with steps of its own for every request.
+
+    What comes before the steps is done for all requests first: where memory is low, engines are loaded once.
+    """
+    begun = []
+    for options, _ in walk:
         request, plan, _ = pipeline.prepare(**options)
-        wanted = set(range(len(plan.steps))) if steps is None else set(steps)
+        plan.begin(request)
+        filled = [plan.buffers[spec.name] for spec in plan.inputs]
+        filled += [buffer for call in plan.prologue.calls for buffer in call.outputs.values()]
+        begun.append((request, plan, [(buffer, buffer.copy()) for buffer in filled]))
+    samples: list[Sample] = []
+    for (options, steps), (request, plan, filled_with) in zip(walk, begun, strict=True):
+        wanted = set(range(len(plan.steps)) if steps is None else steps)
         if outside := {index for index in wanted if not 0 <= index < len(plan.steps)}:
             raise InputError(
                 f"step {min(outside)} was asked for, and the schedule has {len(plan.steps)}: count from 0"
             )
-        plan.begin(request)
+        for buffer, content in filled_with:
+            buffer[...] = content
         for index, step in enumerate(plan.steps):
             if index > max(wanted):
                 break
@@ -150,3 +172,27 @@ def own_requests(
             request["label"] = int(generator.choice(classes))
         requests.append(request)
     return requests
+
+
+def stratified(
+    pipeline: Pipeline, count: int, each: int, *, prompts: Sequence[str] | None = None, seed: int = 0
+) -> list[tuple[dict[str, Any], list[int]]]:
+    """Requests for trajectories, and of each the steps to keep: strata of the schedule, dealt to the requests in turn.
+
+    Args:
+        pipeline: Of the whole model.
+        count: Evaluations in all; fewer where the schedule is so short that draws of one trajectory meet.
+        each: Evaluations of one trajectory.
+        prompts: As `own_requests` takes them.
+        seed: Of the trajectories and of the steps.
+    """
+    requests = own_requests(pipeline, -(-count // each), prompts=prompts, seed=seed)
+    length = len(pipeline.prepare(**requests[0])[1].steps)
+    generator = np.random.default_rng(seed)
+    # One draw from each of `count` equal parts of the schedule.
+    strata = (np.arange(count) + generator.random(count)) / count
+    steps = np.minimum((strata * length).astype(int), length - 1)
+    return [
+        (request, sorted(set(steps[number :: len(requests)].tolist())))
+        for number, request in enumerate(requests)
+    ]
