@@ -3,10 +3,11 @@
     python benchmarks/experts.py --plan PLAN [--experts 0 4] [--steps 600] [--work FOLDER] [--json]
 
 The sample's U-Net (samples/01_shapes) with the plan's layers removed, distilled with as many optimizer steps, on the
-same trajectories of the teacher, once plain (0) and once with K experts in K ranges of time steps for every convolution
-of its blocks. Then 1002 pictures each: the share of stated attributes that the judge finds, with its standard error
-over pictures. The bundles then draw the same pictures in turns, on one thread: processor time, and its ratio to the
-first's. A student that lies in FOLDER already is not trained again. K may be K/N for N ranges.
+same trajectories of the teacher (with --data N on the same N drawn scenes and their captions), once plain (0) and once
+with K experts in K ranges of time steps for every convolution of its blocks. Then 1002 pictures each: the share of
+stated attributes that the judge finds, with its standard error over pictures. The bundles then draw the same pictures
+in turns, on one thread: processor time, and its ratio to the first's. A student that lies in FOLDER already is not
+trained again. K may be K/N for N ranges.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import judged
-import numpy as np
 import torch
 
 import trimtab
@@ -31,19 +31,13 @@ from trimtab.passes.removal import load_plan
 ROUNDS = 7
 
 
-def captions() -> tuple[str, ...]:
-    """Of the teacher's trajectories: none of those that are judged."""
-    from shapes import sample_scenes
-
-    texts = [scene.caption for count in (1, 2, 3) for scene in sample_scenes(7100 + count, 32, count)]
-    return tuple(np.random.default_rng(0).permutation(texts).tolist())
-
-
 def row(kind: str, options: argparse.Namespace, stated: Any) -> dict[str, Any]:
     """One student: trained, compiled and judged."""
     count, _, ranges = kind.partition("/")
     experts = Experts(int(count), int(ranges or count)) if count != "0" else None
-    folder = options.work / f"{options.plan.stem}-{options.steps}-experts-{kind.replace('/', 'of')}"
+    source = f"{options.data}-pictures" if options.data else f"{options.trajectories}-trajectories"
+    label = f"{options.plan.stem}-{source}-{options.steps}-steps-{kind.replace('/', 'of')}-experts"
+    folder = options.work / label
     bundle = folder.with_name(folder.name + ".bundle")
     trained: dict[str, Any] = {}
     if not folder.exists():
@@ -53,8 +47,9 @@ def row(kind: str, options: argparse.Namespace, stated: Any) -> dict[str, Any]:
             options.plan,
             folder,
             trajectories=options.trajectories,
-            prompts=captions(),
+            prompts=tuple(judged.captions()),
             guidance=judged.GUIDANCE,
+            data=judged.draw_scenes(options.work / "pictures", options.data) if options.data else None,
             experts=experts,
             budget={"steps": options.steps, "rate": options.rate, "features": options.features},
         )
@@ -65,7 +60,7 @@ def row(kind: str, options: argparse.Namespace, stated: Any) -> dict[str, Any]:
         score = judged.score(judged.draw(pipeline, stated), stated)
         segments = [s for s in pipeline.bundle.contents.segments.values() if s.name.startswith("denoiser")]
     files = sum(file.stat().st_size for file in (bundle / "graphs").glob("denoiser*.weights"))
-    kernels = {"denoisers": len(segments), "parameters": segments[0].parameters, "weight_bytes": files}
+    kernels = {"segments": len(segments), "weight_bytes": files}
     return {"experts": kind, **score, **kernels, **trained, "bundle": str(bundle)}
 
 
@@ -94,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-4)
     parser.add_argument("--features", default="plain")
     parser.add_argument("--trajectories", type=int, default=96)
+    parser.add_argument("--data", type=int, metavar="N", help="drawn scenes to train on in their place")
     parser.add_argument("--pictures", type=int, default=1002)
     parser.add_argument("--work", type=Path, help="where students and bundles are kept")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -109,12 +105,12 @@ def main() -> None:
         print(json.dumps({"removed": plan.reached, "steps": options.steps, "rows": rows}))
         return
     print(f"{plan.reached:.1%} removed by {plan.method}, {options.steps} steps, {options.features} features")
-    print(f"{'experts':<10}{'attributes':>16}{'denoisers':>11}{'weights':>12}{'a picture':>12}{'ratio':>8}")
+    print(f"{'experts':<10}{'attributes':>16}{'segments':>11}{'weights':>12}{'a picture':>12}{'ratio':>8}")
     for entry in rows:
         score = f"{100 * entry['overall']:.1f} ± {100 * entry['error']:.1f} %"
         size, seconds = f"{entry['weight_bytes'] / 1e6:.1f} MB", f"{entry['draw_seconds']:.3f} s"
         print(
-            f"{entry['experts']:<10}{score:>16}{entry['denoisers']:>11}{size:>12}{seconds:>12}{entry['ratio']:>8.3f}"
+            f"{entry['experts']:<10}{score:>16}{entry['segments']:>11}{size:>12}{seconds:>12}{entry['ratio']:>8.3f}"
         )
 
 

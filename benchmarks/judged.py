@@ -27,6 +27,30 @@ def scenes(number: int) -> list[Any]:
     return [scene for trio in zip(*kinds, strict=True) for scene in trio][:number]
 
 
+def captions() -> list[str]:
+    """To train on: of scenes that nobody judges."""
+    from shapes import sample_scenes
+
+    texts = [scene.caption for count in (1, 2, 3) for scene in sample_scenes(7100 + count, 32, count)]
+    return list(np.random.default_rng(0).permutation(texts))
+
+
+def draw_scenes(folder: Path, number: int) -> Path:
+    """To train on: pictures of as many scenes with their captions, in a folder as a user's own would be."""
+    from draw import draw as draw_exactly
+    from PIL import Image
+    from shapes import sample_scenes
+
+    folder.mkdir(exist_ok=True)
+    third = -(-number // 3)
+    drawn = [scene for count in (1, 2, 3) for scene in sample_scenes(7200 + count, third, count)][:number]
+    pixels = np.round(255 * draw_exactly(drawn, seed=0)).astype(np.uint8)
+    for index, (scene, picture) in enumerate(zip(drawn, pixels, strict=True)):
+        Image.fromarray(picture).save(folder / f"{index:05}.png")
+        (folder / f"{index:05}.txt").write_text(scene.caption)
+    return folder
+
+
 def draw(pipeline: Pipeline, stated: list[Any], schedule: str | None = None, batch: int = 50) -> np.ndarray:
     """(N, 64, 64, 3) float32 in 0..1; picture k has the seed k, whatever the batch."""
     parts = []

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import judged
-import numpy as np
 import onnx_ir as ir
 import torch
 
@@ -104,29 +103,15 @@ def main() -> None:
 
 def walked(work: Path, trajectories: int, teacher: ir.Model) -> Batches:
     """The teacher's own trajectories, with captions of the sample's grammar."""
-    from shapes import sample_scenes
-
-    captions = [s.caption for count in (1, 2, 3) for s in sample_scenes(7100 + count, 32, count)]
-    captions = list(np.random.default_rng(0).permutation(captions))
+    captions = judged.captions()
     with trimtab.load(work / "whole.bundle", threads=1) as pipeline:
         requests = own_requests(pipeline, trajectories, prompts=captions, guidance=judged.GUIDANCE)
         return Trajectories(teacher, record(pipeline, requests))
 
 
 def drawn(work: Path, number: int, teacher: ir.Model) -> Batches:
-    """Scenes of the sample, drawn, with their captions; they lie in a folder as a user's own would."""
-    from draw import draw
-    from PIL import Image
-    from shapes import sample_scenes
-
-    folder = work / f"pictures-{number}"
-    folder.mkdir(exist_ok=True)
-    third = -(-number // 3)
-    scenes = [scene for count in (1, 2, 3) for scene in sample_scenes(7200 + count, third, count)][:number]
-    pixels = np.round(255 * draw(scenes, seed=0)).astype(np.uint8)
-    for index, (scene, picture) in enumerate(zip(scenes, pixels, strict=True)):
-        Image.fromarray(picture).save(folder / f"{index:05}.png")
-        (folder / f"{index:05}.txt").write_text(scene.caption)
+    """Scenes of the sample, drawn, with their captions."""
+    folder = judged.draw_scenes(work / f"pictures-{number}", number)
     with trimtab.load(work / "whole.bundle", threads=1) as pipeline:
         noising = noising_of(Source(judged.MODEL).load("scheduler"))
         return Pictures(pipeline, teacher, noising, captioned(folder))
