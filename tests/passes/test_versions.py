@@ -82,6 +82,14 @@ def test_a_version_has_only_the_parts_that_its_own_steps_run() -> None:
     assert called == result.segments.keys()
 
 
+def test_a_side_that_holds_too_little_is_not_cut_off() -> None:
+    behind = differing(2, 5)
+    early, late = ["denoiser.0", "denoiser.1"], ["denoiser.0", "denoiser-2.1"]
+    assert names(partition(behind)) == [early] * 2 + [late] * 2
+    in_front = differing(0, 2, length=8)
+    assert [len(calls) for calls in names(partition(in_front))] == [2] * 4
+
+
 def test_versions_that_share_too_little_are_not_cut() -> None:
     everywhere = differing(0, 5)
     assert partition(everywhere).segments.keys() == {"denoiser", "denoiser-2"}

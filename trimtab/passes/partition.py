@@ -179,11 +179,22 @@ class _Cut:
 
     def run(self) -> dict[str, ir.Model]:
         """The parts, in running order; none where nothing asks for a cut."""
-        graph = self.models[self.name].graph
-        if not self.inner and not self._differences(_Sources(set(), {})):
+        differ = bool(self._differences(_Sources(set(), {})))
+        if not self.inner and not differ:
             return {}
         for model in self.models.values():
             LocalizeSizes()(model)
+        try:
+            return self._cut(shared=True)
+        except PassError:
+            if not differ:
+                raise
+            # What versions share is worth a cut, and no refusal where a value's shape is not known.
+            return self._cut(shared=False) if self.inner else {}
+
+    def _cut(self, shared: bool) -> dict[str, ir.Model]:
+        graph = self.models[self.name].graph
+        self.parts = {}
         nodes = list(graph)
         place = {node: index for index, node in enumerate(nodes)}
         values = {str(value.name): value for node in nodes for value in node.outputs}
@@ -203,7 +214,7 @@ class _Cut:
         }
         used = [node for node in nodes if runs.get(node)]
         sources = _Sources(local, given)
-        region = self._differences(sources)
+        region = self._differences(sources) if shared else set()
         groups = _order(used, {node: (runs[node], node in region) for node in used}, sources)
 
         home = {value: index for index, group in enumerate(groups) for n in group for value in n.outputs}

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 LEAST_SHARED = 0.1
-"""Of a graph's weights: where less than that is the same in all versions, a cut costs more than it saves."""
+"""Of a graph's weights: a part that is the same in all versions and holds less costs more by its cut than it saves."""
 
 
 def versions(models: Mapping[str, ir.Model]) -> list[list[str]]:
@@ -32,7 +32,8 @@ def region_of_differences(
         sources: What a node reads.
 
     Returns:
-        Nodes; none where the others hold too little to be worth a cut (`LEAST_SHARED`), or there is one version.
+        Nodes. What lies before or behind and holds too little to be worth a cut (`LEAST_SHARED`) is among them; none
+        are where that is all, or there is one version.
     """
     first, *others = graphs
     differing = {
@@ -53,12 +54,42 @@ def region_of_differences(
             region.add(node)
         if node in own or leads:
             before.update(sources(node))
-    inside = {v.name for node in region for v in node.inputs if v is not None and v.is_initializer()}
-    sizes = {
-        name: v.const_value.nbytes for name, v in first.initializers.items() if v.const_value is not None
-    }
-    shared = sum(size for name, size in sizes.items() if name not in inside)
-    return region if own and shared >= LEAST_SHARED * sum(sizes.values()) else set()
+    if not own:
+        return set()
+    outside = [node for node in first if node not in region]
+    after = {node for node in outside if any(value in behind for value in node.outputs)}
+    sides = (after, set(outside) - after)
+    least = LEAST_SHARED * _bytes(first)
+    for side in sides:
+        if _bytes(side) < least:
+            region |= side
+    # What has no weight above it, such as the sampler's own arithmetic, goes with those that read it.
+    heavy: set[ir.Value] = set()
+    for node in first:
+        if _reads_weight(node) or any(value in heavy for value in sources(node)):
+            heavy.update(node.outputs)
+    readers: dict[ir.Value, set[ir.Node]] = {}
+    for node in first:
+        for value in sources(node):
+            readers.setdefault(value, set()).add(node)
+    for node in reversed(first):
+        reading = {reader for value in node.outputs for reader in readers.get(value, ())}
+        given = any(value.is_graph_output() or value in heavy for value in node.outputs)
+        if reading and reading <= region and not given:
+            region.add(node)
+    return region if len(region) < len(first) else set()
+
+
+def _reads_weight(node: ir.Node) -> bool:
+    """Not of sizes, axes or single numbers."""
+    held = (value.const_value for value in node.inputs if value is not None)
+    return any(tensor is not None and tensor.size > 1 and tensor.dtype.is_floating_point() for tensor in held)
+
+
+def _bytes(nodes: Iterable[ir.Node]) -> int:
+    """Of the weights that they read."""
+    weights = {v for node in nodes for v in node.inputs if v is not None and v.const_value is not None}
+    return sum(weight.const_value.nbytes for weight in weights if weight.const_value is not None)
 
 
 def _structure(graph: ir.Graph) -> Hashable:
