@@ -17,13 +17,13 @@ cuts than they need. A tensor that crosses a cut is a buffer with a name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.segments import build_segment, local_nodes
+from trimtab.passes.segments import local_nodes, segment_at
 from trimtab.passes.sizes import LocalizeSizes
 from trimtab.passes.versions import region_of_differences, versions
 from trimtab.program import Call, PassEntry, Program, Segment, Step, Task
@@ -233,7 +233,7 @@ class _Cut:
             for name in self.models if group[0] in region else (self.name,):
                 part = f"{name}.{index}"
                 if group[0] not in region or any((name, kind) in self._used for kind in runs[group[0]]):
-                    self.parts[part] = _part(part, self.models[name], places, outputs, swapped)
+                    self.parts[part] = segment_at(places, part, self.models[name], outputs, swapped)
         for kind in self.kinds:
             self._runs[kind] = tuple(i for i, group in enumerate(groups) if kind in runs[group[0]])
         self._tags = _tag(groups, given, sources, self.kinds)
@@ -300,21 +300,6 @@ def reach(
             needed.add(node)
             stack.extend(v for v in node.inputs if v is not None)
     return needed
-
-
-def _part(
-    name: str,
-    model: ir.Model,
-    places: Collection[int],
-    outputs: Iterable[str],
-    swapped: Collection[str],
-) -> ir.Model:
-    """Some nodes of a graph, by their places in it, as a graph of their own."""
-    graph = model.graph
-    values = {str(value.name): value for node in graph for value in node.outputs}
-    local = local_nodes(graph, {values[name] for name in swapped})
-    nodes = [node for index, node in enumerate(graph) if index in places]
-    return build_segment(name, model, nodes, [values[name] for name in outputs], local)
 
 
 def _swapped(given: Iterable[Mapping[ir.Value, ir.Value | None]]) -> set[ir.Value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -28,6 +28,25 @@ def local_nodes(graph: ir.Graph, swapped: Container[ir.Value] = ()) -> set[ir.No
         ):
             local.add(node)
     return local
+
+
+def segment_at(
+    places: Collection[int], name: str, model: ir.Model, outputs: Iterable[str], swapped: Collection[str]
+) -> ir.Model:
+    """`build_segment` of what stands at some places in a graph, with values by their names: the same of any version.
+
+    Args:
+        places: Of nodes in the graph's order.
+        name: For the new graph.
+        model: The whole; it is not changed.
+        outputs: Values that others read.
+        swapped: See `local_nodes`.
+    """
+    graph = model.graph
+    values = {str(value.name): value for node in graph for value in node.outputs}
+    local = local_nodes(graph, {values[other] for other in swapped})
+    nodes = [node for index, node in enumerate(graph) if index in places]
+    return build_segment(name, model, nodes, [values[other] for other in outputs], local)
 
 
 def build_segment(
