@@ -116,6 +116,16 @@ def test_versions_inherit_and_share_what_is_outside_of_both() -> None:
     assert all(name.startswith("denoiser.") for name in lean)  # what is read in its place lies outside
 
 
+def test_versions_that_inherit_and_share_nothing_keep_their_own_weights() -> None:
+    skipped = inherit(differing(0, 5, steps=8), InheritPlan(skip=("blocks.2", "blocks.3"), every=2))
+    expected = drawn(partition(dataclasses.replace(skipped, segments=apart(skipped.segments))))
+    result = partition(skipped)
+    for ours, theirs in zip(drawn(result), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    late = {name for step in names(result)[4:] for name in step}
+    assert all(name.startswith("denoiser-2.") for name in late)
+
+
 def apart(segments: dict[str, Segment]) -> dict[str, Segment]:
     """Segments that are no versions of each other, as a value inside has another name in one of them."""
     changed = segments["denoiser-2"].model.clone()

@@ -179,15 +179,16 @@ class _Cut:
 
     def run(self) -> dict[str, ir.Model]:
         """The parts, in running order; none where nothing asks for a cut."""
-        differ = bool(self._differences(_Sources(set(), {})))
-        if not self.inner and not differ:
+        own = self._differences(_Sources(set(), {}))
+        sharing = bool(own) and len(own) < len(self.models[self.name].graph)
+        if not self.inner and not sharing:
             return {}
         for model in self.models.values():
             LocalizeSizes()(model)
         try:
             return self._cut(shared=True)
         except PassError:
-            if not differ:
+            if not sharing:
                 raise
             # What versions share is worth a cut, and no refusal where a value's shape is not known.
             return self._cut(shared=False) if self.inner else {}
@@ -214,7 +215,7 @@ class _Cut:
         }
         used = [node for node in nodes if runs.get(node)]
         sources = _Sources(local, given)
-        region = self._differences(sources) if shared else set()
+        region = self._differences(sources) if shared else set(nodes)
         groups = _order(used, {node: (runs[node], node in region) for node in used}, sources)
 
         home = {value: index for index, group in enumerate(groups) for n in group for value in n.outputs}

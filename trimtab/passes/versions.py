@@ -32,8 +32,8 @@ def region_of_differences(
         sources: What a node reads.
 
     Returns:
-        Nodes. What lies before or behind and holds too little to be worth a cut (`LEAST_SHARED`) is among them; none
-        are where that is all, or there is one version.
+        Nodes. What lies before or behind and holds too little to be worth a cut (`LEAST_SHARED`) is among them, so that
+        they may be all; none are where no weight differs.
     """
     first, *others = graphs
     differing = {
@@ -77,7 +77,7 @@ def region_of_differences(
         given = any(value.is_graph_output() or value in heavy for value in node.outputs)
         if reading and reading <= region and not given:
             region.add(node)
-    return region if len(region) < len(first) else set()
+    return region
 
 
 def _reads_weight(node: ir.Node) -> bool:
