@@ -138,6 +138,14 @@ def test_every_step_calls_plain_convolutions_that_are_the_mixture_at_its_time(pr
         assert graph.initializers.keys() == program.segments["denoiser"].model.graph.initializers.keys()
 
 
+def test_a_denoiser_that_has_the_name_of_a_mixture_already_keeps_it(program: Program) -> None:
+    mixed = mixtures(program)
+    other = Segment("denoiser-mix2", program.segments["denoiser"].model.clone())
+    result = mix_kernels(dataclasses.replace(mixed, segments={**mixed.segments, other.name: other}))
+    assert result.segments[other.name] is other
+    assert set(calls(result)) == {"denoiser", "denoiser-mix3", "denoiser-mix4", "denoiser-mix5"}
+
+
 def test_mixing_twice_or_a_model_without_mixtures_changes_nothing(program: Program) -> None:
     assert mix_kernels(program) is program
     once = mix_kernels(mixtures(program))

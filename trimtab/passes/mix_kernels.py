@@ -19,7 +19,7 @@ import onnx_ir.passes.common as common
 
 from trimtab.passes.constants import add_constant
 from trimtab.passes.inherit import DENOISER
-from trimtab.passes.partition import map_steps
+from trimtab.passes.partition import map_steps, reach
 from trimtab.program import Call, PassEntry, Program, Segment, Step
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ class _Mixtures:
                 "%s is mixed at every run: %s is no constant of the steps", value.name, open_inputs
             )
         self._inputs = sorted({str(v.name) for kernel in self.kernels for v in depends[kernel]})
-        self._nodes = _makers(self.kernels, self._graph)
+        makers = reach(self.kernels, {}, set())
+        self._nodes = [node for node in self._graph if node in makers]
 
     def _known(self, inputs: Iterable[ir.Value]) -> frozenset[ir.Value]:
         """The graph's inputs that are a constant of every step."""
@@ -109,10 +110,11 @@ class _Mixtures:
             arrays = self._computed(dict(zip(self._inputs, key, strict=True)))
             digest = _digest(arrays)
             if digest not in by_digest:
-                taken = program.segments.keys() | segments.keys()
-                number = len(by_digest) + 1
-                name = self._name if number == 1 else f"{self._name}-mix{number}"
-                assert number == 1 or name not in taken
+                taken = (program.segments.keys() - {self._name}) | segments.keys()
+                name, number = self._name, 1
+                while name in taken:
+                    number += 1
+                    name = f"{self._name}-mix{number}"
                 by_digest[digest] = name
                 segments[name] = Segment(name, _with_kernels(program.segments[self._name].model, arrays))
             chosen[key] = by_digest[digest]
@@ -160,18 +162,6 @@ class _Mixtures:
             one = ReferenceEvaluator(ir.serde.serialize_node(node), opsets=dict(self._graph.opset_imports))
             values.update(zip((str(v.name) for v in node.outputs), one.run(None, feeds), strict=True))
         return {str(kernel.name): values[str(kernel.name)] for kernel in self.kernels}
-
-
-def _makers(kernels: Iterable[ir.Value], graph: ir.Graph) -> list[ir.Node]:
-    """The nodes that compute some values, in the graph's order."""
-    todo = [maker for value in kernels if (maker := value.producer()) is not None]
-    needed: set[ir.Node] = set()
-    while todo:
-        if (node := todo.pop()) not in needed:
-            needed.add(node)
-            makers = (value.producer() for value in node.inputs if value is not None)
-            todo += [maker for maker in makers if maker is not None]
-    return [node for node in graph if node in needed]
 
 
 def _with_kernels(model: ir.Model, arrays: Mapping[str, Array]) -> ir.Model:
