@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 from chains import WIDTH, call, chain, program, run_step
 
 from trimtab.passes.inherit import inherit
@@ -124,6 +125,34 @@ def test_versions_that_inherit_and_share_nothing_keep_their_own_weights() -> Non
         np.testing.assert_array_equal(ours, theirs)
     late = {name for step in names(result)[4:] for name in step}
     assert all(name.startswith("denoiser-2.") for name in late)
+
+
+def turned(whole: Program) -> Program:
+    """The same with every weight stored the other way round and turned in the graph, as packed ones are decoded."""
+    for segment in whole.segments.values():
+        graph = segment.model.graph
+        for node in [node for node in graph if node.op_type == "MatMul"]:
+            weight = node.inputs[1]
+            assert weight is not None and weight.const_value is not None
+            array = weight.const_value.numpy().T.copy()
+            weight.const_value = ir.tensor(array, name=weight.name)
+            back = ir.node("Transpose", [weight], {"perm": [1, 0]}, name=f"{weight.name}.turned")
+            back.outputs[0].name = back.name
+            back.outputs[0].type, back.outputs[0].shape = weight.type, weight.shape
+            graph.insert_before(node, back)
+            node.replace_input_with(1, back.outputs[0])
+    return whole
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_weight_that_is_computed_from_constants_is_its_versions_own(every: int) -> None:
+    plan = InheritPlan(skip=("blocks.2",), every=every)
+    plain, skipped = (inherit(differing(2, 4, steps=8), plan) for _ in range(2))
+    expected = drawn(partition(dataclasses.replace(plain, segments=apart(plain.segments))))
+    result = partition(turned(skipped))
+    for ours, theirs in zip(drawn(result), expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert any(name.startswith("denoiser.") for name in names(result)[-1])  # and the rest is shared
 
 
 def apart(segments: dict[str, Segment]) -> dict[str, Segment]:

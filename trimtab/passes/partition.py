@@ -25,7 +25,7 @@ import onnx_ir as ir
 from trimtab.errors import PassError
 from trimtab.passes.segments import local_nodes, segment_at
 from trimtab.passes.sizes import LocalizeSizes
-from trimtab.passes.versions import region_of_differences, versions
+from trimtab.passes.versions import differences, region_of_differences, versions
 from trimtab.program import Call, PassEntry, Program, Segment, Step, Task
 
 _FRONTIER = 256
@@ -170,6 +170,7 @@ class _Cut:
         self.kinds = list(dict.fromkeys(self.kind(call) for call in calls))
         self._used = {(call.segment, self.kind(call)) for call in calls}
         self.inner = {v for kind in self.kinds for v in (*(g for g, _ in kind.given), *kind.kept)}
+        self._differing = differences([model.graph for model in models.values()])
         self.parts: dict[str, ir.Model] = {}
         self._runs: dict[Kind, tuple[int, ...]] = {}
         self._tags: dict[Kind, dict[str, int]] = {}
@@ -241,7 +242,7 @@ class _Cut:
         return self.parts
 
     def _differences(self, sources: _Sources) -> set[ir.Node]:
-        return region_of_differences([model.graph for model in self.models.values()], sources.all)
+        return region_of_differences(self.models[self.name].graph, self._differing, sources.all)
 
     def _check_given(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -19,77 +19,106 @@ def versions(models: Mapping[str, ir.Model]) -> list[list[str]]:
     return list(found.values())
 
 
+def differences(graphs: Sequence[ir.Graph]) -> frozenset[str]:
+    """Names of the weights that are not the same in all versions. Those that lie in several places are read."""
+    first, *others = graphs
+    return frozenset(
+        name
+        for name, value in first.initializers.items()
+        if any(not _same(value.const_value, other.initializers[name].const_value) for other in others)
+    )
+
+
 def region_of_differences(
-    graphs: Sequence[ir.Graph], sources: Callable[[ir.Node], Iterable[ir.Value]]
+    graph: ir.Graph, differing: Container[str], sources: Callable[[ir.Node], Iterable[ir.Value]]
 ) -> set[ir.Node]:
-    """The nodes of the first graph that every version needs for itself.
+    """The nodes of a graph that every version needs for itself.
 
     Those that read a weight which is another one elsewhere, and whatever lies on a way from one of them to another: so
     that a graph is cut in front of the differences and behind them, and not around each.
 
     Args:
-        graphs: Of one of the `versions`.
+        graph: One of the `versions`.
+        differing: What `differences` found among them.
         sources: What a node reads.
 
     Returns:
         Nodes. What lies before or behind and holds too little to be worth a cut (`LEAST_SHARED`) is among them, so that
         they may be all; none are where no weight differs.
     """
-    first, *others = graphs
-    differing = {
-        name
-        for name, value in first.initializers.items()
-        if any(not _same(value.const_value, other.initializers[name].const_value) for other in others)
-    }
-    own = {node for node in first if any(v is not None and v.name in differing for v in node.inputs)}
+    weights = _Weights(graph)
+    own = {node for node in weights.readers if any(w.name in differing for w in weights.of(node))}
+    if not own:
+        return set()
     behind: set[ir.Value] = set()
-    for node in first:
+    for node in weights.readers:
         if node in own or any(value in behind for value in sources(node)):
             behind.update(node.outputs)
     region: set[ir.Node] = set()
     before: set[ir.Value] = set()
-    for node in reversed(first):
+    for node in reversed(weights.readers):
         leads = any(value in before for value in node.outputs)
         if node in own or (leads and any(value in behind for value in node.outputs)):
             region.add(node)
         if node in own or leads:
             before.update(sources(node))
-    if not own:
-        return set()
-    outside = [node for node in first if node not in region]
+    outside = [node for node in weights.readers if node not in region]
     after = {node for node in outside if any(value in behind for value in node.outputs)}
-    sides = (after, set(outside) - after)
-    least = LEAST_SHARED * _bytes(first)
-    for side in sides:
-        if _bytes(side) < least:
+    least = LEAST_SHARED * weights.bytes(weights.readers)
+    for side in (after, set(outside) - after):
+        if weights.bytes(side) < least:
             region |= side
     # What has no weight above it, such as the sampler's own arithmetic, goes with those that read it.
     heavy: set[ir.Value] = set()
-    for node in first:
-        if _reads_weight(node) or any(value in heavy for value in sources(node)):
+    for node in weights.readers:
+        if any(_is_weight(w) for w in weights.of(node)) or any(value in heavy for value in sources(node)):
             heavy.update(node.outputs)
-    readers: dict[ir.Value, set[ir.Node]] = {}
-    for node in first:
-        for value in sources(node):
-            readers.setdefault(value, set()).add(node)
-    for node in reversed(first):
-        reading = {reader for value in node.outputs for reader in readers.get(value, ())}
-        given = any(value.is_graph_output() or value in heavy for value in node.outputs)
-        if reading and reading <= region and not given:
+    reading: dict[ir.Value, set[ir.Node]] = {}
+    for node in graph:
+        for value in (*node.inputs, *sources(node)):
+            if value is not None:
+                reading.setdefault(value, set()).add(node)
+    for node in reversed(graph):
+        those = {reader for value in node.outputs for reader in reading.get(value, ())}
+        bound = any(value.is_graph_output() or value in heavy for value in node.outputs)
+        if those and those <= region and not bound:
             region.add(node)
     return region
 
 
-def _reads_weight(node: ir.Node) -> bool:
-    """Not of sizes, axes or single numbers."""
-    held = (value.const_value for value in node.inputs if value is not None)
-    return any(tensor is not None and tensor.size > 1 and tensor.dtype.is_floating_point() for tensor in held)
+class _Weights:
+    """Which weights nodes read, themselves or as what is computed from constants alone (decoded, turned).
+
+    Attributes:
+        readers: The nodes that compute something else than that, in the graph's order.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._of: dict[ir.Value, frozenset[ir.Value]] = {
+            value: frozenset({value}) for value in graph.initializers.values()
+        }
+        self.readers: list[ir.Node] = []
+        for node in graph:
+            if all(value is None or value in self._of for value in node.inputs):
+                self._of.update(dict.fromkeys(node.outputs, self.of(node)))
+            else:
+                self.readers.append(node)
+
+    def of(self, node: ir.Node) -> frozenset[ir.Value]:
+        """The initializers that a node's numbers come from."""
+        held = (self._of.get(value, frozenset()) for value in node.inputs if value is not None)
+        return frozenset[ir.Value]().union(*held)
+
+    def bytes(self, nodes: Iterable[ir.Node]) -> int:
+        """Of all that they read."""
+        read = frozenset[ir.Value]().union(*(self.of(node) for node in nodes))
+        return sum(value.const_value.nbytes for value in read if value.const_value is not None)
 
 
-def _bytes(nodes: Iterable[ir.Node]) -> int:
-    """Of the weights that they read."""
-    weights = {v for node in nodes for v in node.inputs if v is not None and v.const_value is not None}
-    return sum(weight.const_value.nbytes for weight in weights if weight.const_value is not None)
+def _is_weight(value: ir.Value) -> bool:
+    """And no size, axis or single number."""
+    tensor = value.const_value
+    return tensor is not None and tensor.size > 1 and tensor.dtype.is_floating_point()
 
 
 def _structure(graph: ir.Graph) -> Hashable:
