@@ -159,3 +159,10 @@ def repeated(model: ir.Model) -> frozenset[str]:
 
 def _nbytes(value: ir.Value) -> int:
     return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def same_tensor(first: ir.TensorProtocol | None, second: ir.TensorProtocol | None) -> bool:
+    """Whether two tensors hold the same numbers; they are read where they are not one object."""
+    if first is second or first is None or second is None:
+        return first is second
+    return np.array_equal(first.numpy(), second.numpy())

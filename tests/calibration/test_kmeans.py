@@ -192,6 +192,19 @@ def test_a_store_of_another_model_or_other_settings_is_refused(tmp_path: Path) -
         make_codebooks({"denoiser": model(blocks__0__to_q=weight(0))}, Settings(), tmp_path / "other")
 
 
+def test_segments_that_differ_in_a_weight_of_one_name_are_packed_each_from_its_own(tmp_path: Path) -> None:
+    first, second = (model(blocks__0__to_q=weight(0), blocks__1__to_q=weight(n)) for n in (1, 2))
+    dense = {name: {s.name: s.rows() for s in sites(m)} for name, m in (("a", first), ("b", second))}
+    for store in (tmp_path / "books", tmp_path / "books", None):  # made, found again, and without
+        books = make_codebooks({"a": first, "b": second}, Settings(), store)
+        shared, other = sorted(dense["a"])
+        assert books.layers.keys() == {shared, other, f"b/{other}"}
+        for name in ("a", "b"):
+            for layer, rows in dense[name].items():
+                error = np.square(books.of(name).layers[layer].rows() - rows).sum() / np.square(rows).sum()
+                assert error == pytest.approx(books.of(name).layers[layer].error, rel=1e-3)
+
+
 def test_a_damaged_file_of_a_store_is_found(tmp_path: Path) -> None:
     models, store = {"denoiser": model(blocks__0__to_q=weight(0))}, tmp_path / "books"
     make_codebooks(models, Settings(), store)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -84,7 +84,8 @@ class Codebooks:
 
     Attributes:
         fingerprint: Of the weights that they were made from, by `fingerprint`.
-        layers: Initializer's name -> its codes.
+        layers: Initializer's name -> its codes. ``SEGMENT/NAME`` is that of a segment whose weight is another one than
+            the first of that name: see `of`.
         kept: Initializer's name -> why it stays as it is.
         parameters: Initializer's name -> what it becomes: biases that were trained with the codes.
     """
@@ -93,6 +94,15 @@ class Codebooks:
     layers: Mapping[str, PackedWeight]
     kept: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    def of(self, segment: str) -> Codebooks:
+        """Those of one segment, by the names of its own initializers."""
+        own = {
+            name.removeprefix(f"{segment}/"): packed
+            for name, packed in self.layers.items()
+            if name.startswith(f"{segment}/")
+        }
+        return replace(self, layers={**self.layers, **own})
 
 
 def fingerprint(weights: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:

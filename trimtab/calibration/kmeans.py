@@ -19,6 +19,7 @@ from trimtab.calibration.codebooks import FORMATS, Codebooks, CodebookStore, Pac
 from trimtab.errors import CalibrationError, InputError, MissingDependency
 from trimtab.passes import vq_op
 from trimtab.passes.vq import Site, sites
+from trimtab.weights import same_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -150,10 +151,11 @@ def make_codebooks(
         CalibrationError: A weight that is not finite; a store of another model or other settings.
         MissingDependency: faiss is not installed.
     """
-    # One name is one parameter of the model, in however many segments it stands.
-    found = {site.name: site for model in models.values() for site in sites(model)}
+    found = _distinct(models)
     choices = choose(found.values(), settings)
-    picked = {name: choice for name, choice in choices.items() if not isinstance(choice, str)}
+    picked = {
+        name: choice for name, site in found.items() if not isinstance(choice := choices[site.name], str)
+    }
     for name in picked:
         if not _finite(found[name].rows()):
             raise CalibrationError(f"{name} holds numbers that are not finite: mend the model's weights")
@@ -179,6 +181,21 @@ def make_codebooks(
     finally:
         pool.shutdown(cancel_futures=True)
     return Codebooks(mark, layers, kept)
+
+
+def _distinct(models: Mapping[str, ir.Model]) -> dict[str, Site]:
+    """Every weight once, as `Codebooks.layers` names them.
+
+    One name is mostly one parameter, in however many segments it stands; a student's, or a mixture's at another time
+    step, has other numbers.
+    """
+    found: dict[str, Site] = {}
+    for segment, model in models.items():
+        for site in sites(model):
+            first = found.setdefault(site.name, site)
+            if not same_tensor(first.value.const_value, site.value.const_value):
+                found[f"{segment}/{site.name}"] = site
+    return found
 
 
 def pack(

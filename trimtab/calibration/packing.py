@@ -59,6 +59,11 @@ def packed(
         )
     models = {name: s.model for name, s in program.segments.items() if name.startswith("denoiser")}
     books = make_codebooks(models, settings, store, progress=progress)
+    own = [name for name in models if any(layer.startswith(f"{name}/") for layer in books.layers)]
+    if minutes is not None and own:
+        raise InputError(
+            f"calibration trains the pipeline's own weights, and {own[0]} has others: leave it out"
+        )
     if minutes is None or source is None:
         logger.info("weights are packed by k-means alone: calibration brings quality back")
     elif books.layers:

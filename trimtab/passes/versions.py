@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 
-import numpy as np
 import onnx_ir as ir
+
+from trimtab.weights import same_tensor
 
 LEAST_SHARED = 0.1
 """Of a graph's weights: a part that is the same in all versions and holds less costs more by its cut than it saves."""
@@ -25,7 +26,7 @@ def differences(graphs: Sequence[ir.Graph]) -> frozenset[str]:
     return frozenset(
         name
         for name, value in first.initializers.items()
-        if any(not _same(value.const_value, other.initializers[name].const_value) for other in others)
+        if any(not same_tensor(value.const_value, other.initializers[name].const_value) for other in others)
     )
 
 
@@ -147,9 +148,3 @@ def _structure(graph: ir.Graph) -> Hashable:
         if value.const_value is not None
     )
     return names(graph.inputs), names(graph.outputs), nodes, held
-
-
-def _same(first: ir.TensorProtocol | None, second: ir.TensorProtocol | None) -> bool:
-    if first is second or first is None or second is None:
-        return first is second
-    return np.array_equal(first.numpy(), second.numpy())

@@ -117,7 +117,7 @@ def pack_weights(program: Program, codebooks: Codebooks) -> Program:
     segments, entries = dict(program.segments), list(program.passes)
     for name, segment in program.segments.items():
         if name.startswith("denoiser"):
-            result = PackWeights(codebooks)(segment.model)
+            result = PackWeights(codebooks.of(name))(segment.model)
             segments[name] = Segment(name, result.model)
             entries.append(PassEntry("PackWeights", name, len(result.applied), len(result.refused)))
     return dataclasses.replace(program, segments=segments, passes=tuple(entries))
