@@ -38,9 +38,7 @@ from trimtab.calibration.codebooks import Codebooks, CodebookStore, read_index  
 from trimtab.calibration.draft import draft  # noqa: E402
 from trimtab.calibration.kmeans import Settings, make_codebooks  # noqa: E402
 from trimtab.calibration.trajectories import record  # noqa: E402
-from trimtab.calibration.vq4dit import Training, calibrate, inputs_of  # noqa: E402
-from trimtab.export.denoisers import denoiser_module  # noqa: E402
-from trimtab.export.source import Source  # noqa: E402
+from trimtab.calibration.vq4dit import Training, calibrate  # noqa: E402
 from trimtab.passes import vq_op  # noqa: E402
 from trimtab.storage import read_program  # noqa: E402
 
@@ -106,7 +104,6 @@ def _weights(row: str, store: str, options: argparse.Namespace) -> tuple[Rows, f
 
 def _calibrated(model: str, work: Path, books: Codebooks, training: Training) -> Codebooks:
     """Eight trajectories at a time, 25 steps each, with guidance: 16 rows an evaluation."""
-    module = denoiser_module(Source(MODELS[model]))
     program = read_program(trimtab.load(work / f"{model}.bundle").bundle)
     with draft(program, work / f"{model}-draft", threads=1) as pipeline:
         if model == "dit":
@@ -115,9 +112,9 @@ def _calibrated(model: str, work: Path, books: Codebooks, training: Training) ->
             captions = [s.caption for s in sample_scenes(77, 32)]
             asked = [{"prompt": captions[8 * k : 8 * k + 8]} for k in range(4)]
         samples = record(pipeline, [{**a, "seed": k, "schedule": STEPS} for k, a in enumerate(asked)])
-    return calibrate(
-        module, books, inputs_of(module, samples), training, progress=print, clock=time.process_time
-    )
+    inputs = [sample.unguided for sample in samples]
+    graph = program.segments["denoiser"].model
+    return calibrate(graph, books, inputs, training, progress=print, clock=time.process_time)
 
 
 def _codebooks(model: str, work: Path, scale: bool) -> Codebooks:

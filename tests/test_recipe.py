@@ -37,7 +37,7 @@ def test_a_toml_file_says_the_same(tmp_path: Path) -> None:
         ({"precision": "fp4"}, "fp4"),
         ({"eta": 2}, "0 to 1"),
         ({"drifts": "file", "inherit": 2}, "no plan of inheritance asks for a speed"),
-        ({"vq": 2, "vq_minutes": 5, "remove": 0.3}, "trains the model whole"),
+        ({"vq": 2, "vq_minutes": 0}, "more than 0 are needed"),
     ],
 )
 def test_what_is_wrong_is_said(values: dict[str, Any], message: str) -> None:

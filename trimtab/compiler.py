@@ -105,8 +105,7 @@ def compile(
             check_size(size, program.size, program.size_multiple, program.fixed_size)
         if chosen.hidiffusion:
             _check_larger(program, (program.size, *chosen.buckets), devices)
-        source = Source(path) if path.is_dir() else None
-        program = transform(program, chosen, stage, progress, source=source, device=device)
+        program = transform(program, chosen, stage, progress, device=device)
         store.compact({name: segment.model for name, segment in program.segments.items()})
 
         write_graphs(program, stage, store)

@@ -121,19 +121,10 @@ class Recipe:
                     f"the switch to {path or 'nothing'} at {share}: PATH@SHARE is needed, a bundle or a removal plan "
                     "and a share of the steps between 0 and 1"
                 )
-        if self.switch and self.vq_minutes is not None:
-            raise InputError(
-                "--vq-minutes trains one denoiser, and --switch gives others: leave one of them out"
-            )
         if self.vq is not None and self.vq not in VQ_BITS:
             raise InputError(f"vq {self.vq!r}: weights are packed to 2, 3 or 4 bits")
         if self.vq_minutes is not None and not self.vq_minutes > 0:
             raise InputError(f"vq_minutes {self.vq_minutes}: more than 0 are needed, or leave it out")
-        removed = self.remove is not None or self.removal_plan is not None
-        if removed and self.vq_minutes is not None:
-            raise InputError(
-                "--vq-minutes trains the model whole, and layers are to be removed: leave one of them out"
-            )
         if any(bits not in (*VQ_BITS, "keep") for _, bits in self.vq_rules):
             raise InputError('a vq rule gives neither 2, 3 or 4 bits nor "keep": write PATTERN=BITS')
         if self.vq is None and (self.vq_rules or self.vq_scale or self.vq_minutes or self.vq_codebooks):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trimtab.errors import InputError
-from trimtab.export.source import Source
 from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import FILE as INHERITED
@@ -30,7 +29,6 @@ def transform(
     folder: Path,
     progress: Progress,
     *,
-    source: Source | None = None,
     device: Device | None = None,
 ) -> Program:
     """Removes, packs and skips, as the recipe says.
@@ -45,7 +43,6 @@ def transform(
         recipe: What is wanted.
         folder: Where a program is drafted that has to be run; weights in ``folder / "graphs"`` are not copied.
         progress: Told what is being worked on.
-        source: The pipeline that it was exported from, where it was one: calibration trains its denoiser.
         device: From `timed_device`.
 
     Raises:
@@ -59,7 +56,7 @@ def transform(
         program = switch(program, switches.others, switches.ranges)
     program = mix_kernels(program)
     if recipe.vq is not None:
-        program = _packed(program, recipe, recipe.vq, folder, source, progress)
+        program = _packed(program, recipe, recipe.vq, folder, progress)
     if recipe.hidiffusion:
         program = hidiffusion(program)
     if recipe.inherit is not None:
@@ -81,9 +78,7 @@ def _searched(
     return found
 
 
-def _packed(
-    program: Program, recipe: Recipe, bits: int, folder: Path, source: Source | None, progress: Progress
-) -> Program:
+def _packed(program: Program, recipe: Recipe, bits: int, folder: Path, progress: Progress) -> Program:
     """The denoisers' weights as codes into codebooks."""
     from trimtab.calibration.kmeans import Settings
     from trimtab.calibration.packing import packed
@@ -92,7 +87,6 @@ def _packed(
         program,
         Settings(bits, recipe.vq_rules, recipe.vq_scale),
         folder,
-        source=source,
         minutes=recipe.vq_minutes,
         store=recipe.vq_codebooks,
         progress=progress,

@@ -74,6 +74,47 @@ def test_values_inside_can_be_asked_for() -> None:
     assert set(graph.weights) == {"blocks.0.first.weight"}
 
 
+@pytest.mark.parametrize(
+    ("operator", "integers"),
+    [
+        ("Pad", [[0, 1, 2, 0, 0, 3]]),
+        ("Pad", [[1, -1], None, [-1]]),
+        ("Tile", [[2, 1, 3]]),
+    ],
+)
+def test_operators_that_few_models_have(operator: str, integers: list[list[int] | None]) -> None:
+    data = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
+    sample = ir.Value(name="x", shape=ir.Shape(data.shape), type=ir.TensorType(ir.DataType.FLOAT))
+    arguments = [
+        None if n is None else ir.Value(name=f"n{k}", const_value=ir.tensor(np.int64(n), name=f"n{k}"))
+        for k, n in enumerate(integers)
+    ]
+    node = ir.node(operator, [sample, *arguments])
+    node.outputs[0].name = "y"
+    node.outputs[0].type = sample.type
+    held = [value for value in arguments if value is not None]
+    graph = ir.Graph(
+        [sample], node.outputs, nodes=[node], initializers=held, opset_imports={"": 23}, name="g"
+    )
+    model = ir.Model(graph, ir_version=10)
+    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    found = TorchGraph(model, ["y"])({"x": torch.from_numpy(data)})["y"].numpy()
+    np.testing.assert_array_equal(found, session.run(None, {"x": data})[0])
+
+
+def test_a_part_starts_from_values_that_are_given() -> None:
+    model = residual.denoiser()
+    inner = next(node.outputs[0] for node in model.graph if node.op_type == "Relu")
+    graph = TorchGraph(model, ["model_output"])
+    inputs = {name: torch.from_numpy(np.array(a)) for name, a in residual.inputs().items()}
+    given = graph.part([str(inner.name)])(inputs)
+    rest = graph.part(["model_output"], given=list(given))
+    assert torch.equal(rest(inputs | given)["model_output"], graph(inputs)["model_output"])
+    changed = {name: value + 1 for name, value in given.items()}
+    assert not torch.equal(rest(inputs | changed)["model_output"], graph(inputs)["model_output"])
+    assert str(inner.name) in graph and str(inner.name) not in rest
+
+
 def test_an_unknown_operator_is_refused_by_name() -> None:
     model = residual.denoiser()
     next(node for node in model.graph if node.op_type == "Relu").op_type = "Mish"

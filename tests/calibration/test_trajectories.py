@@ -13,6 +13,7 @@ from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.calibration.trajectories import PROMPTS, own_requests, record
 from trimtab.errors import InputError
+from trimtab.program import STATE
 from trimtab.storage import read_program
 
 BundleFolder = Callable[[str], Path]
@@ -46,8 +47,23 @@ def test_a_samples_first_step_is_the_seeds_noise_in_every_row(bundle_folder: Bun
 
     with trimtab.load(bundle_folder("dit")) as pipe:
         (sample,) = record(pipe, own_requests(pipe, 1, seed=5, schedule=3), steps=[0])
-    noise = NoiseGenerator(5).normal((1, *sample.sample.shape[1:]))
-    np.testing.assert_allclose(sample.sample, np.concatenate([noise, noise]), rtol=1e-6)
+    inputs = sample.unguided
+    given = np.tensordot(inputs["sample_weights"], inputs[STATE], 1)
+    noise = NoiseGenerator(5).normal((1, *given.shape[1:]))
+    np.testing.assert_allclose(given, np.concatenate([noise, noise]), rtol=1e-6)
+
+
+def test_unguided_rows_mix_to_the_guided_prediction(bundle_folder: BundleFolder) -> None:
+    import onnxruntime
+
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        (sample,) = record(pipe, own_requests(pipe, 1, seed=5, schedule=3), steps=[1])
+        graph = pipe.bundle.path(pipe.bundle.contents.segments["denoiser"].graph)
+    session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
+    (rows,) = session.run(["model_output"], sample.unguided)
+    assert len(rows) == len(sample.inputs["mix"]) == 2
+    mixed = np.tensordot(sample.inputs["mix"], rows[:, None], 1)
+    np.testing.assert_allclose(mixed, sample.output, rtol=0, atol=1e-5)
 
 
 def test_requests_ask_for_prompts_or_named_classes(bundle_folder: BundleFolder) -> None:

@@ -2,94 +2,123 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
-from torch import nn
 
-from trimtab.calibration.codebooks import Codebooks
+from trimtab.calibration.codebooks import CALIBRATED, Codebooks
 from trimtab.calibration.kmeans import pack
+from trimtab.calibration.torch_graph import TorchGraph
 from trimtab.calibration.vq4dit import PackedLayer, Training, block_of, calibrate
 from trimtab.errors import CalibrationError
 from trimtab.passes import vq_op
+from trimtab.passes.scopes import SCOPES
+from trimtab.passes.vq import sites
+
+CHANNELS = 16
 
 
-class Block(nn.Module):
-    """A residual block with a convolution in it."""
+def denoiser(*, named: bool = True) -> ir.Model:
+    """Two residual blocks of convolutions, ``x + out(relu(conv(x) + timestep))``, and a MatMul with a bias behind."""
+    generator = np.random.default_rng(0)
+    weights: list[ir.Value] = []
+    nodes: list[ir.Node] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(16, 32, 3, padding=1)
-        self.out = nn.Conv2d(32, 16, 1)
+    def weight(name: str, *shape: int) -> ir.Value:
+        array = generator.normal(scale=np.prod(shape[1:], initial=1.0) ** -0.5, size=shape).astype(np.float32)
+        weights.append(ir.Value(name=name, shape=ir.Shape(shape), const_value=ir.tensor(array, name=name)))
+        return weights[-1]
 
-    def forward(self, x: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        hidden = torch.relu(self.conv(x) + shift)
-        return x + self.out(hidden), [hidden]
+    def node(
+        op: str, inputs: list[ir.Value], block: str, attributes: dict[str, list[int]] | None = None
+    ) -> ir.Value:
+        made = ir.node(op, inputs, attributes)
+        if named:
+            made.metadata_props[SCOPES] = repr(["", block, op] if block else ["", op])
+        nodes.append(made)
+        output = made.outputs[0]
+        output.name, output.type = f"v{len(nodes)}", ir.TensorType(ir.DataType.FLOAT)
+        return output
 
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Block(), Block()])
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        for block in self.blocks:
-            sample, _ = block(sample, shift=timestep)
-        return sample
-
-
-class Wrapper(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self.model(sample, timestep)
-
-
-@pytest.fixture
-def module() -> Wrapper:
-    torch.manual_seed(0)
-    return Wrapper(Model()).eval()
-
-
-def packed(module: Wrapper) -> Codebooks:
-    weights = {n: p for n, p in module.model.named_parameters() if n.endswith("weight")}
-    return Codebooks("", {n: pack(vq_op.to_rows(p.detach().numpy()), 2, 16) for n, p in weights.items()})
+    float32 = ir.TensorType(ir.DataType.FLOAT)
+    sample = ir.Value(name="sample", shape=ir.Shape(["batch", CHANNELS, 6, 6]), type=float32)
+    timestep = ir.Value(name="timestep", shape=ir.Shape([]), type=float32)
+    running = sample
+    for block in ("blocks.0", "blocks.1"):
+        inner = [weight(f"{block}.conv.weight", 32, CHANNELS, 3, 3), weight(f"{block}.conv.bias", 32)]
+        hidden = node("Conv", [running, *inner], block, {"pads": [1, 1, 1, 1]})
+        hidden = node("Relu", [node("Add", [hidden, timestep], block)], block)
+        outer = [weight(f"{block}.out.weight", CHANNELS, 32, 1, 1), weight(f"{block}.out.bias", CHANNELS)]
+        running = node("Add", [running, node("Conv", [hidden, *outer], block)], block)
+    last = node("Transpose", [running], "", {"perm": [0, 2, 3, 1]})
+    last = node("MatMul", [last, weight("blocks.2.weight.T", CHANNELS, 24)], "blocks.2")
+    last = node("Add", [weight("blocks.2.bias", 24), last], "blocks.2")
+    last.name = "model_output"
+    graph = ir.Graph(
+        [sample, timestep], [last], nodes=nodes, initializers=weights, opset_imports={"": 23}, name="g"
+    )
+    return ir.Model(graph, ir_version=10)
 
 
-def inputs(count: int = 6) -> list[dict[str, torch.Tensor]]:
-    torch.manual_seed(1)
-    return [{"sample": torch.randn(4, 16, 6, 6), "timestep": torch.tensor(0.1 * k)} for k in range(count)]
+@pytest.fixture(scope="module")
+def model() -> ir.Model:
+    return denoiser()
 
 
-def error(module: Wrapper, books: Codebooks) -> float:
-    weights = {
-        f"model.{n}": torch.from_numpy(
-            np.ascontiguousarray(vq_op.from_rows(layer.rows(), module.get_parameter(f"model.{n}").shape))
-        )
-        for n, layer in books.layers.items()
-    }
-    weights |= {f"model.{n}": torch.from_numpy(b) for n, b in books.parameters.items()}
-    with torch.no_grad():
-        pairs = [(torch.func.functional_call(module, weights, (), v), module(**v)) for v in inputs()]
-    return float(torch.stack([(a - b).square().mean() / b.square().mean() for a, b in pairs]).mean())
+def packed(model: ir.Model) -> Codebooks:
+    return Codebooks("", {site.name: pack(site.rows(), 2, 16) for site in sites(model)})
 
 
-def test_the_first_mixture_is_led_by_the_nearest_codeword(module: Wrapper) -> None:
-    dense = module.model.blocks[0].conv.weight
-    weight = packed(module).layers["blocks.0.conv.weight"]
-    layer = PackedLayer(weight, dense, candidates=3)
-    np.testing.assert_array_equal(layer.choices[:, 0].reshape(32, -1), weight.codes)
+def inputs(count: int = 6) -> list[dict[str, np.ndarray]]:
+    generator = np.random.default_rng(1)
+    return [
+        {
+            "sample": generator.normal(size=(4, CHANNELS, 6, 6)).astype(np.float32),
+            "timestep": np.float32(0.1 * k),
+        }
+        for k in range(count)
+    ]
+
+
+def error(model: ir.Model, books: Codebooks) -> float:
+    graph = TorchGraph(model, ["model_output"])
+    weights = dict(graph.weights)
+    for site in sites(model):
+        array = vq_op.from_rows(books.layers[site.name].rows(), site.shape)
+        weights[site.name] = torch.from_numpy(np.ascontiguousarray(array.T if site.inputs_first else array))
+    weights |= {name: torch.from_numpy(array) for name, array in books.parameters.items()}
+    errors = []
+    for values in inputs():
+        given = {name: torch.from_numpy(np.asarray(array)) for name, array in values.items()}
+        found, wanted = (graph(given, w)["model_output"] for w in (weights, graph.weights))
+        errors.append(float((found - wanted).square().mean() / wanted.square().mean()))
+    return float(np.mean(errors))
+
+
+def layer_of(model: ir.Model, name: str, candidates: int) -> PackedLayer:
+    site = next(site for site in sites(model) if site.name == name)
+    return PackedLayer(packed(model).layers[name], site, candidates)
+
+
+@pytest.mark.parametrize("name", ["blocks.0.conv.weight", "blocks.0.out.weight", "blocks.2.weight.T"])
+def test_the_first_mixture_is_led_by_the_nearest_codeword(model: ir.Model, name: str) -> None:
+    layer = layer_of(model, name, candidates=3)
+    weight, site = layer.packed, layer.site
+    np.testing.assert_array_equal(layer.choices[:, 0].reshape(site.shape[0], -1), weight.codes)
     assert (layer.ratios().argmax(1) == 0).all() and not layer.hard
     assert 0 < float(layer.undecided().detach()) < 1
     layer.harden()
-    expected = vq_op.from_rows(weight.rows(), dense.shape)
-    np.testing.assert_array_equal(layer.weight().detach().numpy(), expected)
+    expected = vq_op.from_rows(weight.rows(), site.shape)
+    found = layer.weight().detach().numpy()
+    np.testing.assert_array_equal(found, expected.T if site.inputs_first else expected)
+    assert found.shape == tuple(site.value.const_value.shape.numpy())
 
 
-def test_a_choice_that_is_made_no_longer_moves(module: Wrapper) -> None:
-    layer = PackedLayer(packed(module).layers["blocks.0.out.weight"], module.model.blocks[0].out.weight, 2)
+def test_a_choice_that_is_made_no_longer_moves(model: ir.Model) -> None:
+    layer = layer_of(model, "blocks.0.out.weight", candidates=2)
     with torch.no_grad():
         layer.logits[:] = torch.tensor([0.0, 10.0])
     assert float(layer.undecided().detach()) == 0
@@ -99,30 +128,46 @@ def test_a_choice_that_is_made_no_longer_moves(module: Wrapper) -> None:
     assert layer.hard
 
 
-def test_calibration_beats_k_means_and_leaves_the_model_alone(module: Wrapper) -> None:
-    before = {n: p.clone() for n, p in module.named_parameters()}
-    books = packed(module)
-    made = calibrate(module, books, inputs(), Training(minutes=4 / 60, codebook_rate=2e-3))
-    assert error(module, made) < 0.7 * error(module, books)
-    assert set(made.parameters) == {f"blocks.{k}.{name}.bias" for k in (0, 1) for name in ("conv", "out")}
-    assert all(layer.method == "calibrated" for layer in made.layers.values())
-    for name, value in module.named_parameters():
-        assert torch.equal(value, before[name])
+@pytest.mark.parametrize("named", [True, False])
+def test_calibration_beats_k_means_and_leaves_the_model_alone(named: bool) -> None:
+    model = denoiser(named=named)  # without names of modules the whole graph is one block
+    before = {name: value.const_value.numpy().copy() for name, value in model.graph.initializers.items()}
+    books = packed(model)
+    made = calibrate(model, books, inputs(), Training(minutes=4 / 60, codebook_rate=2e-3))
+    assert error(model, made) < 0.7 * error(model, books)
+    assert set(made.parameters) == {name for name in before if name.endswith("bias")}
+    assert all(layer.method == CALIBRATED for layer in made.layers.values())
+    for name, value in model.graph.initializers.items():
+        np.testing.assert_array_equal(value.const_value.numpy(), before[name])
 
 
-def test_one_candidate_keeps_the_assignments(module: Wrapper) -> None:
-    books = packed(module)
-    made = calibrate(module, books, inputs(2), Training(minutes=1 / 60, candidates=1))
+def test_one_candidate_keeps_the_assignments(model: ir.Model) -> None:
+    books = packed(model)
+    made = calibrate(model, books, inputs(2), Training(minutes=1 / 60, candidates=1))
     for name, layer in made.layers.items():
         np.testing.assert_array_equal(layer.codes, books.layers[name].codes)
 
 
-def test_what_it_cannot_work_on_is_refused(module: Wrapper) -> None:
+def test_what_is_calibrated_already_stays(model: ir.Model) -> None:
+    books = packed(model)
+    first = {name: layer for name, layer in books.layers.items() if name.startswith("blocks.0")}
+    done = {name: dataclasses.replace(layer, method=CALIBRATED) for name, layer in first.items()}
+    bias = np.full(CHANNELS, 0.25, np.float32)
+    given = dataclasses.replace(
+        books, layers={**books.layers, **done}, parameters={"blocks.1.out.bias": bias}
+    )
+    made = calibrate(model, given, inputs(2), Training(minutes=1 / 60))
+    assert all(made.layers[name] is layer for name, layer in done.items())
+    np.testing.assert_array_equal(made.parameters["blocks.1.out.bias"], bias)
+    assert set(made.parameters) == {"blocks.1.conv.bias", "blocks.1.out.bias", "blocks.2.bias"}
+
+
+def test_what_it_cannot_work_on_is_refused(model: ir.Model) -> None:
     with pytest.raises(CalibrationError, match="no inputs were given"):
-        calibrate(module, packed(module), [], Training(minutes=1))
-    books = Codebooks("", {"other.weight.T": packed(module).layers["blocks.0.out.weight"]})
+        calibrate(model, packed(model), [], Training(minutes=1))
+    books = Codebooks("", {"other.weight.T": packed(model).layers["blocks.0.out.weight"]})
     with pytest.raises(CalibrationError, match=r"the model has no other\.weight"):
-        calibrate(module, books, inputs(1), Training(minutes=1))
+        calibrate(model, books, inputs(1), Training(minutes=1))
 
 
 @pytest.mark.parametrize(

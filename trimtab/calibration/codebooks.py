@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -19,6 +19,7 @@ from trimtab.staging import write_file
 
 SCHEMA = 1
 INDEX = "codebooks.json"
+CALIBRATED = "calibrated"
 PARAMETERS = "parameters"
 """Its file in a store; those of weights end in .safetensors."""
 
@@ -52,7 +53,7 @@ class PackedWeight:
         scale: (O,) float32, or None.
         columns: Weights in a row, (I / group) * kernel.
         error: |W - decoded|^2 / |W|^2.
-        method: How it was made: "k-means" or "calibrated".
+        method: How it was made: "k-means" or `CALIBRATED`.
     """
 
     bits: int
@@ -78,6 +79,9 @@ class PackedWeight:
         return vq_op.decode(self.codes, self.codebook, self.scale, self.columns, self.index_bits)
 
 
+_Entry = TypeVar("_Entry")
+
+
 @dataclass(frozen=True)
 class Codebooks:
     """All packed weights of a model.
@@ -87,7 +91,7 @@ class Codebooks:
         layers: Initializer's name -> its codes. ``SEGMENT/NAME`` is that of a segment whose weight is another one than
             the first of that name: see `of`.
         kept: Initializer's name -> why it stays as it is.
-        parameters: Initializer's name -> what it becomes: biases that were trained with the codes.
+        parameters: Initializer's name, or ``SEGMENT/NAME``, -> what it becomes: biases trained with the codes.
     """
 
     fingerprint: str
@@ -97,12 +101,13 @@ class Codebooks:
 
     def of(self, segment: str) -> Codebooks:
         """Those of one segment, by the names of its own initializers."""
-        own = {
-            name.removeprefix(f"{segment}/"): packed
-            for name, packed in self.layers.items()
-            if name.startswith(f"{segment}/")
-        }
-        return replace(self, layers={**self.layers, **own})
+
+        def own(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
+            start = f"{segment}/"
+            named = {name.removeprefix(start): e for name, e in entries.items() if name.startswith(start)}
+            return {**entries, **named}
+
+        return replace(self, layers=own(self.layers), parameters=own(self.parameters))
 
 
 def fingerprint(weights: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from trimtab.calibration.codebooks import Codebooks, CodebookStore
+import onnx_ir as ir
+
+from trimtab.calibration.codebooks import CALIBRATED, Codebooks, CodebookStore
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import Settings, make_codebooks
 from trimtab.calibration.trajectories import own_requests, record
-from trimtab.errors import InputError
-from trimtab.export.source import Source
 from trimtab.passes.vq import pack_weights
 from trimtab.program import Program
+from trimtab.weights import same_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ def packed(
     settings: Settings,
     folder: Path,
     *,
-    source: Source | None = None,
     minutes: float | None = None,
     store: Path | None = None,
     progress: Progress = logger.info,
@@ -44,44 +44,35 @@ def packed(
         program: Its graphs are edited.
         settings: Of the codebooks.
         folder: Where the program is run from, for its trajectories: a bundle in the making.
-        source: The pipeline that it was exported from; only its denoiser can be trained.
-        minutes: Of calibration; None for k-means alone.
+        minutes: Of calibration; None for k-means alone. Denoisers that steps switch between share them by the
+            weights that each is the first to read.
         store: Where the codebooks are kept, calibrated ones in a folder within.
         progress: Told what is being worked on.
 
     Raises:
-        InputError: A calibration of what was not exported from a pipeline; a rule that fits no layer.
+        InputError: A rule that fits no layer.
         CalibrationError: See `make_codebooks` and `trimtab.calibration.vq4dit.calibrate`.
+        PassError: Calibration of a graph with an operator that torch cannot run.
     """
-    if minutes is not None and source is None:
-        raise InputError(
-            "calibration trains the pipeline's own model, and .onnx files hold none: leave it out"
-        )
     models = {name: s.model for name, s in program.segments.items() if name.startswith("denoiser")}
     books = make_codebooks(models, settings, store, progress=progress)
-    own = [name for name in models if any(layer.startswith(f"{name}/") for layer in books.layers)]
-    if minutes is not None and own:
-        raise InputError(
-            f"calibration trains the pipeline's own weights, and {own[0]} has others: leave it out"
-        )
-    if minutes is None or source is None:
+    if minutes is None:
         logger.info("weights are packed by k-means alone: calibration brings quality back")
     elif books.layers:
-        books = _calibrated(program, books, source, minutes, folder, store, progress)
+        books = _calibrated(program, models, books, minutes, folder, store, progress)
     return pack_weights(program, books)
 
 
 def _calibrated(
     program: Program,
+    models: Mapping[str, ir.Model],
     books: Codebooks,
-    source: Source,
     minutes: float,
     folder: Path,
     store: Path | None,
     progress: Progress,
 ) -> Codebooks:
-    from trimtab.calibration.vq4dit import Training, calibrate, inputs_of
-    from trimtab.export.denoisers import denoiser_module
+    from trimtab.calibration.vq4dit import Training, calibrate
 
     training = Training(minutes)
     files = None
@@ -93,13 +84,50 @@ def _calibrated(
     progress("recording trajectories")
     with draft(program, folder) as pipeline:
         samples = record(pipeline, _together(own_requests(pipeline, TRAJECTORIES)))
-    module = denoiser_module(source)
-    made = calibrate(module, books, inputs_of(module, samples), training, progress)
+    whole = sum(layer.codes.size for layer in books.layers.values())
+    for name, model in models.items():
+        given = _of(models, name, books)
+        todo = sum(layer.codes.size for layer in given.layers.values() if layer.method != CALIBRATED)
+        if todo:
+            inputs = [sample.unguided for sample in samples if sample.segment == name]
+            share = dataclasses.replace(training, minutes=minutes * todo / whole)
+            made = calibrate(model, given, inputs, share, progress)
+            books = _merged(models, name, books, made)
     if files is not None:
-        for name, layer in made.layers.items():
+        for name, layer in books.layers.items():
             files.put(name, layer)
-        files.put_parameters(made.parameters)
-    return made
+        files.put_parameters(books.parameters)
+    return books
+
+
+def _of(models: Mapping[str, ir.Model], segment: str, books: Codebooks) -> Codebooks:
+    """What one denoiser's weights are so far, by its own names; what it has no part in is left out."""
+    weights = models[segment].graph.initializers
+    own = books.of(segment)
+    return dataclasses.replace(
+        own,
+        layers={name: layer for name, layer in own.layers.items() if name in weights},
+        parameters={name: array for name, array in own.parameters.items() if name in weights},
+    )
+
+
+def _merged(models: Mapping[str, ir.Model], segment: str, books: Codebooks, made: Codebooks) -> Codebooks:
+    """All codebooks with what was trained for one denoiser; a bias is trained for all that have the same one."""
+
+    def keyed(name: str) -> str:
+        return f"{segment}/{name}" if f"{segment}/{name}" in books.layers else name
+
+    layers = {keyed(name): layer for name, layer in made.layers.items()}
+    parameters = {
+        f"{other}/{name}": array
+        for name, array in made.parameters.items()
+        for other, model in models.items()
+        if (bias := model.graph.initializers.get(name)) is not None
+        and same_tensor(bias.const_value, models[segment].graph.initializers[name].const_value)
+    }
+    return dataclasses.replace(
+        books, layers={**books.layers, **layers}, parameters={**parameters, **books.parameters}
+    )
 
 
 def _together(requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

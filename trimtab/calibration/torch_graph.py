@@ -6,6 +6,7 @@ operators that the exporter's denoisers consist of are known; each follows https
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -35,13 +36,12 @@ _Attributes = Mapping[str, Any]
 
 
 class _Step(NamedTuple):
-    """A node: its operator, and names of values, among them those that nobody reads after it."""
+    """A node: its operator, and names of values."""
 
-    run: Callable[[_Inputs, _Attributes], Tensor | Sequence[Tensor]]
+    operator: str
     attributes: _Attributes
     inputs: list[str | None]
     outputs: list[str]
-    last: set[str]
 
 
 class TorchGraph:
@@ -60,34 +60,70 @@ class TorchGraph:
     """
 
     def __init__(self, model: ir.Model, outputs: Sequence[str], device: str = "cpu") -> None:
-        self._outputs = tuple(outputs)
-        nodes = _needed(model.graph, self._outputs)
-        if unknown := sorted({node.op_type for node in nodes if node.op_type not in _OPERATORS}):
+        steps = [
+            _Step(
+                node.op_type,
+                {name: a.value for name, a in node.attributes.items()} | {"outputs": len(node.outputs)},
+                [None if v is None else str(v.name) for v in node.inputs],
+                [str(v.name) for v in node.outputs],
+            )
+            for node in model.graph
+        ]
+        self._choose(steps, outputs, ())
+        if unknown := sorted({step.operator for step in self._steps} - _OPERATORS.keys()):
             raise PassError(
                 f"{', '.join(unknown)} cannot be run by torch here: only graphs of the exporter can be trained"
             )
         self._device = torch.device(device)
+        used = {name for step in self._steps for name in step.inputs}
         self.weights: dict[str, Tensor] = {}
         self._constants: dict[str, Tensor] = {}
-        used = {v for node in nodes for v in node.inputs if v is not None}
         for value in model.graph.initializers.values():
-            if value not in used or value.const_value is None:
+            if value.name not in used or value.const_value is None:
                 continue
             tensor = torch.from_numpy(np.array(value.const_value.numpy()))
             trained = tensor.is_floating_point() and tensor.numel() > 1
             trained = trained and any(user.op_type in _LAYERS for user, _ in value.uses())
             place = self.weights if trained else self._constants
             place[str(value.name)] = tensor.to(self._device) if tensor.is_floating_point() else tensor
-        # A value is let go after its last reader; torch keeps what gradients need.
-        seen = set(self._outputs) | self.weights.keys() | self._constants.keys()
-        self._steps: list[_Step] = []
-        for node in reversed(nodes):
-            names = [None if v is None else str(v.name) for v in node.inputs]
-            made = [str(v.name) for v in node.outputs]
-            last = {name for name in (*names, *made) if name is not None and name not in seen}
-            seen |= last
-            attributes = {name: a.value for name, a in node.attributes.items()} | {"outputs": len(made)}
-            self._steps.insert(0, _Step(_OPERATORS[node.op_type], attributes, names, made, last))
+
+    def part(self, outputs: Sequence[str], given: Sequence[str] = ()) -> TorchGraph:
+        """The same graph on the same weights, up to other values.
+
+        Args:
+            outputs: What a call gives: values on the way to this graph's outputs.
+            given: Values that a call is handed, and that are not computed.
+
+        Raises:
+            PassError: An output that is none.
+        """
+        part = copy.copy(self)
+        part._choose(self._steps, outputs, given)
+        return part
+
+    def __contains__(self, name: str) -> bool:
+        """Whether it computes a value of this name on its way."""
+        return any(name in step.outputs for step in self._steps)
+
+    def _choose(self, steps: Sequence[_Step], outputs: Sequence[str], given: Sequence[str]) -> None:
+        """Keeps the steps that the outputs need, in order, and notes which values nobody reads after each."""
+        made = {name for step in steps for name in step.outputs}
+        if missing := [name for name in outputs if name not in made]:
+            raise PassError(f"the graph computes no {missing[0]}: name a value that it does")
+        self._outputs = tuple(outputs)
+        wanted = set(outputs) - set(given)
+        seen, kept, last = set(outputs), list[_Step](), list[set[str]]()
+        for step in reversed(steps):
+            if wanted.isdisjoint(step.outputs):
+                continue
+            read = {name for name in step.inputs if name is not None}
+            wanted |= read - set(given)
+            # A value is let go after its last reader; torch keeps what gradients need.
+            ends = (read | set(step.outputs)) & made - seen
+            seen |= ends
+            kept.append(step)
+            last.append(ends)
+        self._steps, self._last = kept[::-1], last[::-1]
 
     def __call__(
         self, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
@@ -95,37 +131,22 @@ class TorchGraph:
         """Runs the graph.
 
         Args:
-            inputs: Graph input -> tensor on the device; those that the outputs do not need may be missing.
+            inputs: Graph input, or value that is given -> tensor on the device; those that the outputs do not need
+                may be missing.
             weights: In the place of `weights`.
 
         Returns:
             Output -> tensor.
         """
         values: dict[str, Tensor] = {**self._constants, **(weights or self.weights), **inputs}
-        for step in self._steps:
-            results = step.run(
-                [None if name is None else values[name] for name in step.inputs], step.attributes
-            )
+        for step, last in zip(self._steps, self._last, strict=True):
+            read = [None if name is None else values[name] for name in step.inputs]
+            results = _OPERATORS[step.operator](read, step.attributes)
             made = (results,) if isinstance(results, Tensor) else results
             values.update(zip(step.outputs, made, strict=True))
-            for name in step.last:
+            for name in last:
                 values.pop(name, None)
         return {name: values[name] for name in self._outputs}
-
-
-def _needed(graph: ir.Graph, outputs: Sequence[str]) -> list[ir.Node]:
-    """The nodes that the outputs depend on, in order."""
-    producers = {str(v.name): node for node in graph for v in node.outputs}
-    if missing := [name for name in outputs if name not in producers]:
-        raise PassError(f"the graph computes no {missing[0]}: name a value that it does")
-    todo, needed = [producers[name] for name in outputs], set()
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            before = (v.producer() for v in node.inputs if v is not None)
-            todo += [n for n in before if n is not None]
-    return [node for node in graph if node in needed]
 
 
 # ---- operators: (inputs, attributes) -> one tensor or several ----
@@ -332,6 +353,27 @@ def _resize(inputs: _Inputs, attributes: _Attributes) -> Tensor:
     return functional.interpolate(data, sizes[2:], mode="nearest")
 
 
+def _pad(inputs: _Inputs, attributes: _Attributes) -> Tensor:
+    data, amounts = inputs[0], _integers(inputs[1])
+    assert data is not None
+    mode = attributes.get("mode", "constant")
+    if mode != "constant":
+        raise PassError(f"a Pad by {mode} cannot be run by torch here: only constant can")
+    value = inputs[2].item() if len(inputs) > 2 and inputs[2] is not None else 0.0
+    axes = _integers(inputs[3]) if len(inputs) > 3 and inputs[3] is not None else list(range(data.ndim))
+    ends = {axis % data.ndim: (amounts[k], amounts[len(axes) + k]) for k, axis in enumerate(axes)}
+    flat = [
+        n for axis in reversed(range(data.ndim)) for n in ends.get(axis, (0, 0))
+    ]  # torch: last axis first
+    return functional.pad(data, flat, value=value)
+
+
+def _tile(inputs: _Inputs, _: _Attributes) -> Tensor:
+    data = inputs[0]
+    assert data is not None
+    return data.repeat(_integers(inputs[1]))
+
+
 def _gelu(inputs: _Inputs, attributes: _Attributes) -> Tensor:
     (data,) = _together(inputs)
     return functional.gelu(data, approximate=attributes.get("approximate", "none"))
@@ -357,6 +399,7 @@ _OPERATORS: Mapping[str, Callable[[_Inputs, _Attributes], Tensor | Sequence[Tens
     "Mul": _binary(torch.mul),
     "Neg": _unary(torch.neg),
     "RMSNormalization": _rms_norm,
+    "Pad": _pad,
     "Range": _range,
     "ReduceSum": _reduce_sum,
     "Relu": _unary(torch.relu),
@@ -370,6 +413,7 @@ _OPERATORS: Mapping[str, Callable[[_Inputs, _Attributes], Tensor | Sequence[Tens
     "Squeeze": _squeeze,
     "Sub": _binary(torch.sub),
     "Tanh": _unary(torch.tanh),
+    "Tile": _tile,
     "Transpose": lambda inputs, attributes: _together(inputs)[0].permute(*attributes["perm"]),
     "Unsqueeze": _unsqueeze,
 }

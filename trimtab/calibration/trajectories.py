@@ -50,10 +50,14 @@ class Sample:
     output: Array
 
     @property
-    def sample(self) -> Array:
-        """What the model itself was given, (rows * batch, *latent) float32: all negative rows first."""
-        state, weights, rows = self.inputs[STATE], self.inputs["sample_weights"], len(self.inputs["mix"])
-        return np.tile(np.tensordot(weights, state, 1), (rows, *[1] * (state.ndim - 2))).astype(np.float32)
+    def unguided(self) -> dict[str, Array]:
+        """The same inputs with every guidance row as a picture of its own, all negative ones first.
+
+        ``model_output`` is then what the model itself says, (rows * batch, *latent).
+        """
+        rows = len(self.inputs["mix"])
+        state = np.concatenate([self.inputs[STATE]] * rows, 1)
+        return {**self.inputs, STATE: state, "mix": np.ones(1, np.float32)}
 
 
 def record(

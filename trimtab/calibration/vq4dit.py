@@ -4,6 +4,8 @@ VQ4DiT (https://arxiv.org/abs/2408.17131): every sub-vector may become one of it
 their mixture by a softmax, which training drives to one of them; then the codebooks train. Inputs come from the model
 itself, on its way from noise to picture.
 
+What is trained is the graph that ships: layers may have been removed from it, and its weights may be a student's.
+
 Deviations. Convolutions are packed as well. Assignments train block by block, each on what the blocks before it give
 now and towards what the whole model's block gives: that costs a block's passes and not the model's, and a block makes
 good what earlier ones did. The codebooks and biases then train together, through the whole model towards its
@@ -12,29 +14,30 @@ prediction, for what is left of the time. Mixtures start from the distances and 
 
 from __future__ import annotations
 
-import copy
-import inspect
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from trimtab.calibration.codebooks import FORMATS, Codebooks, PackedWeight
+from trimtab.calibration.codebooks import CALIBRATED, FORMATS, Codebooks, PackedWeight
 from trimtab.calibration.kmeans import neighbours, rounded, with_error
-from trimtab.calibration.trajectories import Sample
+from trimtab.calibration.torch_graph import TorchGraph
+from trimtab.calibration.trajectories import Array
 from trimtab.errors import CalibrationError
 from trimtab.passes import vq_op
+from trimtab.passes.scopes import Module, module_tree
+from trimtab.passes.vq import Site, sites
 
 logger = logging.getLogger(__name__)
 
-Inputs = Mapping[str, Tensor]
-"""The denoiser's inputs by name, of one evaluation."""
+_OUTPUT = "model_output"
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,18 @@ class PackedLayer(nn.Module):
 
     Args:
         packed: The layer's codes.
-        dense: (O, I) or (O, I / group, kh, kw): what it stands for.
-        candidates: See `Training`.
+        site: What they stand for.
+        candidates: See `Training`; 1 leaves the codes as they are.
     """
 
     choices: Tensor
     scale: Tensor | None
 
-    def __init__(self, packed: PackedWeight, dense: Tensor, candidates: int) -> None:
+    def __init__(self, packed: PackedWeight, site: Site, candidates: int) -> None:
         super().__init__()
-        self.packed = packed
-        self.shape = tuple(dense.shape)
+        self.packed, self.site = packed, site
         length = packed.codebook.shape[1]
-        rows = vq_op.to_rows(dense.detach().numpy())
+        rows = site.rows()
         if packed.scale is not None:
             rows = rows / packed.scale[:, None]
         vectors = np.ascontiguousarray(vq_op.cut(rows, length).reshape(-1, length), np.float32)
@@ -97,17 +99,17 @@ class PackedLayer(nn.Module):
             self.harden()
 
     def weight(self) -> Tensor:
-        """The layer's weight as it is now."""
+        """The weight as it is now, laid out as the graph reads it."""
         if self.hard:
             vectors = self.codebook[self.choices[:, 0]]
         else:
             vectors = (self.ratios()[..., None] * self.codebook[self.choices]).sum(1)
-        rows = vectors.reshape(self.shape[0], -1)[:, : self.packed.columns]
+        shape = self.site.shape
+        rows = vectors.reshape(shape[0], -1)[:, : self.packed.columns]
         if self.scale is not None:
             rows = rows * self.scale
-        if len(self.shape) == 2:
-            return rows
-        return rows.reshape(self.shape[0], *self.shape[2:], self.shape[1]).movedim(-1, 1)
+        weight = rows.reshape(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+        return weight.T if self.site.inputs_first else weight
 
     def ratios(self) -> Tensor:
         """Each candidate's share, (sub-vectors, n); what is frozen is one, and no longer moves."""
@@ -134,33 +136,35 @@ class PackedLayer(nn.Module):
         self.logits = nn.Parameter(torch.zeros(0), requires_grad=False)
         self.hard = True
 
-    def result(self, dense: Tensor) -> PackedWeight:
+    def result(self) -> PackedWeight:
         """The codes as they are now; codewords are numbers of FP16."""
         form = FORMATS[self.packed.bits]
-        codes = self.choices[:, 0].numpy().astype(np.uint8).reshape(self.shape[0], -1)
+        codes = self.choices[:, 0].cpu().numpy().astype(np.uint8).reshape(self.site.shape[0], -1)
         made = replace(
             self.packed,
             codes=vq_op.pack_indices(codes, form.index_bits),
-            codebook=rounded(self.codebook.detach().numpy().copy()),
-            method="calibrated",
+            codebook=rounded(self.codebook.detach().cpu().numpy().copy()),
+            method=CALIBRATED,
         )
-        return with_error(made, vq_op.to_rows(dense.detach().numpy()))
+        return with_error(made, self.site.rows())
 
 
 def calibrate(
-    module: nn.Module,
+    model: ir.Model,
     codebooks: Codebooks,
-    inputs: Sequence[Inputs],
+    inputs: Sequence[Mapping[str, Array]],
     training: Training,
     progress: Callable[[str], None] = logger.info,
     clock: Callable[[], float] = time.monotonic,
 ) -> Codebooks:
     """Trains the codes of a denoiser.
 
+    On a GPU where torch has one, else on the CPU; in float32.
+
     Args:
-        module: From `trimtab.export.denoisers.denoiser_module`; left as it was.
-        codebooks: Of its weights, by k-means.
-        inputs: Of the module, from `trimtab.calibration.trajectories`.
+        model: The denoiser with its sampler fused; not changed.
+        codebooks: Of its weights, by k-means. What is calibrated already, and their ``parameters``, stay.
+        inputs: Graph input -> array, of evaluations that `trimtab.calibration.trajectories` recorded.
         training: How.
         progress: Told the losses.
         clock: Seconds; `time.process_time` for results that do not depend on what else the machine does.
@@ -169,51 +173,21 @@ def calibrate(
         The codebooks, with the biases that were trained beside them.
 
     Raises:
-        CalibrationError: No inputs; a name that the module does not have; a loss that is not finite.
+        CalibrationError: No inputs; a name that the model does not have; a loss that is not finite.
+        PassError: An operator that torch cannot run.
     """
     if not inputs:
         raise CalibrationError("no inputs were given to calibrate on: record at least one evaluation")
+    run = _Run(model, codebooks, inputs, training, progress, clock)
     end = clock() + 60 * training.minutes
-    middle = end - 60 * training.minutes * (1 - ASSIGNING)
-    parameters = dict(module.get_submodule("model").named_parameters())
-    layers: dict[str, PackedLayer] = {}
-    for name, packed in codebooks.layers.items():
-        if name.removesuffix(".T") not in parameters:
-            raise CalibrationError(
-                f"the model has no {name.removesuffix('.T')}: give the model of the codebooks"
-            )
-        dense = parameters[name.removesuffix(".T")]
-        layers[name.removesuffix(".T")] = PackedLayer(packed, dense, training.candidates)
-    student = copy.deepcopy(module).requires_grad_(False)
-    with torch.no_grad():
-        _write(student, layers)
-    order = itertools.cycle(np.random.default_rng(training.seed).permutation(len(inputs)).tolist())
-    if any(not layer.hard for layer in layers.values()):
-        _assign(module, student, layers, inputs, training, middle, order, progress, clock)
-    biases = _train_codebooks(module, student, layers, inputs, training, end, order, progress, clock)
-    made = {
-        name: layers[name.removesuffix(".T")].result(parameters[name.removesuffix(".T")])
-        for name in codebooks.layers
-    }
-    return replace(codebooks, layers=made, parameters=biases)
-
-
-def inputs_of(module: nn.Module, samples: Sequence[Sample]) -> list[Inputs]:
-    """What a denoiser's module is given in recorded evaluations."""
-    taken = inspect.signature(module.forward).parameters
-    return [
-        {
-            name: torch.from_numpy(sample.sample if name == "sample" else np.asarray(sample.inputs[name]))
-            for name in taken
-        }
-        for sample in samples
-    ]
-
-
-def _write(student: nn.Module, layers: Mapping[str, PackedLayer]) -> None:
-    model = student.get_submodule("model")
-    for name, layer in layers.items():
-        model.get_parameter(name).data.copy_(layer.weight())
+    run.assign(end - 60 * training.minutes * (1 - ASSIGNING))
+    biases = run.train_codebooks(end)
+    made = {name: layer.result() for name, layer in run.layers.items()}
+    return replace(
+        codebooks,
+        layers={**codebooks.layers, **made},
+        parameters={**codebooks.parameters, **biases},
+    )
 
 
 def block_of(parameter: str) -> str:
@@ -223,40 +197,82 @@ def block_of(parameter: str) -> str:
     return ".".join(parts[: first + 1])
 
 
-def _assign(
-    teacher: nn.Module,
-    student: nn.Module,
-    layers: Mapping[str, PackedLayer],
-    inputs: Sequence[Inputs],
-    training: Training,
-    end: float,
-    order: Iterator[int],
-    progress: Callable[[str], None],
-    clock: Callable[[], float],
-) -> None:
-    """Block by block: trains the mixtures until they have chosen, or the block's share of the time is over."""
-    members: dict[str, dict[str, PackedLayer]] = {}
-    for name, layer in layers.items():
-        members.setdefault(block_of(name), {})[name] = layer
-    work = {path: sum(layer.choices.shape[0] for layer in own.values()) for path, own in members.items()}
-    left = sum(work.values())
-    for path, own in members.items():
-        share = work[path] / left
-        left -= work[path]
-        until = clock() + max(0.0, end - clock()) * share
-        given = [_block_call(student, path, values) for values in inputs]
-        wanted = [_flat(_block_call(teacher, path, values).result) for values in inputs]
-        block = student.get_submodule("model").get_submodule(path)
-        trained = [layer.logits for layer in own.values() if not layer.hard]
-        optimizer = torch.optim.RMSprop(trained, lr=training.logit_rate, alpha=0.9)
+class _Run:
+    """One calibration: the model, the student's weights as they are now, and what both are given.
+
+    Attributes:
+        layers: Initializer -> what is trained in its place.
+    """
+
+    def __init__(
+        self,
+        model: ir.Model,
+        codebooks: Codebooks,
+        inputs: Sequence[Mapping[str, Array]],
+        training: Training,
+        progress: Callable[[str], None],
+        clock: Callable[[], float],
+    ) -> None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        places = {site.name: site for site in sites(model)}
+        if missing := [name for name in codebooks.layers if name not in places]:
+            raise CalibrationError(f"the model has no {missing[0]}: give the model of the codebooks")
+        self._graph = TorchGraph(model, [_OUTPUT], device)
+        self._modules = module_tree(model.graph)
+        self._all = Module("", tuple(model.graph))
+        self._inputs = [
+            {name: torch.from_numpy(np.asarray(array)).to(device) for name, array in values.items()}
+            for values in inputs
+        ]
+        self._training, self._progress, self._clock = training, progress, clock
+        order = np.random.default_rng(training.seed).permutation(len(inputs)).tolist()
+        self._order = itertools.cycle(order)
+        self.layers: dict[str, PackedLayer] = {}
+        self._weights = dict(self._graph.weights)
+        held = {name: torch.from_numpy(array).to(device) for name, array in codebooks.parameters.items()}
+        self._weights |= {name: value for name, value in held.items() if name in self._weights}
+        with torch.no_grad():
+            for name, packed in codebooks.layers.items():
+                fixed = packed.method == CALIBRATED
+                layer = PackedLayer(packed, places[name], 1 if fixed else training.candidates).to(device)
+                self._weights[name] = layer.weight()
+                if not fixed:
+                    self.layers[name] = layer
+        names = (name for layer in self.layers.values() for name in _biases(layer.site))
+        self._biases = [n for n in dict.fromkeys(names) if n in self._weights and n not in held]
+
+    def assign(self, end: float) -> None:
+        """Block by block: trains the mixtures until they have chosen, or the block's share of the time is over."""
+        members: dict[str, dict[str, PackedLayer]] = {}
+        for name, layer in self.layers.items():
+            if not layer.hard:
+                members.setdefault(block_of(name), {})[name] = layer
+        work = {path: sum(layer.choices.shape[0] for layer in own.values()) for path, own in members.items()}
+        left = sum(work.values())
+        for path, own in members.items():
+            share = work[path] / left
+            left -= work[path]
+            until = self._clock() + max(0.0, end - self._clock()) * share
+            self._progress(self._assign_block(path, own, until))
+
+    def _assign_block(self, path: str, own: Mapping[str, PackedLayer], until: float) -> str:
+        module = self._modules.get(path, self._all)
+        outputs = [name for name in _names(module.outputs) if name in self._graph]
+        given = [name for name in _names(module.inputs) if name in self._graph]
+        block = self._graph.part(outputs, given)
+        with torch.no_grad():
+            before, whole = self._graph.part(given), self._graph.part(outputs)
+            read = [values | before(values, self._weights) for values in self._inputs]
+            wanted = [list(whole(values).values()) for values in self._inputs]
+        optimizer = torch.optim.RMSprop(
+            [layer.logits for layer in own.values()], lr=self._training.logit_rate, alpha=0.9
+        )
         first = last = 0.0
         steps = 0
-        while clock() < until and any(not layer.hard for layer in own.values()):
-            index = next(order)
-            weights = {name.removeprefix(path + "."): layer.weight() for name, layer in own.items()}
-            call = given[index]
-            result = torch.func.functional_call(block, weights, call.arguments, call.keywords)
-            fit = _distance(_flat(result), wanted[index])
+        while self._clock() < until and any(not layer.hard for layer in own.values()):
+            index = next(self._order)
+            now = self._weights | {name: layer.weight() for name, layer in own.items()}
+            fit = _distance(block(read[index], now).values(), wanted[index])
             first = first or float(fit.detach())
             soft = [layer.undecided() for layer in own.values() if not layer.hard]
             loss = fit / first + torch.stack(soft).mean()
@@ -267,89 +283,70 @@ def _assign(
             if steps % 10 == 0:
                 for layer in own.values():
                     layer.settle()
-        for layer in own.values():
-            if not layer.hard:
-                layer.harden()
         with torch.no_grad():
-            _write(student, own)
-        progress(f"assigned {path}: {steps} steps, error {first:.3g} -> {last:.3g}")
+            for name, layer in own.items():
+                if not layer.hard:
+                    layer.harden()
+                self._weights[name] = layer.weight()
+        return f"assigned {path or 'all'}: {steps} steps, error {first:.3g} -> {last:.3g}"
+
+    def train_codebooks(self, end: float) -> dict[str, npt.NDArray[np.float32]]:
+        """Trains codebooks and the packed layers' biases towards the model's own predictions."""
+        with torch.no_grad():
+            wanted = [self._graph(values)[_OUTPUT] for values in self._inputs]
+        biases = {name: self._weights[name].clone() for name in self._biases}
+        trained = [layer.codebook for layer in self.layers.values()] + list(biases.values())
+        if not trained:
+            return {}
+        for value in trained:
+            value.requires_grad_(True)
+        rate = self._training.codebook_rate
+        optimizer = torch.optim.RMSprop(trained, lr=rate, alpha=0.9)
+        start, losses = self._clock(), list[float]()
+        while (now := self._clock()) < end:
+            for (
+                group
+            ) in optimizer.param_groups:  # down to nothing at the end, so that the last step is no jump
+                group["lr"] = rate * (1 - (now - start) / (end - start))
+            index = next(self._order)
+            weights = self._weights | biases | {name: layer.weight() for name, layer in self.layers.items()}
+            loss = _distance([self._graph(self._inputs[index], weights)[_OUTPUT]], [wanted[index]])
+            if not torch.isfinite(loss):
+                raise CalibrationError(
+                    "the calibration's loss is not finite: ask for fewer minutes or a lower rate"
+                )
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        if losses:
+            tail = max(1, len(losses) // 10)
+            begun, reached = np.mean(losses[:tail]), np.mean(losses[-tail:])
+            self._progress(f"trained codebooks: {len(losses)} steps, error {begun:.3g} -> {reached:.3g}")
+        return {name: value.detach().cpu().numpy() for name, value in biases.items()}
 
 
-def _train_codebooks(
-    teacher: nn.Module,
-    student: nn.Module,
-    layers: Mapping[str, PackedLayer],
-    inputs: Sequence[Inputs],
-    training: Training,
-    end: float,
-    order: Iterator[int],
-    progress: Callable[[str], None],
-    clock: Callable[[], float],
-) -> dict[str, Any]:
-    """Trains codebooks and the packed layers' biases towards the model's own predictions."""
-    with torch.no_grad():
-        wanted = [teacher(**values) for values in inputs]
-    model = student.get_submodule("model")
-    names = [name.removesuffix("weight") + "bias" for name in layers]
-    biases = {name: value for name, value in model.named_parameters() if name in names}
-    trained = [layer.codebook for layer in layers.values()] + list(biases.values())
-    for value in trained:
-        value.requires_grad_(True)
-    optimizer = torch.optim.RMSprop(trained, lr=training.codebook_rate, alpha=0.9)
-    start, steps, losses = clock(), 0, []
-    while (now := clock()) < end:
-        for group in optimizer.param_groups:  # down to nothing at the end, so that the last step is no jump
-            group["lr"] = training.codebook_rate * (1 - (now - start) / (end - start))
-        index = next(order)
-        weights = {f"model.{name}": layer.weight() for name, layer in layers.items()}
-        result = torch.func.functional_call(student, weights, (), dict(inputs[index]))
-        loss = _distance([result], [wanted[index]])
-        if not torch.isfinite(loss):
-            raise CalibrationError(
-                "the calibration's loss is not finite: ask for fewer minutes or a lower rate"
-            )
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        losses.append(float(loss.detach()))
-        steps += 1
-    if losses:
-        tail = max(1, len(losses) // 10)
-        progress(
-            f"trained codebooks: {steps} steps, error {np.mean(losses[:tail]):.3g} -> {np.mean(losses[-tail:]):.3g}"
-        )
-    return {name: value.detach().numpy().copy() for name, value in biases.items()}
+def _biases(site: Site) -> Iterator[str]:
+    """The initializers that the layers of a weight add to each output channel."""
+    for node, _ in site.value.uses():
+        added = list(node.inputs[2:3])
+        for reader, index in node.outputs[0].uses():
+            if reader.op_type == "Add":
+                added.append(reader.inputs[1 - index])
+        for value in added:
+            if (
+                value is not None
+                and value.const_value is not None
+                and value.const_value.size == site.shape[0]
+            ):
+                yield str(value.name)
 
 
-@dataclass(frozen=True)
-class _BlockCall:
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-    result: Any
+def _names(values: Iterable[ir.Value]) -> list[str]:
+    return [str(value.name) for value in values]
 
 
-@torch.no_grad()
-def _block_call(module: nn.Module, path: str, values: Inputs) -> _BlockCall:
-    """What a block is called with, and gives, within a run of its model."""
-    seen: list[_BlockCall] = []
-
-    def note(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> None:
-        seen.append(_BlockCall(arguments, keywords, result))
-
-    block = module.get_submodule("model").get_submodule(path)
-    with block.register_forward_hook(note, with_kwargs=True):
-        module(**values)
-    return seen[0]
-
-
-def _flat(result: Any) -> list[Tensor]:
-    """The tensors of a block's result, whatever tuples they lie in."""
-    if isinstance(result, Tensor):
-        return [result]
-    return [tensor for part in result for tensor in _flat(part)]
-
-
-def _distance(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """Squared error relative to what is wanted, the mean over tensors."""
-    terms = [(f - w).square().mean() / w.square().mean() for f, w in zip(found, wanted, strict=True)]
-    return torch.stack(terms).mean()
+def _distance(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Tensor:
+    """Squared error relative to what is wanted, the mean over tensors of numbers."""
+    pairs = [(f, w) for f, w in zip(found, wanted, strict=True) if w.is_floating_point()]
+    return torch.stack([(f - w).square().mean() / w.square().mean() for f, w in pairs]).mean()
