@@ -1,6 +1,6 @@
 """Claim: inheritance at the outermost branch draws 20 steps 1.5 times as fast (every 2nd in full), 1.85 (every 3rd).
 
-    python benchmarks/inherit_speed.py [--bundle PLAIN] [--rounds N] [--threads N] [--json] [--scratch FOLDER]
+    python benchmarks/inherit_speed.py [--pipeline FOLDER] [--rounds N] [--threads N] [--json] [--scratch FOLDER]
 
 Stable Diffusion 1.5's U-Net (859,520,964 parameters, random weights, fp32), two guidance rows of 4x64x64 latents,
 77 tokens, on the CPU in ONNX Runtime: a plain bundle, and the same program with `--inherit`. Three kinds of step
@@ -9,7 +9,8 @@ put together from their medians (every 2nd: 10 full and 10 inheriting; every 3rd
 plans cut the same segments, so one inheriting bundle serves both. Beside it stands what the multiplications of
 every call predict (`trimtab.targets.cost`). The ratio is of processor time, which other work on the machine
 disturbs least with one thread; the clock's is printed too. Each bundle has a process of its own, so that memory
-is its own. Takes 11 GB of disk and 10 GB of memory; --bundle takes a plain bundle in the place of making one.
+is its own. Takes 11 GB of disk and 10 GB of memory; --pipeline
+takes what `models.py` made before.
 """
 
 from __future__ import annotations
@@ -17,13 +18,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import models
 from step import GUIDANCE, SCHEDULE, between, compiled, conditions, process, serve, spread, told
 
 GOALS = {2: 1.5, 3: 1.85}
@@ -34,8 +34,7 @@ GOAL_OF_PREDICTION = 0.95
 
 
 def steps_of(connection: Connection, bundle: str, threads: int) -> None:
-    """Steps of a bundle in their order, from the first; says first what each of the first two multiplies."""
-    from trimtab.calibration.course import step_macs
+    """Steps of a bundle, a full one and an inheriting one in turn."""
     from trimtab.runtime.load import load
 
     with load(bundle, threads=threads) as pipe:
@@ -44,36 +43,38 @@ def steps_of(connection: Connection, bundle: str, threads: int) -> None:
         plan.begin(request)
         for index in (0, 1):  # memory is touched and kernels are packed
             plan.steps[index].run(request)
-        weights = sum(
-            segment.weight_bytes
-            for name, segment in pipe.bundle.contents.segments.items()
-            if name.startswith("denoiser")
-        )
-        macs = [step_macs(pipe, plan.steps[index].calls) for index in (0, 1)]
-        first = {"macs": macs, "weight_bytes": weights}
         # `serve` counts from 1: an odd turn is a full step, an even one inherits.
-        serve(connection, lambda turn: plan.steps[(turn + 1) % 2].run(request), first)
+        serve(connection, lambda turn: plan.steps[(turn + 1) % 2].run(request), {})
 
 
-def inheriting(plain: Path, folder: Path) -> None:
-    """Writes what `trimtab compile --inherit 2` writes, from the graphs of a plain bundle."""
-    from trimtab.bundle import open_bundle
-    from trimtab.calibration.draft import draft
-    from trimtab.passes.inherit import inherit
-    from trimtab.passes.inherit_plan import make_plan
-    from trimtab.passes.partition import partition
-    from trimtab.storage import read_program
+def counts_of(connection: Connection, bundle: str) -> None:
+    """Says what each of a bundle's first two steps multiplies, and the bytes of its denoiser's weights."""
+    from trimtab.calibration.course import step_macs
+    from trimtab.runtime.load import load
 
-    draft(partition(inherit(read_program(open_bundle(plain)), make_plan(2))), folder).close()
+    with load(bundle) as pipe:
+        _, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
+        segments = pipe.bundle.contents.segments.items()
+        weights = sum(segment.weight_bytes for name, segment in segments if name.startswith("denoiser"))
+        macs = [step_macs(pipe, plan.steps[index].calls) for index in (0, 1)]
+        connection.send({"macs": macs, "weight_bytes": weights})
+        connection.recv()
 
 
-def measure(scratch: Path, plain: Path | None, part: str, rounds: int, threads: int) -> dict[str, Any]:
-    """Makes both bundles below ``scratch``, lets their steps take turns, and says what was found."""
-    if plain is None:
-        _, plain = compiled(scratch, part)
-    ours = scratch / "inheriting.bundle"
-    # In a process of its own, whose memory is gone before anything is measured.
-    subprocess.run([sys.executable, __file__, "--bundle", str(plain), "--write", str(ours)], check=True)
+def counted(bundle: Path) -> dict[str, Any]:
+    """`counts_of` in a process of its own, as it reads graphs that the steps' memory is not to include."""
+    with process(counts_of, str(bundle)) as connection:
+        found: dict[str, Any] = connection.recv()
+    return found
+
+
+def measure(scratch: Path, source: Path | None, part: str, rounds: int, threads: int) -> dict[str, Any]:
+    """Compiles both bundles below ``scratch``, lets their steps take turns, and says what was found."""
+    if source is None:
+        models.make(source := scratch / "pipeline", part)
+    plain = compiled(source, scratch / "plain.bundle")
+    ours = compiled(source, scratch / "inheriting.bundle", "--inherit", "2")
+    before, after = counted(plain), counted(ours)
     seconds: dict[str, list[float]] = {"plain": [], "full": [], "inherit": []}
     processor: dict[str, list[float]] = {name: [] for name in seconds}
     peaks: dict[str, int] = {}
@@ -81,7 +82,8 @@ def measure(scratch: Path, plain: Path | None, part: str, rounds: int, threads: 
         process(steps_of, str(plain), threads) as first,
         process(steps_of, str(ours), threads) as second,
     ):
-        before, after = first.recv(), second.recv()
+        for connection in (first, second):
+            connection.recv()
         for _ in range(rounds):
             for name, bundle, connection in (
                 ("plain", "plain", first),
@@ -154,19 +156,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, help="a plain bundle (default: one is made)")
+    parser.add_argument("--pipeline", type=Path, help="of `models.make` (default: one is made)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="steps of each kind (default 3)")
     parser.add_argument("--part", choices=("unet", "none"), default="unet", help="none: a tiny one, a check")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each; 0: one a core")
     parser.add_argument("--scratch", type=Path, help="where the temporary folder goes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.write:
-        inheriting(arguments.bundle, arguments.write)
-        return
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-        result = measure(Path(folder), arguments.bundle, arguments.part, arguments.rounds, arguments.threads)
+        result = measure(
+            Path(folder), arguments.pipeline, arguments.part, arguments.rounds, arguments.threads
+        )
     print(json.dumps(result)) if arguments.json else _show(result)
 
 

@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import models
 from step import GUIDANCE, SCHEDULE, between, compiled, conditions, process, serve, spread, told
 
 SHARES = (0.3, 0.5)
@@ -78,7 +79,8 @@ def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Makes the bundles below ``scratch``, lets their steps take turns, and says what was found."""
     plain = options.bundle
     if plain is None:
-        _, plain = compiled(scratch, options.part)
+        models.make(scratch / "pipeline", options.part)
+        plain = compiled(scratch / "pipeline", scratch / "plain.bundle")
     bundles = {"whole": plain}
     for share in SHARES:
         name = f"{share:.0%} removed"

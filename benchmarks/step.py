@@ -132,7 +132,9 @@ def process(target: Callable[..., None], *arguments: Any) -> Iterator[Connection
 
 def measure(scratch: Path, part: str, rounds: int, threads: int) -> dict[str, Any]:
     """Compiles below ``scratch``, runs both in turn, and says what was found."""
-    source, bundle = compiled(scratch, part)
+    source = scratch / "pipeline"
+    models.make(source, part)
+    bundle = compiled(source, scratch / "plain.bundle")
     shared = scratch / "shared.npz"
     times: dict[str, list[float]] = {"trimtab": [], "torch": []}
     processor: dict[str, list[float]] = {"trimtab": [], "torch": []}
@@ -164,13 +166,11 @@ def measure(scratch: Path, part: str, rounds: int, threads: int) -> dict[str, An
     }
 
 
-def compiled(scratch: Path, part: str) -> tuple[Path, Path]:
-    """A pipeline of `models.make` below ``scratch``, and its plain bundle of `SCHEDULE` steps."""
-    source, bundle = scratch / "pipeline", scratch / "plain.bundle"
-    models.make(source, part)
-    command = [sys.executable, "-m", "trimtab", "compile", str(source), "--steps", str(SCHEDULE)]
+def compiled(source: Path, bundle: Path, *options: str) -> Path:
+    """A pipeline's bundle of `SCHEDULE` steps, compiled in a process of its own, whose memory is gone behind it."""
+    command = [sys.executable, "-m", "trimtab", "compile", str(source), "--steps", str(SCHEDULE), *options]
     subprocess.run([*command, "-o", str(bundle)], check=True, stdout=subprocess.DEVNULL)
-    return source, bundle
+    return bundle
 
 
 def spread(values: list[float]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Bytes of TensorRT for RTX engines, dense and packed; goals for DiT-XL/2 at 2 bits: 1/14 of FP32's, 1/7 of FP16's.
 
-    python benchmarks/vq_size.py GRAPH [--device rtx-4090] [--work FOLDER]
+    python benchmarks/vq_size.py GRAPH [--device rtx-4090] [--bits 2 3] [--rule PATTERN=BITS ...]
 
 GRAPH is the denoiser of a compiled bundle. The engines are really built, which needs no GPU. The codes are random:
 sizes do not depend on them, and k-means of so large a model takes minutes. FP16 is converted without ranges: nothing is
@@ -22,6 +22,7 @@ from trimtab.calibration.kmeans import Settings, choose
 from trimtab.passes import vq_op
 from trimtab.passes.precision import convert
 from trimtab.passes.vq import PackWeights, Site, sites
+from trimtab.recipe import make_recipe
 from trimtab.shapes import shape
 from trimtab.targets.base import BuildOptions
 from trimtab.targets.device import find_device
@@ -36,8 +37,10 @@ def main() -> None:
     parser.add_argument("graph", type=Path)
     parser.add_argument("--device", default="rtx-4090")
     parser.add_argument("--bits", type=int, nargs="+", default=[2])
+    parser.add_argument("--rule", nargs="*", default=[], help="as `trimtab compile --vq-rule` takes it")
     parser.add_argument("--symbols", nargs="*", default=["batch=1", "rows=1"], help="sizes for open ones")
     options = parser.parse_args()
+    rules = make_recipe({"vq": options.bits[0], "vq_rules": options.rule}).vq_rules
     sizes = {name: int(size) for name, _, size in (pair.partition("=") for pair in options.symbols)}
     print(
         f"{'weights':<14}{'graph bytes':>15}{'engine bytes':>15}{'of FP32':>10}{'of FP16':>10}{'peak GB':>9}"
@@ -48,7 +51,7 @@ def main() -> None:
         for bits in (None, *options.bits):
             model = ir.load(options.graph)
             if bits is not None:
-                PackWeights(_random_codes(list(sites(model)), bits))(model)
+                PackWeights(_random_codes(list(sites(model)), Settings(bits, rules)))(model)
             model = convert(model, precision, {}).model
             held = weight_bytes(model)
             size, peak, activations = _built(model, options.device, sizes)
@@ -80,16 +83,18 @@ def _built(model: ir.Model, name: str, sizes: dict[str, int]) -> tuple[int, int,
     return info.bytes, info.peak_bytes or 0, info.activation_bytes or 0
 
 
-def _random_codes(found: list[Site], bits: int) -> Codebooks:
-    random, form, layers = np.random.default_rng(0), FORMATS[bits], {}
+def _random_codes(found: list[Site], settings: Settings) -> Codebooks:
+    random, layers = np.random.default_rng(0), {}
     shapes = {site.name: site.shape for site in found}
-    for name, choice in choose(found, Settings(bits)).items():
+    for name, choice in choose(found, settings).items():
         if isinstance(choice, str):
             continue
+        bits, codewords = choice
+        form = FORMATS[bits]
         columns = math.prod(shapes[name][1:])
         count = -(-columns // form.length)
-        codes = random.integers(0, choice[1], (shapes[name][0], count), np.uint8, endpoint=False)
-        codebook = random.standard_normal((choice[1], form.length)).astype(np.float32) * 0.02
+        codes = random.integers(0, codewords, (shapes[name][0], count), np.uint8, endpoint=False)
+        codebook = random.standard_normal((codewords, form.length)).astype(np.float32) * 0.02
         packed = vq_op.pack_indices(codes, form.index_bits)
         layers[name] = PackedWeight(bits, packed, codebook, None, columns, 0.0)
     return Codebooks("", layers)
