@@ -40,6 +40,7 @@ from trimtab.calibration.kmeans import Settings, make_codebooks  # noqa: E402
 from trimtab.calibration.trajectories import record  # noqa: E402
 from trimtab.calibration.vq4dit import Training, calibrate  # noqa: E402
 from trimtab.passes import vq_op  # noqa: E402
+from trimtab.recipe import make_recipe  # noqa: E402
 from trimtab.storage import read_program  # noqa: E402
 
 MODELS = {"dit": SHAPES / "models" / "shapes-dit", "sd": SHAPES / "models" / "shapes-sd"}
@@ -59,6 +60,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--pictures", type=int, default=1020)
     parser.add_argument("--rows", nargs="+", default=["fp32", "rounding", "k-means", "k-means+scale"])
+    parser.add_argument("--rule", nargs="*", default=[], help="as `trimtab compile --vq-rule` takes it")
     parser.add_argument("--minutes", type=float, default=10, help="of processor time for every calibration")
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -84,7 +86,7 @@ def _weights(row: str, store: str, options: argparse.Namespace) -> tuple[Rows, f
     model, work = options.model, options.work
     if row == "fp32":
         return {}, 32.0
-    books = _stored(Path(store)) if store else _codebooks(model, work, row.endswith("+scale"))
+    books = _stored(Path(store)) if store else _codebooks(options, row.endswith("+scale"))
     if row.startswith("rounding"):
         bits = int(row.partition("-")[2] or BITS)
         module = _denoiser(_pipeline(model))
@@ -117,14 +119,16 @@ def _calibrated(model: str, work: Path, books: Codebooks, training: Training) ->
     return calibrate(graph, books, inputs, training, progress=print, clock=time.process_time)
 
 
-def _codebooks(model: str, work: Path, scale: bool) -> Codebooks:
+def _codebooks(options: argparse.Namespace, scale: bool) -> Codebooks:
+    model, work = options.model, options.work
     bundle = work / f"{model}.bundle"
     if not bundle.exists():
         trimtab.compile(MODELS[model], bundle, steps=(STEPS,))
+    rules = make_recipe({"vq": BITS, "vq_rules": options.rule}).vq_rules
     segments = read_program(trimtab.load(bundle).bundle).segments
     store = work / f"{model}-k-means{'-scale' if scale else ''}"
     return make_codebooks(
-        {"denoiser": segments["denoiser"].model}, Settings(BITS, scale=scale), store, threads=1
+        {"denoiser": segments["denoiser"].model}, Settings(BITS, rules, scale), store, threads=1
     )
 
 

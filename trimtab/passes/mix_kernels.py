@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,9 @@ logger = logging.getLogger(__name__)
 
 _KERNELS = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (1,)}
 """Operators with their inputs that are weights and biases."""
+
+_SMALL = 256
+"""Elements up to which arrays are compared: time steps, ranges and routing."""
 
 Array = npt.NDArray[np.generic]
 
@@ -83,6 +87,8 @@ class _Mixtures:
         self._inputs = sorted({str(v.name) for kernel in self.kernels for v in depends[kernel]})
         makers = reach(self.kernels, {}, set())
         self._nodes = [node for node in self._graph if node in makers]
+        self._small: dict[tuple[Any, ...], Array] = {}
+        self._made: dict[tuple[Any, ...], list[Array]] = {}
 
     def _known(self, inputs: Iterable[ir.Value]) -> frozenset[ir.Value]:
         """The graph's inputs that are a constant of every step."""
@@ -105,10 +111,12 @@ class _Mixtures:
         program = self._program
         segments: dict[str, Segment] = {}
         by_digest: dict[str, str] = {}
+        digests: dict[tuple[int, ...], str] = {}
         chosen: dict[tuple[tuple[float, ...], ...], str] = {}
         for key in dict.fromkeys(self._key(step, call) for step, call in self._calls() if self.kernels):
             arrays = self._computed(dict(zip(self._inputs, key, strict=True)))
-            digest = _digest(arrays)
+            ones = tuple(map(id, arrays.values()))
+            digest = digests[ones] if ones in digests else digests.setdefault(ones, _digest(arrays))
             if digest not in by_digest:
                 taken = (program.segments.keys() - {self._name}) | segments.keys()
                 name, number = self._name, 1
@@ -152,16 +160,23 @@ class _Mixtures:
             if str(value.name) in constants:
                 assert value.dtype is not None and value.shape is not None
                 array = np.array(constants[str(value.name)], value.dtype.numpy())
-                values[str(value.name)] = array.reshape(value.shape.numpy())
+                values[str(value.name)] = self._one(array.reshape(value.shape.numpy()))
         for node in self._nodes:
-            feeds = {}
-            for read in node.inputs:
-                if read is not None:
-                    held = read.const_value
-                    feeds[str(read.name)] = values[str(read.name)] if held is None else held.numpy()
-            one = ReferenceEvaluator(ir.serde.serialize_node(node), opsets=dict(self._graph.opset_imports))
-            values.update(zip((str(v.name) for v in node.outputs), one.run(None, feeds), strict=True))
+            read = [value for value in node.inputs if value is not None]
+            feeds = {str(v.name): values[str(v.name)] for v in read if v.const_value is None}
+            key = (node, *map(id, feeds.values()))
+            if key not in self._made:
+                feeds |= {str(v.name): v.const_value.numpy() for v in read if v.const_value is not None}
+                run = ReferenceEvaluator(
+                    ir.serde.serialize_node(node), opsets=dict(self._graph.opset_imports)
+                )
+                self._made[key] = [a if a.size > _SMALL else self._one(a) for a in run.run(None, feeds)]
+            values.update(zip((str(v.name) for v in node.outputs), self._made[key], strict=True))
         return {str(kernel.name): values[str(kernel.name)] for kernel in self.kernels}
+
+    def _one(self, array: Array) -> Array:
+        """One object for equal arrays, so that what is made of them, as of a range's routing, is made once."""
+        return self._small.setdefault((array.shape, array.dtype.str, array.tobytes()), array)
 
 
 def _with_kernels(model: ir.Model, arrays: Mapping[str, Array]) -> ir.Model:
