@@ -30,7 +30,7 @@ import numpy as np
 from trimtab.bundle import open_bundle
 from trimtab.calibration.course import step_macs
 from trimtab.calibration.draft import draft
-from trimtab.calibration.drift import candidates
+from trimtab.calibration.drift import UNIFORM, candidates, chosen_of
 from trimtab.calibration.journal import add, resume
 from trimtab.calibration.ranges import fingerprint
 from trimtab.passes.inherit import inherit
@@ -112,10 +112,10 @@ class _Table:
             speed = uniform["speed"] * (1 - 1e-9)
             wish = InheritPlan(skip=(skip,), speed=speed, prompts=self._scorer.others)
             found = candidates(self._program, wish, self._scratch / "search")[SCHEDULE]
-            best = min(found, key=lambda candidate: (candidate.drift, candidate.macs))
+            best = chosen_of(found)
             by_name = {candidate.name.partition(" ")[0]: candidate.drift for candidate in found}
-            more = {"drift": best.drift, "uniform_drift": by_name["every"]}
-            if best.name.startswith("every"):
+            more = {"drift": best.drift, "uniform_drift": by_name[UNIFORM]}
+            if best.name.startswith(UNIFORM):
                 self._keep({"name": name, "kind": "none", **more})
             else:
                 pattern = "".join("i" if choice else "F" for choice in best.choices)

@@ -31,7 +31,8 @@ from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
-from trimtab.passes.removal import RemovalPlan
+from trimtab.passes.removal import PLAN, RemovalPlan, RemoveLayers, load_plan
+from trimtab.passes.student import digest, save_weights
 from trimtab.program import Program, Segment
 from trimtab.recipe import Recipe, make_recipe
 from trimtab.runtime.load import Pipeline
@@ -67,6 +68,20 @@ def pruned(program: Program, path: Path) -> Path:
     candidates = Candidates(program.segments["denoiser"].model)
     RemovalPlan(candidates.fingerprint, tuple(candidates)[1::3], "by hand").save(path)
     return path
+
+
+def student(program: Program, folder: Path) -> Path:
+    """A student's folder: that plan, and other weights and biases in the decoder's blocks."""
+    folder.mkdir()
+    model = program.segments["denoiser"].model
+    RemoveLayers(load_plan(pruned(program, folder / PLAN)).removed)(model)
+    weights = {
+        name: 1.2 * value.const_value.numpy() + np.float32(0.01)
+        for name, value in model.graph.initializers.items()
+        if name.startswith("up_blocks") and value.const_value is not None
+    }
+    save_weights(folder, weights, digest(model, weights))
+    return folder
 
 
 def made(program: Program, folder: Path, **recipe: Any) -> Pipeline:
@@ -214,7 +229,7 @@ def test_larger_pictures_that_no_engine_would_draw_are_refused_before_anything_i
 def test_calibration_brings_every_packed_denoiser_nearer_to_what_it_was(
     bundle_folder: BundleFolder, tmp_path: Path
 ) -> None:
-    plan = str(pruned(plain(bundle_folder("sd15")), tmp_path / "small.json"))
+    plan = str(student(plain(bundle_folder("sd15")), tmp_path / "small"))
 
     def errors(name: str, samples: list[Sample], **recipe: Any) -> dict[str, float]:
         """Denoiser -> the mean squared error of its predictions."""
@@ -235,9 +250,8 @@ def test_calibration_brings_every_packed_denoiser_nearer_to_what_it_was(
     before = errors("k-means", samples)
     after = errors("calibrated", samples, vq_minutes=0.3)
     assert before.keys() == {"denoiser", "denoiser-small"}
-    # How much nearer is a matter of time: here there are seconds, and of those more for the one with more weights.
-    assert after["denoiser"] < before["denoiser"]
-    assert after["denoiser-small"] < 1.02 * before["denoiser-small"]
+    # How much nearer is a matter of time, and here there are seconds.
+    assert all(after[name] < before[name] for name in before), (before, after)
 
 
 @pytest.mark.slow

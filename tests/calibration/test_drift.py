@@ -13,7 +13,7 @@ import pytest
 from trimtab.bundle import open_bundle
 from trimtab.calibration.course import Course
 from trimtab.calibration.draft import draft
-from trimtab.calibration.drift import Effort, candidates, search
+from trimtab.calibration.drift import Candidate, Effort, candidates, chosen_of, search
 from trimtab.calibration.trajectories import own_requests
 from trimtab.comparison import relative_error
 from trimtab.errors import CalibrationError, InputError
@@ -54,11 +54,18 @@ def test_what_is_chosen_is_as_fast_as_asked_and_drifts_no_more_than_uniform(
     *starts, refined = found
     assert [c.name for c in starts] == ["least sum", "every 2: layers", "every 3: feed-forward"]
     assert refined.name == "refined"
-    best = min(found, key=lambda c: c.drift)  # on a trajectory that was not searched by
+    best = chosen_of(found)  # on a trajectory that was not searched by
+    assert best.drift <= min(c.drift for c in found if c.name.startswith("every"))
     assert f"inheritance in ddim-20: {best.name}" in told[-1]
     assert chosen.choices == {"ddim-20": best.choices} and chosen.speed is None
     assert all(c.choices[0] == c.choices[-1] == "" for c in found)
     assert max(c.macs for c in found) <= found[0].full_macs / 1.3
+
+
+@pytest.mark.parametrize(("drift", "taken"), [(0.5, "refined"), (0.85, "refined"), (0.95, "every 2: layers")])
+def test_a_uniform_schedule_gives_way_to_a_clear_lead_alone(drift: float, taken: str) -> None:
+    drifts = {"least sum": 0.99, "every 2: layers": 1.0, "every 3: feed-forward": 1.5, "refined": drift}
+    assert chosen_of([Candidate(name, (), 1, 2, each) for name, each in drifts.items()]).name == taken
 
 
 def test_moves_find_what_drifts_less_than_every_schedule_that_they_start_from(

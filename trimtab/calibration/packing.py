@@ -14,7 +14,7 @@ from trimtab.calibration.codebooks import CALIBRATED, Codebooks, CodebookStore
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import Settings, make_codebooks
 from trimtab.calibration.trajectories import own_requests, record
-from trimtab.passes.vq import pack_weights
+from trimtab.passes.vq import pack_weights, sites
 from trimtab.program import Program
 from trimtab.weights import same_tensor
 
@@ -88,8 +88,10 @@ def _calibrated(
     for name, model in models.items():
         given = _of(models, name, books)
         todo = sum(layer.codes.size for layer in given.layers.values() if layer.method != CALIBRATED)
-        if todo:
-            inputs = [sample.unguided for sample in samples if sample.segment == name]
+        inputs = [sample.unguided for sample in samples if sample.segment == name]
+        if todo and not inputs:
+            logger.warning("%s is packed by k-means alone: no step of the recorded schedule calls it", name)
+        elif todo:
             share = dataclasses.replace(training, minutes=minutes * todo / whole)
             made = calibrate(model, given, inputs, share, progress)
             books = _merged(models, name, books, made)
@@ -102,13 +104,10 @@ def _calibrated(
 
 def _of(models: Mapping[str, ir.Model], segment: str, books: Codebooks) -> Codebooks:
     """What one denoiser's weights are so far, by its own names; what it has no part in is left out."""
-    weights = models[segment].graph.initializers
-    own = books.of(segment)
-    return dataclasses.replace(
-        own,
-        layers={name: layer for name, layer in own.layers.items() if name in weights},
-        parameters={name: array for name, array in own.parameters.items() if name in weights},
-    )
+    model, own = models[segment], books.of(segment)
+    layers = {site.name: own.layers[site.name] for site in sites(model) if site.name in own.layers}
+    held = {name: array for name, array in own.parameters.items() if name in model.graph.initializers}
+    return dataclasses.replace(own, layers=layers, parameters=held)
 
 
 def _merged(models: Mapping[str, ir.Model], segment: str, books: Codebooks, made: Codebooks) -> Codebooks:

@@ -14,6 +14,7 @@ prediction, for what is left of the time. Mixtures start from the distances and 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -260,19 +261,24 @@ class _Run:
         outputs = [name for name in _names(module.outputs) if name in self._graph]
         given = [name for name in _names(module.inputs) if name in self._graph]
         block = self._graph.part(outputs, given)
-        with torch.no_grad():
-            before, whole = self._graph.part(given), self._graph.part(outputs)
-            read = [values | before(values, self._weights) for values in self._inputs]
-            wanted = [list(whole(values).values()) for values in self._inputs]
+        before, whole = self._graph.part(given), self._graph.part(outputs)
+
+        @functools.cache
+        @torch.no_grad()
+        def example(index: int) -> tuple[dict[str, Tensor], list[Tensor]]:
+            """What the block reads now, and what the model's own gives; made when it is needed, in the block's time."""
+            values = self._inputs[index]
+            return values | before(values, self._weights), list(whole(values).values())
+
         optimizer = torch.optim.RMSprop(
             [layer.logits for layer in own.values()], lr=self._training.logit_rate, alpha=0.9
         )
         first = last = 0.0
         steps = 0
         while self._clock() < until and any(not layer.hard for layer in own.values()):
-            index = next(self._order)
+            read, wanted = example(next(self._order))
             now = self._weights | {name: layer.weight() for name, layer in own.items()}
-            fit = _distance(block(read[index], now).values(), wanted[index])
+            fit = _distance(block(read, now).values(), wanted)
             first = first or float(fit.detach())
             soft = [layer.undecided() for layer in own.values() if not layer.hard]
             loss = fit / first + torch.stack(soft).mean()
@@ -292,8 +298,12 @@ class _Run:
 
     def train_codebooks(self, end: float) -> dict[str, npt.NDArray[np.float32]]:
         """Trains codebooks and the packed layers' biases towards the model's own predictions."""
-        with torch.no_grad():
-            wanted = [self._graph(values)[_OUTPUT] for values in self._inputs]
+
+        @functools.cache
+        @torch.no_grad()
+        def wanted(index: int) -> Tensor:
+            return self._graph(self._inputs[index])[_OUTPUT]
+
         biases = {name: self._weights[name].clone() for name in self._biases}
         trained = [layer.codebook for layer in self.layers.values()] + list(biases.values())
         if not trained:
@@ -310,7 +320,7 @@ class _Run:
                 group["lr"] = rate * (1 - (now - start) / (end - start))
             index = next(self._order)
             weights = self._weights | biases | {name: layer.weight() for name, layer in self.layers.items()}
-            loss = _distance([self._graph(self._inputs[index], weights)[_OUTPUT]], [wanted[index]])
+            loss = _distance([self._graph(self._inputs[index], weights)[_OUTPUT]], [wanted(index)])
             if not torch.isfinite(loss):
                 raise CalibrationError(
                     "the calibration's loss is not finite: ask for fewer minutes or a lower rate"
