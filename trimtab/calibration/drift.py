@@ -45,6 +45,9 @@ UNIFORM = "every"
 LEAD = 0.9
 """The most that another schedule's drift may be of the best uniform one's, if it is to be taken in its place."""
 
+FAR = 0.1
+"""Drift from which pictures are others than those of full evaluations: to be nearer to these is not to be better."""
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -117,16 +120,16 @@ def search(
 
 
 def chosen_of(schedules: Sequence[Candidate]) -> Candidate:
-    """The schedule of the least drift; of those that are near the best uniform one's, the uniform one.
+    """The schedule of the least drift; the best uniform one where that leads it by little, or is far off itself.
 
-    A lead of less than a tenth says nothing of pictures (docs/inherit.md, measured picture by picture).
+    Such a lead says nothing of pictures (docs/inherit.md, measured picture by picture).
     """
 
     def least(of: Iterable[Candidate]) -> Candidate:
         return min(of, key=lambda candidate: (candidate.drift, candidate.macs))
 
     best, uniform = least(schedules), least(s for s in schedules if s.name.startswith(UNIFORM))
-    return best if best.drift < LEAD * uniform.drift else uniform
+    return best if best.drift < min(LEAD * uniform.drift, FAR) else uniform
 
 
 def candidates(
