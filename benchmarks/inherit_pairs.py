@@ -11,7 +11,6 @@ pictures: what is hard in a picture is so for both, so it is smaller than that o
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import tempfile
 from pathlib import Path
@@ -19,34 +18,23 @@ from typing import Any
 
 import judged
 import numpy as np
+from inherit_quality import SCHEDULE, one_schedule
 
 import trimtab
-from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import FULL, InheritPlan
 from trimtab.passes.partition import partition
-from trimtab.program import Program
-from trimtab.storage import read_program
-
-SCHEDULE = "ddim-20"
 
 
 def found(plain: Path, plan: InheritPlan, folder: Path, stated: list[Any]) -> np.ndarray:
     """(pictures, 2): how many of each picture's stated attributes the judge finds, and how many there are."""
     import judge
 
-    with draft(partition(inherit(_one_schedule(read_program(open_bundle(plain))), plan)), folder) as pipe:
+    with draft(partition(inherit(one_schedule(plain), plan)), folder) as pipe:
         seen = judge.read(judge.load(), judged.draw(pipe, stated))
-    answers = [judge.compare(scene, read) for scene, read in zip(stated, seen, strict=True)]
-    pooled = [[yes for name, part in a.items() if name != "count" for yes in part] for a in answers]
+    pooled = [judge.attributes(judge.compare(scene, read)) for scene, read in zip(stated, seen, strict=True)]
     return np.array([[sum(part), len(part)] for part in pooled], float)
-
-
-def _one_schedule(program: Program) -> Program:
-    name, task = next(iter(program.tasks.items()))
-    task = dataclasses.replace(task, schedules={SCHEDULE: task.schedules[SCHEDULE]})
-    return dataclasses.replace(program, tasks={name: task})
 
 
 def pair(row: dict[str, Any], plain: Path, scratch: Path, stated: list[Any]) -> dict[str, Any]:

@@ -61,10 +61,7 @@ def measure(
     log: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One row a schedule: its name, its speed and its score; full evaluations first."""
-    program = read_program(open_bundle(plain))
-    name, task = next(iter(program.tasks.items()))
-    task = dataclasses.replace(task, schedules={SCHEDULE: task.schedules[SCHEDULE]})
-    program = dataclasses.replace(program, tasks={name: task})
+    program = one_schedule(plain)
     table = _Table(program, _Scorer(pictures), scratch, log)
     table.row("full", "full", "", None)
     cells = [(skip, every) for skip in skips for every in intervals]
@@ -78,6 +75,14 @@ def measure(
         dense = InheritPlan((skip,), every, dense_start=2, dense_end=1)
         table.row(f"{skip}, every {every}, dense", "dense", skip, dense)
     return sorted(table.rows, key=lambda row: (row["skip"] != "", [*skips, ""].index(row["skip"])))
+
+
+def one_schedule(plain: Path) -> Program:
+    """A plain bundle's program with the one task and the one schedule that are measured."""
+    program = read_program(open_bundle(plain))
+    name, task = next(iter(program.tasks.items()))
+    task = dataclasses.replace(task, schedules={SCHEDULE: task.schedules[SCHEDULE]})
+    return dataclasses.replace(program, tasks={name: task})
 
 
 class _Table:

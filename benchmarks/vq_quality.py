@@ -1,6 +1,7 @@
 """Claim: at 2 bits, calibrated codes keep the sample models' quality, where rounding and plain k-means lose it.
 
     python benchmarks/vq_quality.py --model dit|sd --work FOLDER [--pictures 1020] [--rows fp32 rounding k-means ...]
+        [--rule PATTERN=BITS ...]
 
 Puts decoded weights into the shipped models and draws judged pictures with them: DDIM, 25 steps, guidance 3 for the
 DiT and 5 for the U-Net, the same noise for every row. A row is kept in FOLDER/MODEL.jsonl as soon as it is measured;

@@ -173,6 +173,11 @@ def _estimate(answers: Sequence[Sequence[bool]]) -> Estimate:
     return Estimate(float(value), float(np.sqrt(np.sum((right - value * number) ** 2)) / total), int(total))
 
 
+def attributes(answer: dict[str, list[bool]]) -> list[bool]:
+    """What `compare` answers of one picture, but for the count."""
+    return [yes for name, part in answer.items() if name != "count" for yes in part]
+
+
 def score(judge: Judge, pictures: np.ndarray, scenes: Sequence[Scene]) -> Score:
     """Score pictures against what their captions state.
 
@@ -183,8 +188,10 @@ def score(judge: Judge, pictures: np.ndarray, scenes: Sequence[Scene]) -> Score:
     """
     answers = [compare(stated, seen) for stated, seen in zip(scenes, read(judge, pictures), strict=True)]
     names = ("shape", "colour", "size", "position", "background", "count")
-    pooled = [[yes for name, part in a.items() if name != "count" for yes in part] for a in answers]
-    return Score(_estimate(pooled), {name: _estimate([a.get(name, []) for a in answers]) for name in names})
+    return Score(
+        _estimate([attributes(a) for a in answers]),
+        {name: _estimate([a.get(name, []) for a in answers]) for name in names},
+    )
 
 
 def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:

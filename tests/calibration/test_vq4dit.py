@@ -87,8 +87,7 @@ def error(model: ir.Model, books: Codebooks) -> float:
     graph = TorchGraph(model, ["model_output"])
     weights = dict(graph.weights)
     for site in sites(model):
-        array = vq_op.from_rows(books.layers[site.name].rows(), site.shape)
-        weights[site.name] = torch.from_numpy(np.ascontiguousarray(array.T if site.inputs_first else array))
+        weights[site.name] = torch.from_numpy(site.laid_out(books.layers[site.name].rows()))
     weights |= {name: torch.from_numpy(array) for name, array in books.parameters.items()}
     errors = []
     for values in inputs():
@@ -160,6 +159,24 @@ def test_what_is_calibrated_already_stays(model: ir.Model) -> None:
     assert all(made.layers[name] is layer for name, layer in done.items())
     np.testing.assert_array_equal(made.parameters["blocks.1.out.bias"], bias)
     assert set(made.parameters) == {"blocks.1.conv.bias", "blocks.1.out.bias", "blocks.2.bias"}
+
+
+def test_what_is_calibrated_already_is_read_as_its_codes_say(model: ir.Model) -> None:
+    """They need not be the nearest: the block behind is held against what they decode to."""
+    books = packed(model)
+    errors = {}
+    for shift in (0, 1):
+        done = {
+            name: dataclasses.replace(layer, codes=(layer.codes + shift) % 16, method=CALIBRATED)
+            for name, layer in books.layers.items()
+            if name.startswith("blocks.0")
+        }
+        told: list[str] = []
+        given = dataclasses.replace(books, layers={**books.layers, **done})
+        calibrate(model, given, inputs(1), Training(minutes=1 / 60), progress=told.append)
+        (text,) = [line for line in told if line.startswith("assigned blocks.1")]
+        errors[shift] = float(text.partition("error ")[2].partition(" ")[0])
+    assert errors[1] > 3 * errors[0]
 
 
 def test_what_it_cannot_work_on_is_refused(model: ir.Model) -> None:

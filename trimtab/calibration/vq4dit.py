@@ -234,11 +234,11 @@ class _Run:
         self._weights |= {name: value for name, value in held.items() if name in self._weights}
         with torch.no_grad():
             for name, packed in codebooks.layers.items():
-                fixed = packed.method == CALIBRATED
-                layer = PackedLayer(packed, places[name], 1 if fixed else training.candidates).to(device)
-                self._weights[name] = layer.weight()
-                if not fixed:
-                    self.layers[name] = layer
+                if packed.method == CALIBRATED:  # its codes need not be the nearest
+                    self._weights[name] = torch.from_numpy(places[name].laid_out(packed.rows())).to(device)
+                else:
+                    self.layers[name] = PackedLayer(packed, places[name], training.candidates).to(device)
+                    self._weights[name] = self.layers[name].weight()
         names = (name for layer in self.layers.values() for name in _biases(layer.site))
         self._biases = [n for n in dict.fromkeys(names) if n in self._weights and n not in held]
 
@@ -314,9 +314,8 @@ class _Run:
         optimizer = torch.optim.RMSprop(trained, lr=rate, alpha=0.9)
         start, losses = self._clock(), list[float]()
         while (now := self._clock()) < end:
-            for (
-                group
-            ) in optimizer.param_groups:  # down to nothing at the end, so that the last step is no jump
+            # Down to nothing at the end, so that the last step is no jump.
+            for group in optimizer.param_groups:
                 group["lr"] = rate * (1 - (now - start) / (end - start))
             index = next(self._order)
             weights = self._weights | biases | {name: layer.weight() for name, layer in self.layers.items()}
@@ -344,11 +343,8 @@ def _biases(site: Site) -> Iterator[str]:
             if reader.op_type == "Add":
                 added.append(reader.inputs[1 - index])
         for value in added:
-            if (
-                value is not None
-                and value.const_value is not None
-                and value.const_value.size == site.shape[0]
-            ):
+            tensor = None if value is None else value.const_value
+            if value is not None and tensor is not None and tensor.size == site.shape[0]:
                 yield str(value.name)
 
 

@@ -116,7 +116,9 @@ class _Mixtures:
         for key in dict.fromkeys(self._key(step, call) for step, call in self._calls() if self.kernels):
             arrays = self._computed(dict(zip(self._inputs, key, strict=True)))
             ones = tuple(map(id, arrays.values()))
-            digest = digests[ones] if ones in digests else digests.setdefault(ones, _digest(arrays))
+            if ones not in digests:
+                digests[ones] = _digest(arrays)
+            digest = digests[ones]
             if digest not in by_digest:
                 taken = (program.segments.keys() - {self._name}) | segments.keys()
                 name, number = self._name, 1

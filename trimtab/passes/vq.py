@@ -54,11 +54,14 @@ class Site:
         array = self.value.const_value.numpy()
         return vq_op.to_rows(array.T if self.inputs_first else array)
 
+    def laid_out(self, rows: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Rows as the graph reads them: undoes `rows`."""
+        weight = vq_op.from_rows(rows, self.shape)
+        return np.ascontiguousarray(weight.T if self.inputs_first else weight)
+
     def replace(self, rows: npt.NDArray[Any]) -> None:
         """Puts other numbers, as rows, in the weight's place."""
-        weight = vq_op.from_rows(rows, self.shape)
-        array = np.ascontiguousarray(weight.T if self.inputs_first else weight)
-        self.value.const_value = ir.Tensor(array, name=self.name)
+        self.value.const_value = ir.Tensor(self.laid_out(rows), name=self.name)
 
 
 def sites(model: ir.Model) -> Iterator[Site]:
