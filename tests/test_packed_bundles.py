@@ -17,6 +17,7 @@ import pytest
 
 import trimtab
 from trimtab.bundle import Bundle, open_bundle, update_manifest
+from trimtab.calibration import packing
 from trimtab.calibration.codebooks import Codebooks
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import Settings, make_codebooks
@@ -128,6 +129,15 @@ def test_compile_packs_on_request(
     assert _weight_file(bundle) < _weight_file(dense), "the file still holds what was packed"
     with trimtab.load(output) as pipe:
         assert np.isfinite(pipe(label=1, seed=0).pixels).all()
+
+
+@pytest.mark.xdist_group("ddpm")
+def test_a_model_that_is_asked_for_nothing_is_calibrated(bundle_folder: BundleFolder, tmp_path: Path) -> None:
+    program = read_program(open_bundle(bundle_folder("ddpm")))
+    told: list[str] = []
+    done = packing.packed(program, Settings(), tmp_path, minutes=0.02, progress=told.append)
+    assert any(line.startswith("assigned ") for line in told)
+    assert any(entry.name == "PackWeights" and entry.applied for entry in done.passes)
 
 
 def test_build_makes_the_form_for_onnxruntime_where_it_is_missing(
