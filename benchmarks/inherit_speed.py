@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from step import GUIDANCE, SCHEDULE, between, compiled, conditions, process, serve, spread, told
+from step import GUIDANCE, SCHEDULE, between, compiled, conditions, counted, process, serve, spread, told
 
 GOALS = {2: 1.5, 3: 1.85}
 """Every N-th step in full -> how many times as fast."""
@@ -45,27 +45,6 @@ def steps_of(connection: Connection, bundle: str, threads: int) -> None:
             plan.steps[index].run(request)
         # `serve` counts from 1: an odd turn is a full step, an even one inherits.
         serve(connection, lambda turn: plan.steps[(turn + 1) % 2].run(request), {})
-
-
-def counts_of(connection: Connection, bundle: str) -> None:
-    """Says what each of a bundle's first two steps multiplies, and the bytes of its denoiser's weights."""
-    from trimtab.calibration.course import step_macs
-    from trimtab.runtime.load import load
-
-    with load(bundle) as pipe:
-        _, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
-        segments = pipe.bundle.contents.segments.items()
-        weights = sum(segment.weight_bytes for name, segment in segments if name.startswith("denoiser"))
-        macs = [step_macs(pipe, plan.steps[index].calls) for index in (0, 1)]
-        connection.send({"macs": macs, "weight_bytes": weights})
-        connection.recv()
-
-
-def counted(bundle: Path) -> dict[str, Any]:
-    """`counts_of` in a process of its own, as it reads graphs that the steps' memory is not to include."""
-    with process(counts_of, str(bundle)) as connection:
-        found: dict[str, Any] = connection.recv()
-    return found
 
 
 def measure(scratch: Path, source: Path | None, part: str, rounds: int, threads: int) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Claim: with 30 and 50% of Stable Diffusion 1.5's U-Net removed, a step and its memory are less, and the engine too.
 
-    python benchmarks/removal_speed.py [--bundle PLAIN] [--of parameters|bytes|time] [--by magnitude] [--rounds N]
+    python benchmarks/removal_speed.py [--pipeline FOLDER] [--of parameters|bytes|time] [--by magnitude] [--rounds N]
         [--threads N] [--skip-engines] [--json] [--scratch FOLDER]
 
 The U-Net has 859,520,964 parameters, random weights, fp32; a step is two guidance rows of 4x64x64 latents and 77 tokens
@@ -11,7 +11,7 @@ the bytes of real TensorRT-RTX engines in FP16, which need no GPU (`benchmarks/b
 
 Layers are chosen by the magnitude of their weights, or as --by says: time depends on which layers go and not on the
 numbers in those that stay, so that no losses are measured here. Another choice of the same share has other times.
-Takes 13 GB of disk and of memory; --bundle takes a plain bundle in the place of making one.
+Takes 13 GB of disk and of memory; --pipeline takes what `models.py` made before.
 """
 
 from __future__ import annotations
@@ -26,44 +26,39 @@ from pathlib import Path
 from typing import Any
 
 import models
-from step import GUIDANCE, SCHEDULE, between, compiled, conditions, process, serve, spread, told
+from step import GUIDANCE, SCHEDULE, between, compiled, conditions, counted, process, serve, spread, told
 
 SHARES = (0.3, 0.5)
 TARGET = "rtx-4090"
 
 
 def steps_of(connection: Connection, bundle: str, threads: int) -> None:
-    """Steps of a bundle; says first what one multiplies, and the denoiser's bytes."""
-    from trimtab.calibration.course import step_macs
+    """Steps of a bundle."""
     from trimtab.runtime.load import load
 
     with load(bundle, threads=threads) as pipe:
         request, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
         plan.begin(request)
         plan.steps[0].run(request)  # memory is touched
-        segment = pipe.bundle.contents.segments["denoiser"]
-        macs = step_macs(pipe, plan.steps[0].calls)
-        first = {"macs": macs, "weight_bytes": segment.weight_bytes, "parameters": segment.parameters}
-        serve(connection, lambda turn: plan.steps[turn % SCHEDULE].run(request), first)
+        serve(connection, lambda turn: plan.steps[turn % SCHEDULE].run(request), {})
 
 
-def write_smaller(plain: Path, folder: Path, share: float, by: str, measure: str) -> None:
-    """Writes the plain bundle with a share removed."""
+def write_plan(plain: Path, file: Path, share: float, by: str, measure: str) -> None:
+    """Writes which layers of the plain bundle's denoiser make up a share."""
     from trimtab.bundle import open_bundle
     from trimtab.calibration.choice import Wish
-    from trimtab.calibration.draft import draft
     from trimtab.calibration.planning import chosen, measure_of
     from trimtab.passes.candidates import Candidates
-    from trimtab.passes.removal import RemovalPlan, remove_layers
+    from trimtab.passes.removal import RemovalPlan
     from trimtab.storage import read_program
     from trimtab.targets.device import find_device
 
     program = read_program(open_bundle(plain))
     candidates = Candidates(program.segments["denoiser"].model)
     wish = Wish(share, of=measure, device=find_device(TARGET), precision="fp16")
-    folder.mkdir()
-    names = chosen(candidates, wish, by, {}, 0, measure_of(program, wish, folder))
-    draft(remove_layers(program, RemovalPlan(candidates.fingerprint, names, by)), folder).close()
+    with tempfile.TemporaryDirectory() as folder:
+        names = chosen(candidates, wish, by, {}, 0, measure_of(program, wish, Path(folder)))
+    RemovalPlan(candidates.fingerprint, names, by).save(file)
 
 
 def engine_bytes(bundle: Path, scratch: Path | None) -> int:
@@ -76,28 +71,29 @@ def engine_bytes(bundle: Path, scratch: Path | None) -> int:
 
 
 def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Makes the bundles below ``scratch``, lets their steps take turns, and says what was found."""
-    plain = options.bundle
-    if plain is None:
-        models.make(scratch / "pipeline", options.part)
-        plain = compiled(scratch / "pipeline", scratch / "plain.bundle")
+    """Compiles the bundles below ``scratch``, lets their steps take turns, and says what was found."""
+    source = options.pipeline
+    if source is None:
+        models.make(source := scratch / "pipeline", options.part)
+    plain = compiled(source, scratch / "plain.bundle")
     bundles = {"whole": plain}
     for share in SHARES:
         name = f"{share:.0%} removed"
-        bundles[name] = scratch / f"{share}.bundle"
+        removal = scratch / f"{share}.json"
         # In a process of its own, whose memory is gone before anything is measured.
-        command = [sys.executable, __file__, "--bundle", str(plain), "--write", str(bundles[name])]
+        command = [sys.executable, __file__, "--plain", str(plain), "--write", str(removal)]
         command += ["--share", str(share), "--by", options.by, "--of", options.of]
         subprocess.run(command, check=True)
-    rows = {name: _Row() for name in bundles}
+        bundles[name] = compiled(source, scratch / f"{share}.bundle", "--removal-plan", str(removal))
+    rows = {name: _Row(counted(bundle)) for name, bundle in bundles.items()}
     with (
         process(steps_of, str(bundles["whole"]), options.threads) as whole,
         process(steps_of, str(bundles["30% removed"]), options.threads) as third,
         process(steps_of, str(bundles["50% removed"]), options.threads) as half,
     ):
         connections = dict(zip(rows, (whole, third, half), strict=True))
-        for name, connection in connections.items():
-            rows[name].first = connection.recv()
+        for connection in connections.values():
+            connection.recv()
         for _ in range(options.rounds):
             for name, connection in connections.items():
                 connection.send(True)
@@ -115,10 +111,10 @@ def measure(scratch: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 class _Row:
-    """What one bundle's process said."""
+    """What one bundle's process said, and what its steps count."""
 
-    def __init__(self) -> None:
-        self.first: dict[str, Any] = {}
+    def __init__(self, counts: dict[str, Any]) -> None:
+        self.counts = counts
         self.answers: list[dict[str, float]] = []
 
     def median(self, what: str) -> float:
@@ -126,14 +122,14 @@ class _Row:
 
     def result(self, whole: _Row, engine: int | None, whole_engine: int | None) -> dict[str, Any]:
         return {
-            **self.first,
-            "removed": 1 - self.first["parameters"] / whole.first["parameters"],
+            **self.counts,
+            "removed": 1 - self.counts["parameters"] / whole.counts["parameters"],
             "processor_seconds": spread([answer["processor"] for answer in self.answers]),
             "seconds": spread([answer["seconds"] for answer in self.answers]),
             "peak_bytes": self.answers[-1]["peak_bytes"],
             "time_ratio": self.median("processor") / whole.median("processor"),
             "clock_ratio": self.median("seconds") / whole.median("seconds"),
-            "macs_ratio": self.first["macs"] / whole.first["macs"],
+            "macs_ratio": self.counts["macs"][0] / whole.counts["macs"][0],
             "memory_ratio": self.answers[-1]["peak_bytes"] / whole.answers[-1]["peak_bytes"],
             "engine_bytes": engine,
             "engine_ratio": engine / whole_engine if engine and whole_engine else None,
@@ -159,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--bundle", type=Path, help="a plain bundle (default: one is made)")
+    parser.add_argument("--pipeline", type=Path, help="of `models.make` (default: one is made)")
     parser.add_argument("--of", choices=("parameters", "bytes", "time"), default="parameters")
     parser.add_argument("--by", choices=("magnitude", "random"), default="magnitude")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="steps of each (default 3)")
@@ -171,10 +167,11 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="where the temporary folder goes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--share", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.write:
-        write_smaller(options.bundle, options.write, options.share, options.by, options.of)
+        write_plan(options.plain, options.write, options.share, options.by, options.of)
         return
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         result = measure(Path(folder), options)

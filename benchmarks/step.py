@@ -173,6 +173,31 @@ def compiled(source: Path, bundle: Path, *options: str) -> Path:
     return bundle
 
 
+def counts_of(connection: Connection, bundle: str) -> None:
+    """Says what each of a bundle's first two steps multiplies, and the denoiser's parameters and their bytes."""
+    from trimtab.calibration.course import step_macs
+    from trimtab.runtime.load import load
+
+    with load(bundle) as pipe:
+        _, plan, _ = pipe.prepare("a red circle", seed=0, guidance=GUIDANCE)
+        named = pipe.bundle.contents.segments.items()
+        parts = [segment for name, segment in named if name.startswith("denoiser")]
+        found = {
+            "macs": [step_macs(pipe, plan.steps[index].calls) for index in (0, 1)],
+            "weight_bytes": sum(part.weight_bytes for part in parts),
+            "parameters": sum(part.parameters for part in parts),
+        }
+        connection.send(found)
+        connection.recv()
+
+
+def counted(bundle: Path) -> dict[str, Any]:
+    """`counts_of` in a process of its own, as it reads graphs that the steps' memory is not to include."""
+    with process(counts_of, str(bundle)) as connection:
+        found: dict[str, Any] = connection.recv()
+    return found
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Smallest, middle and largest of some measurements."""
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
