@@ -1,35 +1,40 @@
 """Claim: products with 2-bit weights keep up with cuBLAS in FP16, and leave it behind where rows are few.
 
-    python benchmarks/vq_kernels.py [--quick] [--json]
+    python benchmarks/vq_kernels.py [--tune] [--kernels FILE] [--json]
+    python benchmarks/vq_kernels.py --compile FILE --sm 90 [--tune]
 
-On an NVIDIA GPU, over the layer shapes of DiT-XL/2 and Stable Diffusion 1.5 and 1, 16, 256, 1024 and 4096 rows:
-the fused kernel against `torch.nn.functional.linear` on the decoded weights (cuBLAS), and against decoding first and
-multiplying then. The goals are 2 times cuBLAS's speed up to 16 rows, 0.8 times from 256 on, and always ahead of
-decode-then-multiply. Convolutions are timed as decode-then-convolve against the dense convolution.
+On an NVIDIA GPU, over the layer shapes of DiT-XL/2 and Stable Diffusion 1.5 and 1, 16, 256, 1024 and 4096 rows: the
+kernels as they ship, compiled ahead of time, loaded by the driver, the best of those that TensorRT may choose from,
+against `torch.nn.functional.linear` on the decoded weights (cuBLAS). "packed" is what trimtab lowers to: the fused
+kernel, or the decoder with cuBLAS after it. The goals are 2 times cuBLAS's speed up to 16 rows, 0.8 times from 256 on,
+and never behind decode-then-multiply. Convolutions are decoded and then computed by cuDNN, against cuDNN on the decoded
+weights.
 
 Each time is the mean over a CUDA graph of launches that go round copies of the weights, packed or not, of at least
-twice the L2 cache: in a network, a layer's weights have left the cache when its turn comes again. The table's tile
-(trimtab/targets/plugins/tiles.py) is timed, then all candidates (not with --quick), and the best ones are printed as
-that file would have them. What is computed is compared on every shape. Takes up to 6 minutes on an H100, most
-of it compiling. Without a GPU it says so and stops.
+twice the L2 cache: in a network, a layer's weights have left the cache when its turn comes again. What is computed is
+compared on every shape. --tune adds other tiles and prints the best ones as trimtab/targets/plugins/tiles.py would have
+them. Kernels may be compiled elsewhere, with --compile: a machine without Triton reads them with --kernels. Without a
+GPU it says so and stops.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import functools
 import json
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from trimtab.errors import MissingDependency, UnsupportedOp
-from trimtab.targets.plugins.codes import as_words
-from trimtab.targets.plugins.tiles import DECODE, SHARED_LIMIT, Tile, tiles
+from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, read_kernels
+from trimtab.targets.plugins.codes import ROW_BYTES, order
+from trimtab.targets.plugins.tiles import Tile, fuses, tiles
 
 ROWS = (1, 16, 256, 1024, 4096)
 LINEARS = {
@@ -57,6 +62,25 @@ CONVOLUTIONS = {
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A kernel of the benchmark.
+
+    Attributes:
+        tile: As tiles.py would have it; "" of a decoder.
+        ships: Whether it is one that TensorRT may choose.
+        kernel: It.
+    """
+
+    tile: str
+    ships: bool
+    kernel: Kernel
+
+
+Book = Mapping[str, Sequence[Candidate]]
+"""`product_key` or `decoder_key` -> kernels."""
+
+
+@dataclass(frozen=True)
 class Line:
     """One line of the table. Times are of one call, in microseconds.
 
@@ -64,21 +88,26 @@ class Line:
         layer: Its name.
         rows: Of the left side.
         dense_us: cuBLAS on decoded weights.
-        fused_us: The kernel with the table's tile.
-        best_us: With the best candidate.
+        fused_us: The best of the fused kernels that ship.
         decoded_us: Decode, then cuBLAS.
-        error: Largest difference from cuBLAS, by the largest value.
-        tile: The best candidate.
+        fused: Whether trimtab lowers to the fused kernel.
+        error: Largest difference of a fused kernel from cuBLAS, by the largest value.
+        tiles: Tile -> time of the fused kernel.
     """
 
     layer: str
     rows: int
     dense_us: float
     fused_us: float
-    best_us: float
     decoded_us: float
+    fused: bool
     error: float
-    tile: Tile
+    tiles: Mapping[str, float]
+
+    @property
+    def packed_us(self) -> float:
+        """Of what trimtab lowers to."""
+        return self.fused_us if self.fused else self.decoded_us
 
     @property
     def goal(self) -> float:
@@ -87,35 +116,117 @@ class Line:
 
     @property
     def ratio(self) -> float:
-        """cuBLAS's time by the table's tile's."""
-        return self.dense_us / self.fused_us
+        """cuBLAS's time by the packed product's."""
+        return self.dense_us / self.packed_us
 
     @property
     def met(self) -> bool:
-        """Whether the table's tile meets both goals."""
-        return self.ratio >= self.goal and self.fused_us < self.decoded_us
+        """Whether both goals are met."""
+        return self.ratio >= self.goal and self.packed_us <= self.decoded_us
+
+
+# ---- kernels, compiled ahead of time ----
 
 
 def candidates(sm: int, rows: int) -> Iterable[Tile]:
-    """Tiles worth compiling: both ways to look up, and what the registers of the accumulators allow."""
-    if rows <= 16:
+    """Tiles worth compiling beside the table's."""
+    if rows <= 64:
         height = 8 if rows <= 8 else 16
-        for columns, depth, split, warps in [(16, 64, 8, 8), (16, 64, 4, 4), (16, 128, 4, 4), (32, 64, 4, 4)]:
+        for columns, depth, split, warps in [(16, 64, 8, 8), (16, 64, 4, 4), (16, 128, 8, 8), (32, 64, 4, 4)]:
             yield Tile(height, columns, depth, split, warps, 3, True, True)
-        yield Tile(height, 16, 64, 8, 8, 4)
-        yield Tile(height, 16, 128, 8, 8, 2, True, True)
+        yield Tile(height, 16, 256, 4, 4, 2, True, True)
+        yield Tile(height, 16, 128, 4, 4, 3, False, True)
         return
-    sizes = [(64, 64, 4), (128, 64, 4), (128, 128, 8)]
-    if rows > 256:
-        sizes += [(256, 64, 8), (256, 128, 8)] if sm in (90, 110) else [(64, 128, 4)]
+    sizes = [(64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 128, 4), (256, 64, 4)]
     for height, width, warps in sizes:
-        for depth in (32, 64):
-            yield Tile(height, width, depth, 1, warps, 4)
-        if sm in (90, 110):
-            yield Tile(height, width, 64, 1, warps, 3, True, True)
+        for shared, permuted in ((True, True), (True, False), (False, False)):
+            yield Tile(height, width, 64, 1, warps, 3, shared, permuted)
 
 
-def clock(work: list[Callable[[], Any]], repeats: int = 7) -> float:
+def product_key(n: int, k: int, rows: int) -> str:
+    """Of the fused kernels for one product."""
+    return f"{n} {k} {rows}"
+
+
+def decoder_key(shape: Sequence[int]) -> str:
+    """Of the decoder for one weight."""
+    return f"decode {' '.join(map(str, shape))}"
+
+
+def compiled(sm: int, tune: bool) -> Book:
+    """All kernels of the benchmark, which takes Triton and no GPU."""
+    book: dict[str, list[Candidate]] = {}
+    for n, k in LINEARS.values():
+        book[decoder_key((n, k))] = [Candidate("", True, decode_kernel(sm, (n, k)))]
+        for rows in ROWS:
+            table = tiles(sm, rows)
+            cuts = [*table, *(tile for tile in candidates(sm, rows) if tune and tile not in table)]
+            made = [(tile, matmul_kernels(sm, rows, n, k, cuts=(tile,))) for tile in cuts]
+            book[product_key(n, k, rows)] = [
+                Candidate(str(tile), tile in table, *kernels) for tile, kernels in made if kernels
+            ]
+    for shape, _ in CONVOLUTIONS.values():
+        book[decoder_key(shape)] = [Candidate("", True, decode_kernel(sm, shape))]
+    return book
+
+
+def write_book(book: Book, path: Path) -> None:
+    """Into a file of JSON."""
+    plain = {
+        key: [(each.tile, each.ships, each.kernel.text()) for each in kernels]
+        for key, kernels in book.items()
+    }
+    path.write_text(json.dumps(plain))
+
+
+def read_book(path: Path) -> Book:
+    """The inverse of `write_book`."""
+    return {
+        key: [Candidate(tile, ships, read_kernels(text)[0]) for tile, ships, text in kernels]
+        for key, kernels in json.loads(path.read_text()).items()
+    }
+
+
+class Loaded:
+    """A compiled kernel in the GPU, launched on torch's stream."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self._cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._check(self._cuda.cuModuleLoadData(ctypes.byref(module), kernel.ptx.encode() + b"\0"))
+        name = kernel.entry.encode()
+        self._check(self._cuda.cuModuleGetFunction(ctypes.byref(self._function), module, name))
+
+    def _check(self, code: int) -> None:
+        if code:
+            raise RuntimeError(f"{self.kernel.entry}: CUDA error {code}")
+
+    def __call__(self, down: int, across: int, *arguments: Any) -> None:
+        """Launches it over (down, across); tensors are passed as addresses, integers as 32 bits."""
+        import torch
+
+        values = [
+            ctypes.c_int32(given) if isinstance(given, int) else ctypes.c_void_p(given.data_ptr())
+            for given in arguments
+        ]
+        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(value) for value in values])
+        programs = -(-down // self.kernel.rows) * -(-across // self.kernel.columns)
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        sizes = (programs, 1, 1, self.kernel.threads, 1, 1, self.kernel.shared_bytes)
+        self._check(self._cuda.cuLaunchKernel(self._function, *sizes, stream, pointers, None))
+
+
+@functools.cache
+def loaded(kernel: Kernel) -> Loaded:
+    """Every text once."""
+    return Loaded(kernel)
+
+
+# ---- times ----
+
+
+def clock(work: Sequence[Callable[[], Any]], repeats: int = 7) -> float:
     """Microseconds of one call, from a CUDA graph of all of them."""
     import torch
 
@@ -138,77 +249,71 @@ def clock(work: list[Callable[[], Any]], repeats: int = 7) -> float:
 
 
 class Layer:
-    """A packed weight and what it decodes to, in as many copies as keep both out of the cache."""
+    """A packed weight of random codes and what it decodes to, in as many copies as keep both out of the cache."""
 
-    def __init__(self, shape: tuple[int, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], book: Book) -> None:
         import torch
 
-        from trimtab.targets.plugins.kernels import launch_decode
-
-        random = np.random.default_rng(0)
-        n, k = shape[0], math.prod(shape[1:])
         cache = torch.cuda.get_device_properties(0).L2_cache_size
-        rows = as_words(random.integers(0, 256, (n, k // 4), dtype=np.uint8))
-        copies = min(max(2 * cache // rows.nbytes, 2), 400)
-        self.words = [torch.from_numpy(rows).cuda() for _ in range(copies)]
-        self.codebook = torch.from_numpy(random.standard_normal((256, 4)) / math.sqrt(k)).half().cuda()
-        self.scale = torch.ones(n, device="cuda")
-        self.bias = torch.from_numpy(random.standard_normal(n)).half().cuda()
-        weight = launch_decode(self.words[0], self.codebook, self.scale, shape, DECODE)
-        self.dense = [weight.clone() for _ in range(min(max(2 * cache // (2 * n * k), 2), 400))]
-        self.shape = shape
+        self.shape, self.n, self.k = shape, shape[0], math.prod(shape[1:])
+        self.taps = math.prod(shape[2:])
+        assert order(shape, 4) != "taps", "channels of these layers come in fours"
+        width = -(-self.k // (4 * ROW_BYTES)) * ROW_BYTES // 4
+        size = (self.n, width)
+        copies = min(max(2 * cache // (4 * self.n * width), 2), 300)
+        self.words = [
+            torch.randint(-(2**31), 2**31 - 1, size, device="cuda", dtype=torch.int32) for _ in range(copies)
+        ]
+        self.codebook = (torch.randn(256, 4, device="cuda") / math.sqrt(self.k)).half().view(torch.int64)
+        self.scale = torch.ones(self.n, device="cuda")
+        self.bias = torch.randn(self.n, device="cuda").half()
+        self.decoder = loaded(book[decoder_key(shape)][0].kernel)
+        self.weight = torch.empty(shape, device="cuda", dtype=torch.float16)
+        self.decode(0)
+        self.dense = [
+            self.weight.clone() for _ in range(min(max(2 * cache // (2 * self.n * self.k), 2), 100))
+        ]
 
-    def decoded(self, index: int) -> Any:
-        """The weights, by the kernel that decodes them."""
-        from trimtab.targets.plugins.kernels import launch_decode
+    def decode(self, index: int) -> Any:
+        """One of the weights, decoded; into one place."""
+        arguments = (self.words[index], self.codebook, self.scale, self.n, self.k, self.words[0].shape[1])
+        self.decoder(self.k, self.n, *arguments, self.taps, self.weight)
+        return self.weight
 
-        return launch_decode(self.words[index], self.codebook, self.scale, self.shape, DECODE)
 
-
-def linear(name: str, layer: Layer, rows: int, sm: int, quick: bool) -> Line:
+def linear(name: str, layer: Layer, rows: int, sm: int, book: Book) -> Line:
     """Times one product."""
     import torch
     from torch.nn.functional import linear as dense
 
-    from trimtab.targets.plugins.kernels import launch_matmul
-
-    x = torch.randn(rows, layer.shape[1], device="cuda", dtype=torch.float16)
-    y = torch.empty(rows, layer.shape[0], device="cuda", dtype=torch.float16)
-    packed = range(min(len(layer.words), 100))
-
-    def fused(tile: Tile) -> float:
-        def call(words: Any) -> Callable[[], Any]:
-            return lambda: launch_matmul(x, words, layer.codebook, layer.scale, layer.bias, tile, out=y)
-
-        return clock([call(layer.words[i]) for i in packed])
-
-    def multiply(weight: Any) -> Callable[[], Any]:
-        return lambda: dense(x, weight, layer.bias)
-
-    first = tiles(sm, rows)[0]
+    n, k = layer.n, layer.k
+    x = torch.randn(rows, k, device="cuda", dtype=torch.float16)
+    y = torch.empty(rows, n, device="cuda", dtype=torch.float16)
     expected = dense(x, layer.dense[0], layer.bias).float()
-    launch_matmul(x, layer.words[0], layer.codebook, layer.scale, layer.bias, first, out=y)
-    error = float((y.float() - expected).abs().max() / expected.abs().max())
-    table = fused(first)
-    timed = {first: table}
-    for tile in [] if quick else candidates(sm, rows):
-        if tile not in timed:
-            try:
-                timed[tile] = fused(tile)
-            except (
-                Exception
-            ) as failure:  # a candidate may ask for more than the SM has; Triton has many errors for it
-                print(f"{tile} on {name}: {str(failure).splitlines()[0]}", file=sys.stderr)
-    best = min(timed, key=timed.__getitem__)
+    count = len(layer.words) if rows <= 16 else min(len(layer.words), 40)
+
+    def fused(kernel: Kernel, index: int) -> None:
+        words = layer.words[index]
+        given = (x, words, layer.codebook, layer.scale, layer.bias, rows, n, k, words.shape[1], y)
+        loaded(kernel)(rows, n, *given)
+
+    timed: dict[Candidate, float] = {}
+    error = 0.0
+    for each in book[product_key(n, k, rows)]:
+        y.fill_(math.nan)
+        fused(each.kernel, 0)
+        off = float((y.float() - expected).abs().max() / expected.abs().max())
+        error = off if math.isnan(off) else max(error, off)
+        timed[each] = clock([functools.partial(fused, each.kernel, i) for i in range(count)])
     return Line(
         layer=name,
         rows=rows,
-        dense_us=clock([multiply(weight) for weight in layer.dense[:100]]),
-        fused_us=table,
-        best_us=timed[best],
-        decoded_us=clock([lambda i=i: dense(x, layer.decoded(i), layer.bias) for i in packed]),  # type: ignore[misc]
+        dense_us=clock([functools.partial(dense, x, weight, layer.bias) for weight in layer.dense]),
+        fused_us=min(time for each, time in timed.items() if each.ships),
+        decoded_us=clock([lambda i=i: dense(x, layer.decode(i), layer.bias) for i in range(count)]),  # type: ignore[misc]
+        fused=fuses(sm, rows),
         error=error,
-        tile=best,
+        tiles={each.tile: time for each, time in timed.items()},
     )
 
 
@@ -218,85 +323,110 @@ def convolution(name: str, layer: Layer, size: int) -> dict[str, Any]:
     from torch.nn.functional import conv2d
 
     x = torch.randn(2, layer.shape[1], size, size, device="cuda", dtype=torch.float16)
-    dense = clock([lambda w=w: conv2d(x, w, layer.bias, padding=1) for w in layer.dense[:50]])  # type: ignore[misc]
+    run = functools.partial(conv2d, x, bias=layer.bias, padding=1)
     packed = range(min(len(layer.words), 50))
-    decode = clock([lambda i=i: layer.decoded(i) for i in packed])  # type: ignore[misc]
-    both = clock([lambda i=i: conv2d(x, layer.decoded(i), layer.bias, padding=1) for i in packed])  # type: ignore[misc]
+    dense = clock([functools.partial(run, weight) for weight in layer.dense[:50]])
+    decode = clock([functools.partial(layer.decode, i) for i in packed])
+    both = clock([lambda i=i: run(layer.decode(i)) for i in packed])  # type: ignore[misc]
     return {"layer": name, "dense_us": dense, "decode_us": decode, "both_us": both, "ratio": dense / both}
 
 
-def measure(quick: bool) -> dict[str, Any]:
+def measure(kernels: Path | None = None, tune: bool = False) -> dict[str, Any]:
     """All lines, as plain data.
+
+    Args:
+        kernels: From `write_book`; None to compile them here.
+        tune: Time other tiles too.
 
     Raises:
         UnsupportedOp: There is no GPU, or one without kernels.
-        MissingDependency: There is no torch or no Triton.
+        MissingDependency: There is no torch, or no Triton to compile with.
     """
     try:
         import torch
-        import triton
     except ModuleNotFoundError as error:
-        raise MissingDependency(error.name or "triton", "kernels") from error
+        raise MissingDependency(error.name or "torch", "kernels") from error
     if not torch.cuda.is_available():
         raise UnsupportedOp("no CUDA GPU was found: run it on a machine with one")
     sm = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    tiles(sm, 1)
+    book = compiled(sm, tune) if kernels is None else read_book(kernels)
     lines = []
     for name, shape in LINEARS.items():
-        layer = Layer(shape)
-        lines += [linear(name, layer, rows, sm, quick) for rows in ROWS]
+        layer = Layer(shape, book)
+        lines += [linear(name, layer, rows, sm, book) for rows in ROWS]
     return {
         "device": torch.cuda.get_device_name(),
         "sm": sm,
-        "shared_kib": SHARED_LIMIT[sm],
-        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__},
-        "lines": [{**vars(line), "ratio": line.ratio, "met": line.met} for line in lines],
-        "convolutions": [convolution(n, Layer(shape), size) for n, (shape, size) in CONVOLUTIONS.items()],
+        "versions": {"torch": torch.__version__, "cuda": torch.version.cuda},
+        "lines": [
+            {**vars(line), "packed_us": line.packed_us, "ratio": line.ratio, "met": line.met}
+            for line in lines
+        ],
+        "convolutions": [
+            convolution(n, Layer(shape, book), size) for n, (shape, size) in CONVOLUTIONS.items()
+        ],
     }
 
 
 def show(result: dict[str, Any]) -> None:
-    """The tables, and the best tile of every number of rows by the sum of its times."""
+    """The tables, and the best tile of every number of rows."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    print(f"{result['device']}, sm_{result['sm']}, {versions}\n")
+    print(f"{result['device']}, sm_{result['sm']}, {versions}; microseconds\n")
     print(
-        f"{'layer':18} {'rows':>5} {'cuBLAS':>8} {'fused':>8} {'ratio':>6} {'best':>8} {'decode+':>8} {'error':>8}"
+        f"{'layer':18}{'rows':>6}{'cuBLAS':>9}{'packed':>9}{'ratio':>7}{'fused':>9}{'decode+':>9}{'error':>9}"
     )
     for line in result["lines"]:
         print(
-            f"{line['layer']:18} {line['rows']:5} {line['dense_us']:8.2f} {line['fused_us']:8.2f} {line['ratio']:6.2f} "
-            f"{line['best_us']:8.2f} {line['decoded_us']:8.2f} {line['error']:8.1e} {'' if line['met'] else 'short'}"
+            f"{line['layer']:18}{line['rows']:6}{line['dense_us']:9.2f}{line['packed_us']:9.2f}{line['ratio']:7.2f}"
+            f"{line['fused_us']:9.2f}{line['decoded_us']:9.2f}{line['error']:9.1e} {'' if line['met'] else 'short'}"
         )
     met = sum(line["met"] for line in result["lines"])
-    print(f"\n{met} of {len(result['lines'])} meet both goals (times in microseconds)\n")
+    print(f"\n{met} of {len(result['lines'])} meet both goals")
     for rows in ROWS:
-        votes: dict[Tile, float] = {}
-        for line in result["lines"]:
-            if line["rows"] == rows:
-                gain = math.log(line["fused_us"] / line["best_us"])
-                votes[line["tile"]] = votes.get(line["tile"], 0.0) + gain
-        print(f"{rows:5} rows, best of most gain: {max(votes, key=votes.__getitem__)}")
+        lines = [line for line in result["lines"] if line["rows"] == rows]
+        ratios = [line["ratio"] for line in lines]
+        print(
+            f"{rows:5} rows: ratio {statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+        if any(len(line["tiles"]) > 3 for line in lines):
+            shared = set.intersection(*(set(line["tiles"]) for line in lines))
+            loss = {
+                tile: statistics.geometric_mean(
+                    line["tiles"][tile] / min(line["tiles"].values()) for line in lines
+                )
+                for tile in shared
+            }
+            for tile in sorted(loss, key=loss.__getitem__)[:3]:
+                print(f"      {loss[tile]:.3f} of the best time of every layer: {tile}")
     print()
     for line in result["convolutions"]:
         print(
-            f"{line['layer']:18} dense {line['dense_us']:8.2f}  decode {line['decode_us']:8.2f}  "
-            f"both {line['both_us']:8.2f}  ratio {line['ratio']:.2f}"
+            f"{line['layer']:18}cuDNN{line['dense_us']:9.2f}  decode{line['decode_us']:9.2f}  "
+            f"both{line['both_us']:9.2f}  ratio {line['ratio']:.2f}"
         )
 
 
 def main() -> int:
     """Runs it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--quick", action="store_true", help="the table's tiles only")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tune", action="store_true", help="time other tiles too")
+    parser.add_argument("--kernels", type=Path, metavar="FILE", help="compiled elsewhere")
+    parser.add_argument("--compile", type=Path, metavar="FILE", help="compile the kernels and stop")
+    parser.add_argument("--sm", type=int, default=87, help="with --compile, as 87")
     parser.add_argument("--json", action="store_true")
-    arguments = parser.parse_args()
+    given = parser.parse_args()
     try:
-        result = measure(arguments.quick)
+        if given.compile:
+            write_book(compiled(given.sm, given.tune), given.compile)
+            return 0
+        result = measure(given.kernels, given.tune)
     except (UnsupportedOp, MissingDependency) as error:
         print(f"skipped: {error}", file=sys.stderr)
         return 0
-    if arguments.json:
-        print(json.dumps(result, default=vars))
+    if given.json:
+        print(json.dumps(result))
     else:
         show(result)
     return 0

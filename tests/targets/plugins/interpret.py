@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from trimtab.targets.plugins.codes import as_words
+from trimtab.targets.plugins.codes import as_words, grouped, order
 from trimtab.targets.plugins.kernels import launch_decode, launch_matmul
-from trimtab.targets.plugins.tiles import DECODE, Tile
+from trimtab.targets.plugins.tiles import Tile
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -62,8 +62,10 @@ def decoded(shape: tuple[int, ...], d: int, bits: int, scaled: bool) -> int:
     codes = random.integers(0, 1 << bits, (n, -(-channels * taps // d)), dtype=np.uint8)
     codebook = torch.from_numpy(random.standard_normal((1 << bits, d))).to(torch.float16)
     scale = torch.from_numpy(random.uniform(0.5, 2, n).astype(np.float32)) if scaled else torch.ones(n)
-    words = torch.from_numpy(as_words(pack(codes, bits)))
-    got = launch_decode(words, codebook, scale, shape, DECODE, bits)
+    rows = pack(codes, bits)
+    if order(shape, d) == "grouped":
+        rows = grouped(rows, shape, d, bits)
+    got = launch_decode(torch.from_numpy(as_words(rows)), codebook, scale, shape, bits)
     plain = (weights(codes, codebook, channels * taps).float() * scale[:, None]).half()
     return int((got != plain.reshape(n, taps, channels).mT.reshape(shape)).sum())
 
@@ -99,6 +101,10 @@ if __name__ == "__main__":
         "many rows, bfloat16": case(32, 32, 64, MANY, dtype=torch.bfloat16),
         "few rows, bfloat16": case(2, 16, 128, FEW, dtype=torch.bfloat16),
         "decode 3x3": decoded((18, 8, 3, 3), 4, 8, False),
+        "decode 3x3, six bits": decoded((3, 12, 3, 3), 2, 6, True),
+        "decode 1x3, six bits": decoded((9, 10, 1, 3), 2, 6, False),
+        "decode a matrix of more than a program": decoded((20, 300), 4, 8, True),
+        "decode a row of more than a program": decoded((3, 152, 3, 3), 4, 8, False),
         "decode 1x1 of odd channels": decoded((5, 21, 1, 1), 4, 8, False),
         "decode 3x3 of odd channels, six bits": decoded((3, 5, 3, 3), 2, 6, False),
         "decode with scales": decoded((16, 12, 3, 3), 2, 8, True),

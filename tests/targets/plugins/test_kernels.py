@@ -58,6 +58,10 @@ def test_the_product_is_rounded_once_in_bfloat16(results: dict[str, float], name
     "name",
     [
         "decode 3x3",
+        "decode 3x3, six bits",
+        "decode 1x3, six bits",
+        "decode a matrix of more than a program",
+        "decode a row of more than a program",
         "decode 1x1 of odd channels",
         "decode 3x3 of odd channels, six bits",
         "decode with scales",

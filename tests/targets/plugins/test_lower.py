@@ -55,10 +55,12 @@ class TrimtabVQDecode1(OpRun):
     op_domain = "trimtab"
 
     def _run(self, words: Any, codebook: Any, scale: Any, shape: Any = None, **attributes: Any) -> Any:
-        taps = int(np.prod(shape[2:]))
+        taps, d = int(np.prod(shape[2:])), codebook.shape[1]
         rows = rows_of(words, codebook, {256: 8, 64: 6}[len(codebook)], int(np.prod(shape[1:])))
         scaled = (rows * scale[:, None]).astype(codebook.dtype)
-        return (scaled.reshape(shape[0], taps, shape[1]).swapaxes(1, 2).reshape(shape),)
+        if shape[1] % d:
+            return (scaled.reshape(shape[0], taps, shape[1]).swapaxes(1, 2).reshape(shape),)
+        return (scaled.reshape(shape[0], -1, taps, d).swapaxes(2, 3).reshape(shape),)
 
 
 def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
@@ -133,12 +135,13 @@ def gemm(**attributes: Any) -> ir.Model:
     return sample.model(sample.node("Gemm", inputs, {"transB": 1, **attributes}, (12, 20)))
 
 
-def conv(kernel: tuple[int, int], group: int = 1, **options: Any) -> ir.Model:
-    stored = (8, *kernel, 10 // group) if kernel != (1, 1) else (8, 10 // group, 1, 1)
-    sample = Sample((1, 10, 7, 7), stored, **options)
+def conv(kernel: tuple[int, int], group: int = 1, channels: int = 10, **options: Any) -> ir.Model:
+    each = channels // group
+    stored = (8, *kernel, each) if kernel != (1, 1) else (8, each, 1, 1)
+    sample = Sample((1, channels, 7, 7), stored, **options)
     weight = sample.weight
     if kernel != (1, 1):
-        weight = sample.node("Transpose", [weight], {"perm": [0, 3, 1, 2]}, (8, 10 // group, *kernel))
+        weight = sample.node("Transpose", [weight], {"perm": [0, 3, 1, 2]}, (8, each, *kernel))
     size = (1, 8, 8 - kernel[0], 8 - kernel[1])
     return sample.model(sample.node("Conv", [sample.x, weight], {"group": group}, size))
 
@@ -174,6 +177,14 @@ def test_a_matmul_and_its_bias_become_one_product(options: dict[str, Any]) -> No
     np.testing.assert_allclose(after, before, atol=2.0**-9 * np.abs(before).max())
 
 
+def test_a_product_of_many_rows_reads_a_decoded_weight_as_it_lies() -> None:
+    model = matmul(rows=600)
+    before, after = lowered(model)
+    assert operators(model) == ["TrimtabVQDecode1", "Reshape", "Gemm", "Reshape", "Add"]
+    assert after.shape == (2, 600, 20)
+    np.testing.assert_allclose(after, before, atol=2.0**-9 * np.abs(before).max())
+
+
 def test_a_gemm_becomes_one_product() -> None:
     model = gemm()
     before, after = lowered(model)
@@ -181,9 +192,13 @@ def test_a_gemm_becomes_one_product() -> None:
     np.testing.assert_allclose(after, before, atol=2.0**-9 * np.abs(before).max())
 
 
+@pytest.mark.parametrize("options", [{}, {"bits": 6, "d": 2, "k": 64}], ids=["eight bits", "six bits"])
+@pytest.mark.parametrize("channels", [10, 16])
 @pytest.mark.parametrize(("kernel", "group"), [((3, 3), 1), ((3, 3), 2), ((1, 1), 1), ((1, 3), 1)])
-def test_a_convolution_reads_a_decoded_weight(kernel: tuple[int, int], group: int) -> None:
-    model = conv(kernel, group)
+def test_a_convolution_reads_a_decoded_weight(
+    kernel: tuple[int, int], group: int, channels: int, options: dict[str, Any]
+) -> None:
+    model = conv(kernel, group, channels, **options)
     before, after = lowered(model)
     assert operators(model) == ["TrimtabVQDecode1", "Conv"]
     np.testing.assert_array_equal(after, before)
@@ -200,7 +215,7 @@ def test_the_kernels_are_those_for_the_rows_and_the_type() -> None:
     UseKernels(87)(model)
     (node,) = model.graph
     kernels: tuple[Kernel, ...] = read_kernels(node.attributes["kernels"].as_string())
-    assert [(kernel.rows, kernel.dtype) for kernel in kernels] == [(16, "fp16")]  # 2 x 6 rows
+    assert {(kernel.rows, kernel.dtype) for kernel in kernels} == {(16, "fp16")}  # 2 x 6 rows
     assert {value.dtype.name for value in node.inputs[1:]} == {"INT32", "FLOAT16", "FLOAT"}
 
 

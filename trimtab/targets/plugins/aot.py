@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
 from trimtab.errors import BuildFailed, BundleError, MissingDependency
+from trimtab.targets.plugins.codes import order
 from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Tile, tiles
 
 MATMUL = "vq_matmul"
@@ -97,6 +100,7 @@ def matmul_kernels(
     bits: int = 8,
     dtype: str = "fp16",
     limit: int = STATIC_LIMIT,
+    cuts: Sequence[Tile] = (),
 ) -> tuple[Kernel, ...]:
     """Kernels for a product of ``m`` rows with a packed (n, k) weight, the best guess first.
 
@@ -109,6 +113,7 @@ def matmul_kernels(
         bits: Of one code, 6 or 8.
         dtype: "fp16" or "bf16".
         limit: Bytes of shared memory that a kernel may ask for; kernels over it are left out.
+        cuts: Tiles in place of the table's.
 
     Raises:
         UnsupportedOp: No kernel is compiled for this SM.
@@ -116,25 +121,31 @@ def matmul_kernels(
         MissingDependency: There is no Triton.
     """
     kernels = []
-    for tile in tiles(sm, m):
+    for tile in cuts or tiles(sm, m):
         kernel = _compile_matmul(
             sm, tile, _divisor(n), _divisor(k), k % (tile.split * tile.depth) == 0, d, bits, dtype
         )
         if kernel.shared_bytes <= limit:
             kernels.append(kernel)
-    assert kernels, "the last tile of each list fits"
+    assert kernels or cuts, "one tile of each list fits"
     return tuple(kernels)
 
 
-def decode_kernel(sm: int, n: int, k: int, *, d: int = 4, bits: int = 8, dtype: str = "fp16") -> Kernel:
-    """The kernel that writes out a convolution's weights. Arguments and errors as for `matmul_kernels`."""
+def decode_kernel(sm: int, shape: Sequence[int], *, d: int = 4, bits: int = 8, dtype: str = "fp16") -> Kernel:
+    """The kernel that writes out a weight, from codes in the `order` of its shape.
+
+    ``shape`` is (n, channels, taps...). The other arguments and the errors are those of `matmul_kernels`.
+    """
     tiles(sm, 1)
+    n, k, arranged = shape[0], math.prod(shape[1:]), order(shape, d)
+    tile = DECODE[arranged]
     signature = {"words": "*i32", "codebook": f"*i{16 * d}", "scale": "*fp32", **_INTEGERS, "taps": "i32",
                  "y": f"*{dtype}"}  # fmt: skip
     signature.pop("m")
-    values = {"D": d, "BITS": bits, "BLOCK_N": DECODE.columns, "BLOCK_K": DECODE.rows}
+    values = {"D": d, "BITS": bits, "ORDER": arranged, "SHARED": tile.shared, "BLOCK_N": tile.columns,
+              "BLOCK_K": tile.rows}  # fmt: skip
     # The last axis of the tile is the depth here, so a launch counts programs over (n, k) as it does over (n, m).
-    return _compile(DECODER, sm, signature, values, {"n": _divisor(n), "k": _divisor(k), "stride": 4}, DECODE)
+    return _compile(DECODER, sm, signature, values, {"n": _divisor(n), "k": _divisor(k), "stride": 4}, tile)
 
 
 _INTEGERS = {"m": "i32", "n": "i32", "k": "i32", "stride": "i32"}
@@ -160,7 +171,7 @@ def _compile(
     name: str,
     sm: int,
     signature: dict[str, str],
-    values: dict[str, int | bool],
+    values: Mapping[str, int | bool | str],
     divisors: dict[str, int],
     tile: Tile,
 ) -> Kernel:

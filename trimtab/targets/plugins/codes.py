@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from trimtab.passes.vq_op import pack_indices, unpack_indices
+
+Order = Literal["matrix", "grouped", "taps"]
+"""How the codes of a row stand where a weight is decoded: `order`."""
 
 ROW_BYTES = 16
 """Rows start at a multiple of it: the widest load that a thread has."""
@@ -26,3 +33,36 @@ def as_words(rows: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     padded = np.zeros((rows.shape[0], -(-rows.shape[1] // ROW_BYTES) * ROW_BYTES), np.uint8)
     padded[:, : rows.shape[1]] = rows
     return padded.view("<i4").astype(np.int32, copy=False)
+
+
+def order(shape: Sequence[int], d: int) -> Order:
+    """How the decoder takes the codes of a weight.
+
+    Args:
+        shape: (n, channels, taps...).
+        d: Weights of one codeword.
+
+    Returns:
+        "matrix" where there is one tap; else "grouped", for rows as `grouped` gives them, where no codeword lies across
+        two taps; else "taps": all channels of one tap after the other, as the graph has them.
+    """
+    if math.prod(shape[2:]) == 1:
+        return "matrix"
+    return "taps" if shape[1] % d else "grouped"
+
+
+def grouped(rows: npt.NDArray[Any], shape: Sequence[int], d: int, bits: int) -> npt.NDArray[np.uint8]:
+    """Rows of packed codes (n, bytes) with the taps of one group of channels next to each other, packed again.
+
+    What a codeword's neighbours are decoded to then lies near it in the weight, whose last axes are the taps.
+
+    Args:
+        rows: As the graph has them, all channels of one tap after the other.
+        shape: (n, channels, taps...); d divides the channels.
+        d: Weights of one codeword.
+        bits: Of a code, 8 or 6.
+    """
+    n, groups, taps = shape[0], shape[1] // d, math.prod(shape[2:])
+    indices = unpack_indices(rows.view(np.uint8), bits)[:, : taps * groups]  # six-bit codes come in fours
+    turned = indices.reshape(n, taps, groups).swapaxes(1, 2).reshape(n, taps * groups)
+    return pack_indices(np.ascontiguousarray(turned), bits)

@@ -8,12 +8,14 @@ inputs and the output because that is the order in which TensorRT passes argumen
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from trimtab.targets.plugins.tiles import Tile
+from trimtab.targets.plugins.codes import order
+from trimtab.targets.plugins.tiles import DECODE, Tile
 
 
 @triton.jit
@@ -109,6 +111,11 @@ def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constex
     column = start_m[:, None] + tl.arange(0, BLOCK_K)[None, :]
     x_at = x + row_m[:, None] * k + column
     table = tl.load(codebook + tl.arange(0, 256 if BITS == 8 else 64))
+    out_n = first_n + tl.arange(0, BLOCK_N)
+    out_m = first_m + tl.arange(0, BLOCK_M)
+    # Read here, beside the first codes: after the loop, nothing would hide their way from memory.
+    by = tl.load(scale + out_n, mask=out_n < n, other=0.0)
+    plus = tl.load(bias + out_n, mask=out_n < n, other=0.0).to(tl.float32)
     if SPLIT == 1:
         total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     else:
@@ -130,19 +137,15 @@ def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constex
             total = tl.dot(weights, rows, total)
     if SPLIT > 1:
         total = tl.sum(total, axis=0)
-    out_n = first_n + tl.arange(0, BLOCK_N)
-    out_m = first_m + tl.arange(0, BLOCK_M)
-    by = tl.load(scale + out_n, mask=out_n < n, other=0.0)
-    plus = tl.load(bias + out_n, mask=out_n < n, other=0.0)
-    total = total * by[:, None] + plus[:, None].to(tl.float32)
+    total = total * by[:, None] + plus[:, None]
     inside = (out_m[None, :] < m) & (out_n[:, None] < n)
     tl.store(y + out_m[None, :] * n + out_n[:, None], total.to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BITS: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """W of a convolution, (n, k / taps, taps): codes run along the input channels, taps are the last axis of W.
+              ORDER: tl.constexpr, SHARED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+    """W of a product (n, k) or of a convolution (n, k / taps, taps), from codes in the order that `codes.order` names.
 
     Exact where every scale is 1; else each weight is rounded once, after the product in fp32.
     """
@@ -151,13 +154,21 @@ def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BI
     start = (tl.program_id(0) // blocks_n) * BLOCK_K
     row = tl.minimum(out_n, n - 1)
     dtype: tl.constexpr = y.dtype.element_ty
-    weights = _weights(words, codebook, codebook, row, (tl.zeros_like(row) + start) // D, stride, False, BITS, D,
-                       False, False, BLOCK_K, dtype)  # fmt: skip
+    table = tl.load(codebook + tl.arange(0, 256 if BITS == 8 else 64))
+    weights = _weights(words, codebook, table, row, (tl.zeros_like(row) + start) // D, stride, False, BITS, D,
+                       SHARED, False, BLOCK_K, dtype)  # fmt: skip
     by = tl.load(scale + row)
     weights = (weights.to(tl.float32) * by[:, None]).to(dtype)
     column = start + tl.arange(0, BLOCK_K)
-    channels = k // taps
-    place = (column % channels) * taps + column // channels
+    if ORDER == "matrix":
+        place = column
+    elif ORDER == "grouped":
+        # Weights that are written here lie within taps * D of each other: lines of memory are filled by one program.
+        code = column // D
+        place = (code // taps) * (taps * D) + (column % D) * taps + code % taps
+    else:
+        channels = k // taps
+        place = (column % channels) * taps + column // channels
     inside = (out_n[:, None] < n) & (column[None, :] < k)
     tl.store(y + out_n[:, None] * k + place[None, :], weights, mask=inside)
 
@@ -208,18 +219,24 @@ def launch_matmul(
     return y
 
 
-def launch_decode(
-    words: Any, codebook: Any, scale: Any, shape: tuple[int, ...], tile: Tile, bits: int = 8
-) -> Any:
-    """Runs `vq_decode` on torch tensors; ``shape`` (n, channels, taps...) is that of W."""
-    n, channels, *kernel = shape
-    taps = 1
-    for size in kernel:
-        taps *= size
+def launch_decode(words: Any, codebook: Any, scale: Any, shape: tuple[int, ...], bits: int = 8) -> Any:
+    """Runs `vq_decode` on torch tensors.
+
+    Args:
+        words: (n, stride) int32, the codes in the `order` of the shape.
+        codebook: (256 or 64, d) fp16 or bf16.
+        scale: (n) fp32.
+        shape: Of W, (n, channels, taps...).
+        bits: A code's, 8 or 6.
+    """
+    d = codebook.shape[1]
+    n, taps = shape[0], math.prod(shape[2:])
+    arranged = order(shape, d)
+    tile = DECODE[arranged]
     y = codebook.new_empty(shape)
-    vq_decode[(tile.programs(channels * taps, n),)](
-        words, integers(codebook), scale, n, channels * taps, words.shape[1], taps, y,
-        D=codebook.shape[1], BITS=bits, BLOCK_N=tile.columns, BLOCK_K=tile.rows,
+    vq_decode[(tile.programs(shape[1] * taps, n),)](
+        words, integers(codebook), scale, n, shape[1] * taps, words.shape[1], taps, y,
+        D=d, BITS=bits, ORDER=arranged, SHARED=tile.shared, BLOCK_N=tile.columns, BLOCK_K=tile.rows,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y

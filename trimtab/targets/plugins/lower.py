@@ -12,9 +12,9 @@ import onnx_ir as ir
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
 from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, write_kernels
-from trimtab.targets.plugins.codes import as_words
+from trimtab.targets.plugins.codes import as_words, grouped, order
 from trimtab.targets.plugins.qdp import DECODE_OP, MATMUL_OP, NAMESPACE
-from trimtab.targets.plugins.tiles import STATIC_LIMIT
+from trimtab.targets.plugins.tiles import STATIC_LIMIT, fuses
 
 PACKED = ("trimtab", "VQDequantize")
 """Domain and name of the operator: codes, codebook[, scale] -> W, attributes ``shape`` and ``index_bits``."""
@@ -79,6 +79,10 @@ class UseKernels(Pass):
         rows = None if x is None or x.shape is None else _count(x.shape[:-1])
         if rows is None or len(weight.shape) != 2 or turned != _reads_turned(reader):
             return
+        if not fuses(self.sm, rows):
+            if reader.op_type == "MatMul":
+                _as_gemm(graph, weight, reader, rows)
+            return
         bias = reader.inputs[2] if len(reader.inputs) > 2 else None
         out = reader.outputs[0]
         if reader.op_type == "Gemm":
@@ -117,10 +121,8 @@ class UseKernels(Pass):
             shape = (shape[0], shape[last], *shape[1:last])
         elif math.prod(shape[2:]) > 1:
             return  # its Transpose is served
-        kernel = decode_kernel(
-            self.sm, shape[0], weight.columns, d=weight.d, bits=weight.bits, dtype=weight.dtype or ""
-        )
-        _replace(graph, [producer], value, DECODE_OP, weight.operands(graph), (kernel,), shape)
+        kernel = decode_kernel(self.sm, shape, d=weight.d, bits=weight.bits, dtype=weight.dtype or "")
+        _replace(graph, [producer], value, DECODE_OP, weight.operands(graph, shape), (kernel,), shape)
 
 
 class _Weight:
@@ -144,13 +146,21 @@ class _Weight:
         turned = [user for user, _ in value.uses() if user.op_type == "Transpose" and user.domain == ""]
         return [(value, False), *((user.outputs[0], True) for user in turned)]
 
-    def operands(self, graph: ir.Graph) -> list[ir.Value]:
-        """Words, codebook and scale as the plugins take them; made once."""
-        words = as_words(self.codes)
+    def operands(self, graph: ir.Graph, decoded: tuple[int, ...] | None = None) -> list[ir.Value]:
+        """Words, codebook and scale as the plugins take them; made once.
+
+        Args:
+            graph: Where to.
+            decoded: The shape of the weight that the decoder writes; None for a product.
+        """
+        name, stored = "words", self.codes
+        if decoded is not None and order(decoded, self.d) == "grouped":
+            name, stored = "grouped", grouped(stored, decoded, self.d, self.bits)
+        words = self.constant(graph, name, as_words(stored), ir.DataType.INT32)
         rows = np.zeros((1 << self.bits, self.d), np.float32)
         rows[: len(self.codebook)] = self.codebook
         return [
-            self.constant(graph, "words", words, ir.DataType.INT32),
+            words,
             self.constant(graph, "codebook", rows),
             self.constant(graph, "scale", self.scale, ir.DataType.FLOAT),
         ]
@@ -164,6 +174,26 @@ class _Weight:
         if name not in graph.initializers:
             add_constant(graph, name, array.astype((dtype or self.type).numpy()))  # type: ignore[union-attr]
         return graph.initializers[name]
+
+
+def _as_gemm(graph: ir.Graph, weight: _Weight, reader: ir.Node, rows: int) -> None:
+    """A MatMul as a Gemm, which reads the weight as it is decoded: nothing has to turn it in memory."""
+    x, out = reader.inputs[0], reader.outputs[0]
+    assert x is not None and out.shape is not None
+    flat = add_constant(graph, f"{out.name}.rows", np.array([rows, weight.columns], np.int64))
+    whole = add_constant(graph, f"{out.name}.shape", np.array(out.shape.numpy(), np.int64))
+    left = ir.node("Reshape", [x, flat])
+    product = ir.node("Gemm", [left.outputs[0], weight.node.outputs[0]], {"transB": 1}, name=reader.name)
+    last = ir.node("Reshape", [product.outputs[0], whole])
+    sizes = (ir.Shape((rows, weight.columns)), ir.Shape((rows, weight.shape[0])), out.shape)
+    for part, node, size in zip(("left", "product", "result"), (left, product, last), sizes, strict=True):
+        made = node.outputs[0]
+        made.name, made.shape, made.type = f"{out.name}.{part}", size, out.type
+        node.metadata_props.update(reader.metadata_props)
+    graph.insert_after(reader, [left, product, last])
+    out.replace_all_uses_with(last.outputs[0], replace_graph_outputs=True)
+    last.outputs[0].name, out.name = out.name, None
+    graph.remove(reader, safe=True)
 
 
 def _remove_unread(graph: ir.Graph, weight: _Weight) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from trimtab.errors import UnsupportedOp
+from trimtab.targets.plugins.codes import Order
 
 SMS = (80, 86, 87, 89, 90, 110, 120, 121)
 """Compute capabilities, as sm_87, that kernels are compiled for."""
@@ -47,42 +49,64 @@ class Tile:
         return -(-rows // self.rows) * -(-columns // self.columns)
 
 
-# Few rows: the codes' way from memory bounds the time, then the look-ups. A lookup in shared memory serves 32
-# threads in about 6 cycles (two halves of 16 threads, each as slow as the fullest of 16 bank pairs: 3.1 expected);
-# through L1 it takes one cycle per cache line, 14 of the codebook's 16. A tile of 16 columns is the smallest that
-# the instruction has, for as many programs as there can be; eight warps on eight parts keep the loads in flight.
-_FEW = Tile(8, 16, 64, 8, 8, 3, True, True)
-_SIXTEEN = Tile(16, 16, 64, 8, 8, 3, True, True)
-_DOZENS = Tile(32, 32, 64, 4, 8, 3, True, True)
+# Few rows: waiting bounds the time, for the launch, for memory and for look-ups, so programs are small and many, and
+# parts of one split the depth between them. A lookup in shared memory serves 32 threads in about 6 cycles (two halves
+# of 16 threads, each as slow as the fullest of 16 bank pairs: 3.1 expected); through L1 it takes one cycle per cache
+# line, 14 of the codebook's 16. Which of three cuts is best depends on the layer; TensorRT times them. Measured on an
+# H100: together within 2% of the best of 42 for the layers of DiT-XL/2 and SD 1.5 (8% from 17 rows on), the first
+# alone within 10% up to 16 rows.
+_FEW = {
+    8: (
+        Tile(8, 16, 128, 4, 4, 3, True, True),
+        Tile(8, 16, 128, 8, 4, 3, True, True),
+        Tile(8, 32, 128, 2, 4, 3, True, True),
+    ),
+    16: (
+        Tile(16, 16, 128, 4, 4, 3, True, True),
+        Tile(16, 16, 64, 4, 4, 4, True, True),
+        Tile(16, 32, 128, 2, 4, 3, True, True),
+    ),
+    64: (Tile(32, 64, 128, 1, 4, 3, True, True), Tile(16, 16, 128, 2, 2, 3, True, True)),
+}
 
 # Many rows, mma.sync (sm_80 to 89, 120, 121): 8 warps as 4 x 2 would look up every codeword twice from registers;
 # copying codewords asynchronously through L1 into shared memory looks each up once and leaves the threads to the
 # 64 instructions of a turn. A turn of 128 x 128 x 64 is 1 Mi multiply-adds: 1024 cycles on Orin and A100 and 4096
 # on GeForce, against 64 look-ups of 14 cycles beside them.
-_SYNC = {
-    256: Tile(64, 64, 64, 1, 4, 4),
-    1024: Tile(128, 64, 64, 1, 4, 4),
-    0: Tile(128, 128, 32, 1, 8, 4),
-}
+_SYNC = {256: Tile(64, 64, 64, 1, 4, 4), 1024: Tile(128, 64, 64, 1, 4, 4)}
 
-# Many rows, wgmma (sm_90) and tcgen05 (sm_110): a turn takes 512 and 256 cycles, so look-ups bound it: shared
-# memory, 64 of 6 cycles, with the left operand straight in registers and as many rows as the accumulators allow.
-_ASYNC = {
-    256: Tile(64, 64, 64, 1, 4, 3, True, True),
-    1024: Tile(128, 128, 64, 1, 8, 3, True, True),
-    0: Tile(256, 128, 64, 1, 8, 3, True, True),
-}
+# Many rows, wgmma and tcgen05 (sm_90, sm_110): a turn takes 512 and 256 cycles, so look-ups bound it: shared memory,
+# 64 of 6 cycles, with the left operand straight in registers.
+_ASYNC = {256: Tile(64, 64, 64, 1, 4, 3, True, True), 1024: Tile(128, 128, 64, 1, 8, 3, True, True)}
 
-DECODE = Tile(256, 16, warps=4, stages=1)
-"""For `vq_decode`: a program writes 16 rows of 256 weights."""
+_FUSED_ROWS = {90: 64}
+_FUSED_ROWS_ELSEWHERE = 1024
+
+DECODE: Mapping[Order, Tile] = {
+    "matrix": Tile(256, 16, warps=4, stages=1, shared=True),
+    "grouped": Tile(1024, 2, warps=4, stages=1),
+    "taps": Tile(256, 16, warps=4, stages=1),
+}
+"""For `vq_decode`, by the order of the codes: a program writes so many columns of rows of weights."""
+
+
+def fuses(sm: int, rows: int) -> bool:
+    """Whether a product decodes on the way; else its weight is decoded first, for TensorRT's own product to read.
+
+    On an H100, the fused kernel is ahead up to 64 rows, behind from 128 on, and takes twice the time of
+    decode-then-multiply at 1024. No other GPU was measured. There, decoding first adds about 300 / rows to the time of
+    a product on Orin (4 bytes a weight through 205 GB/s, beside 2 operations a row at 30 TFLOP/s), and less where the
+    L2 cache holds the weight: beyond 1024 rows, little can be lost by it.
+    """
+    return rows <= _FUSED_ROWS.get(sm, _FUSED_ROWS_ELSEWHERE)
 
 
 def tiles(sm: int, rows: int) -> tuple[Tile, ...]:
-    """The tiles worth trying, the best guess first. The last one fits `STATIC_LIMIT` on every SM.
+    """The tiles worth trying, the best guess first. One of them fits `STATIC_LIMIT` on every SM.
 
     Args:
         sm: As in sm_87.
-        rows: Of x: batch times tokens.
+        rows: Of x: batch times tokens; as many as `fuses` takes.
 
     Raises:
         UnsupportedOp: No kernel is compiled for this SM.
@@ -92,13 +116,10 @@ def tiles(sm: int, rows: int) -> tuple[Tile, ...]:
         raise UnsupportedOp(
             f"no kernel for sm_{sm}, only for {known}: compile for one of them, or without --vq"
         )
-    if rows <= 8:
-        return (_FEW,)
-    if rows <= 16:
-        return (_SIXTEEN,)
-    if rows <= 64:
-        return (_DOZENS,)
+    for limit, few in _FEW.items():
+        if rows <= limit:
+            return few
     table = _ASYNC if sm in (90, 110) else _SYNC
-    chosen = next(tile for limit, tile in table.items() if not limit or rows <= limit)
+    chosen = table[256 if rows <= 256 else 1024]
     fallback = _SYNC[256]
     return (chosen,) if chosen == fallback else (chosen, fallback)
