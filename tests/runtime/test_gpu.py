@@ -22,6 +22,7 @@ from trimtab.manifest import Engine
 from trimtab.runtime.bench import _picture
 from trimtab.runtime.load import Pipeline
 from trimtab.runtime.sessions import onnxruntime as ort_sessions
+from trimtab.runtime.sessions.cuda import Driver
 
 TARGET = "rtx-4090"
 REQUEST: dict[str, Any] = {"label": 1, "seed": 3, "guidance": 4.0, "schedule": 3}
@@ -321,6 +322,25 @@ def test_onnx_runtime_on_cuda_keeps_its_tensors_there(
     assert np.array_equal(picture, on_the_cpu)
     assert cuda.uploads == len(plan.inputs) + sum(len(step.draws) for step in plan.steps)
     assert cuda.downloads == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "file"),
+    [
+        ({}, "graphs/u.onnx"),
+        ({"packed": True}, "graphs/u.cpu.onnx"),
+        ({"precision": "int8"}, "graphs/u.cpu.onnx"),
+    ],
+    ids=["dense", "packed", "int8"],
+)
+def test_onnx_runtime_on_cuda_runs_the_graph_that_was_not_changed_for_the_cpu(
+    cuda: NullCuda, changes: dict[str, Any], file: str
+) -> None:
+    engine = Engine("cpu", "onnxruntime", "graphs/u.cpu.onnx", 1, "graphs/u.onnx", **changes)
+    backend = ort_sessions.OnnxRuntimeCuda(Driver(cuda))
+    assert backend.file(engine) == file
+    assert ort_sessions.OnnxRuntimeCpu().file(engine) == "graphs/u.cpu.onnx"
+    backend.close()
 
 
 def test_onnx_runtime_without_cuda_says_what_to_install(built: Path, cuda: NullCuda) -> None:

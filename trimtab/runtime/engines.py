@@ -73,13 +73,14 @@ class Engines:
                 stage = self._stages[segment]
                 self._close(p for p, loaded in self._loaded.items() if self._stages[loaded.segment] != stage)
             # Every file beside the engine is verified with it: a graph reads weights that others wrote.
-            folder = engine.path.rpartition("/")[0] + "/"
+            file = self.backend.file(engine)
+            folder = file.rpartition("/")[0] + "/"
             weights = [f.path for f in self._bundle.contents.files if f.path.endswith(".weights")]
             self._bundle.verify(
-                [engine.path, *engine.plugins, *(path for path in weights if path.startswith(folder))]
+                [file, *engine.plugins, *(path for path in weights if path.startswith(folder))]
             )
             plugins = [self._bundle.path(path) for path in engine.plugins]
-            session = self.backend.load(engine, self._bundle.path(engine.path), plugins)
+            session = self.backend.load(engine, self._bundle.path(file), plugins)
             self._loaded[engine.path] = _Loaded(segment, session, {})
         return self._loaded[engine.path]
 

@@ -89,12 +89,16 @@ class Backend(Protocol):
         """
         ...
 
+    def file(self, engine: Engine) -> str:
+        """The file that it loads for an engine, relative to the bundle."""
+        ...
+
     def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> Session:
         """Loads an engine, checked first.
 
         Args:
             engine: What the bundle says of it.
-            path: Its file, verified.
+            path: The file that `file` named, verified.
             plugins: Files to register before it is loaded, verified.
 
         Raises:

@@ -75,6 +75,10 @@ class TensorRT:
         """See `trimtab.runtime.sessions.Backend`."""
         check_engine(engine, self._trt.__version__, self._driver.sm, self._driver.name)
 
+    def file(self, engine: Engine) -> str:
+        """See `trimtab.runtime.sessions.Backend`."""
+        return engine.path
+
     def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> TensorRTSession:
         """See `trimtab.runtime.sessions.Backend`."""
         self.check(engine)
