@@ -1,12 +1,14 @@
 """Everything that needs an NVIDIA GPU, in one command and within 10 minutes.
 
-    python benchmarks/gpu_checks.py [-o gpu_checks.json] [--bundle BUNDLE]
+    python benchmarks/gpu_checks.py [-o gpu_checks.json] [--bundle BUNDLE ...] [--kernels FILE]
 
-Compiles the sample model for this GPU, and for every backend that is installed (ONNX Runtime's CUDA provider, TensorRT
-for RTX, TensorRT) builds its engines, draws a picture and holds it against the CPU's, times a step with and without
-CUDA graphs, and sees that a number which is not finite reaches the picture. Then the Triton kernels, by
-`benchmarks/vq_kernels.py`. What cannot run here is skipped by name, with the reason; each check has a process of its
-own, so that one which dies fails alone. Prints a table and writes JSON. The exit code is 1 where a check failed.
+Compiles the sample models for this GPU: plain, with feature inheritance and HiDiffusion beyond the trained size, and
+with 2-bit weights. For every backend that is installed (ONNX Runtime's CUDA provider, TensorRT for RTX, TensorRT)
+builds the engines, draws a picture with each and holds it against the CPU's, times a step of the plain one with and
+without CUDA graphs, and sees that a number which is not finite reaches the picture. Then the kernels of packed weights,
+by `benchmarks/vq_kernels.py`, which may have compiled them elsewhere. What cannot run here is skipped by name, with the
+reason; each check has a process of its own, so that one which dies fails alone. Prints a table and writes JSON. The
+exit code is 1 where a check failed.
 
 Send the JSON with a report: docs/hardware.md keeps what has run on which GPU.
 """
@@ -30,8 +32,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-MODEL = Path(__file__).parents[1] / "samples" / "01_shapes" / "models" / "shapes-sd"
+SAMPLES = Path(__file__).parents[1] / "samples" / "01_shapes" / "models"
+VARIANTS: Mapping[str, tuple[str, ...]] = {
+    "plain": ("shapes-sd",),
+    "inherit and HiDiffusion": ("shapes-sd", "--inherit", "2", "--size", "128x128", "--hidiffusion"),
+    "2 bits": ("shapes-dit", "--vq", "2"),
+}
+"""Name -> the sample model and what it is compiled with. The first one is timed."""
+
 PROMPT = "a red circle"
+CLASS = 1
 BUDGET_S = 600.0
 LIMIT = 2 / 255
 """How far a picture may be from the CPU's, at its worst pixel: two levels of an 8-bit picture. All is fp32."""
@@ -80,8 +90,8 @@ class Finding:
     seconds: float = 0.0
 
 
-Check = Callable[[Path], dict[str, Any]]
-"""Given the bundle it returns numbers; with "why" among them where it failed."""
+Check = Callable[[Mapping[str, Path]], dict[str, Any]]
+"""Given bundles by name it returns numbers; with "why" among them where it failed."""
 
 
 def look() -> Machine:
@@ -146,18 +156,24 @@ def buildable(machine: Machine, devices: Path) -> dict[str, str]:
     return reasons
 
 
-def compile_sample(bundle: Path, devices: Path, backends: Sequence[str], timeout: float) -> None:
-    """The sample model for the CPU and for this GPU, its engines finished.
+def compile_samples(folder: Path, devices: Path, backends: Sequence[str], end: float) -> dict[str, Path]:
+    """The sample models for the CPU and for this GPU, their engines finished.
 
     Raises:
-        RuntimeError: It cannot be compiled or built; with what trimtab said.
+        RuntimeError: One cannot be compiled or built; with what trimtab said.
     """
     names = [TARGETS[backend] for backend in backends]
     targets = [word for name in ("cpu", *names) for word in ("--target", name)]
     common = ["--devices", str(devices), "--no-cache"]
-    _trimtab(["compile", str(MODEL), "--steps", "20", *targets, *common, "-o", str(bundle)], timeout)
-    if "tensorrt" in backends:
-        _trimtab(["build", str(bundle), "--target", TARGETS["tensorrt"], *common], timeout)
+    bundles = {}
+    for number, (name, (model, *options)) in enumerate(VARIANTS.items()):
+        bundles[name] = bundle = folder / f"{number}.bundle"
+        words = [str(SAMPLES / model), "--steps", "20", *options, *targets, *common, "-o", str(bundle)]
+        _trimtab(["compile", *words], end - time.monotonic())
+        if "tensorrt" in backends:
+            build = ["build", str(bundle), "--target", TARGETS["tensorrt"], *common]
+            _trimtab(build, end - time.monotonic())
+    return bundles
 
 
 def _trimtab(words: Sequence[str], timeout: float) -> None:
@@ -174,46 +190,68 @@ def _trimtab(words: Sequence[str], timeout: float) -> None:
 # ---- the checks: each in a process of its own ----
 
 
-def picture(bundle: Path, backend: str) -> dict[str, Any]:
-    """A backend's picture against the CPU's, the time of a step, and the way of a number that is not finite."""
+def picture(bundles: Mapping[str, Path], backend: str) -> dict[str, Any]:
+    """A backend's pictures against the CPU's; of the first bundle the time of a step too, and the way of a number that
+    is not finite.
+    """
     import numpy as np
 
     from trimtab.runtime.load import load
 
-    with load(bundle, target="cpu") as pipe:
-        expected = pipe(PROMPT, seed=0).pixels
     where = {"provider": "cuda", "target": "cpu"} if backend == "cuda" else {"target": TARGETS[backend]}
-    with load(bundle, **where) as pipe:
-        pixels = pipe(PROMPT, seed=0).pixels
-        again = pipe(PROMPT, seed=0).pixels
-        numbers: dict[str, Any] = {"off_cpu": float(np.abs(pixels - expected).max())}
-        numbers["repeats"] = bool(np.array_equal(pixels, again))
-        numbers["step_ms"] = step_ms(pipe)
-        engines = pipe.engines.backend
-        if backend != "cuda":
-            numbers["graphs"] = engines.graphs
-            engines.use_graphs = False
-            numbers["step_ms_without_graphs"] = step_ms(pipe)
-        _, plan, _ = pipe.prepare(PROMPT, seed=0)
-        call = plan.epilogue.calls[-1]
-        numbers["not_finite_is_seen"] = True
-        for value in (np.nan, np.inf, -np.inf):
-            for latents in call.inputs.values():
-                latents[...] = np.full(latents.shape, value, latents.dtype)
-            plan.epilogue.run(None)
-            seen = not all(np.isfinite(np.asarray(image)).all() for image in call.outputs.values())
-            numbers["not_finite_is_seen"] &= seen
-    if numbers["off_cpu"] > LIMIT:
-        numbers["why"] = f"the picture is {numbers['off_cpu']:.1e} off the CPU's, and {LIMIT:.1e} is allowed"
+    off: dict[str, float] = {}
+    numbers: dict[str, Any] = {"off_cpu": off, "repeats": True}
+    for name, bundle in bundles.items():
+        with load(bundle, target="cpu") as pipe:
+            expected = pipe(**asked(pipe)).pixels
+        with load(bundle, **where) as pipe:
+            pixels = pipe(**asked(pipe)).pixels
+            off[name] = float(np.abs(pixels - expected).max())
+            numbers["repeats"] &= bool(np.array_equal(pixels, pipe(**asked(pipe)).pixels))
+            if len(off) == 1:
+                numbers |= looked_into(pipe, backend)
+    worst = max(off, key=off.__getitem__)
+    if not off[worst] <= LIMIT:
+        numbers["why"] = (
+            f"the picture of {worst} is {off[worst]:.1e} off the CPU's, and {LIMIT:.1e} is allowed"
+        )
     elif not numbers["not_finite_is_seen"]:
         numbers["why"] = "latents that are not finite are decoded into a picture that is"
     return numbers
 
 
+def looked_into(pipe: Any, backend: str) -> dict[str, Any]:
+    """The time of a step, with and without graphs, and the way of a number that is not finite."""
+    import numpy as np
+
+    numbers: dict[str, Any] = {"step_ms": step_ms(pipe)}
+    engines = pipe.engines.backend
+    if backend != "cuda":
+        numbers["graphs"] = engines.graphs
+        engines.use_graphs = False
+        numbers["step_ms_without_graphs"] = step_ms(pipe)
+    _, plan, _ = pipe.prepare(**asked(pipe))
+    call = plan.epilogue.calls[-1]
+    numbers["not_finite_is_seen"] = True
+    for value in (np.nan, np.inf, -np.inf):
+        for latents in call.inputs.values():
+            latents[...] = np.full(latents.shape, value, latents.dtype)
+        plan.epilogue.run(None)
+        seen = not all(np.isfinite(np.asarray(image)).all() for image in call.outputs.values())
+        numbers["not_finite_is_seen"] &= seen
+    return numbers
+
+
+def asked(pipe: Any) -> dict[str, Any]:
+    """What is drawn: by a text, or by a class."""
+    kinds = {spec.source.get("kind") for task in pipe.bundle.contents.tasks.values() for spec in task.inputs}
+    return {"seed": 0, **({"prompt": PROMPT} if "tokens" in kinds else {"label": CLASS})}
+
+
 def step_ms(pipe: Any, pictures: int = 5) -> float:
     """The median time of a step, over some pictures after one that does not count."""
     times: list[float] = []
-    request, plan, _ = pipe.prepare(PROMPT, seed=0)
+    request, plan, _ = pipe.prepare(**asked(pipe))
     for number in range(pictures + 1):
         marks: list[float] = []
         plan.run(request, lambda done, total, marks=marks: marks.append(time.perf_counter()))
@@ -221,37 +259,41 @@ def step_ms(pipe: Any, pictures: int = 5) -> float:
     return 1000 * statistics.median(times)
 
 
-def kernels(bundle: Path) -> dict[str, Any]:
+def kernels(bundles: Mapping[str, Path]) -> dict[str, Any]:
     """The kernels of packed weights: their results and times against cuBLAS."""
     import vq_kernels
 
-    lines = vq_kernels.measure()["lines"]
+    lines = vq_kernels.measure(bundles.get("kernels"))["lines"]
     worst = max(line["error"] for line in lines)
     numbers: dict[str, Any] = {
         "error": worst,
         "goals_met": sum(line["met"] for line in lines),
         "lines": len(lines),
-        "ratio": statistics.median(line["ratio"] for line in lines),
     }
+    for rows in vq_kernels.ROWS:
+        ratios = [line["ratio"] for line in lines if line["rows"] == rows]
+        numbers[f"ratio_at_{rows}"] = statistics.geometric_mean(ratios)
     if not worst <= KERNEL_LIMIT:
         numbers["why"] = f"a product is {worst:.1e} off cuBLAS's, and {KERNEL_LIMIT:.1e} is allowed"
     return numbers
 
 
-def cuda(bundle: Path) -> dict[str, Any]:
+def cuda(bundles: Mapping[str, Path]) -> dict[str, Any]:
     """ONNX Runtime's CUDA provider."""
-    return picture(bundle, "cuda")
+    return picture(bundles, "cuda")
 
 
-def tensorrt_rtx(bundle: Path) -> dict[str, Any]:
+def tensorrt_rtx(bundles: Mapping[str, Path]) -> dict[str, Any]:
     """TensorRT for RTX."""
-    return picture(bundle, "tensorrt_rtx")
+    return picture(bundles, "tensorrt_rtx")
 
 
-def tensorrt(bundle: Path) -> dict[str, Any]:
+def tensorrt(bundles: Mapping[str, Path]) -> dict[str, Any]:
     """TensorRT."""
-    return picture(bundle, "tensorrt")
+    return picture(bundles, "tensorrt")
 
+
+KERNELS = "2-bit kernels"
 
 CHECKS: Mapping[str, tuple[Check, tuple[str, ...], str]] = {
     "ONNX Runtime CUDA": (cuda, ("onnxruntime-gpu",), "pip install 'trimtab[gpu]'"),
@@ -261,7 +303,7 @@ CHECKS: Mapping[str, tuple[Check, tuple[str, ...], str]] = {
         ("tensorrt",),
         "pip install 'trimtab[tensorrt]'; on a Jetson it comes with JetPack",
     ),
-    "Triton kernels": (kernels, ("torch", "triton"), "pip install 'trimtab[kernels]'"),
+    KERNELS: (kernels, ("torch", "triton"), "pip install 'trimtab[kernels]'"),
 }
 """Name -> the check, the packages that it needs, and how to get them."""
 
@@ -269,11 +311,17 @@ PICTURES = {"ONNX Runtime CUDA": "cuda", "TensorRT for RTX": "tensorrt_rtx", "Te
 """The checks that draw -> their backend."""
 
 
-def skipped(machine: Machine) -> dict[str, str]:
-    """Check -> why it cannot run on this machine; nothing of those that can."""
+def skipped(machine: Machine, compiled: bool = False) -> dict[str, str]:
+    """Check -> why it cannot run on this machine; nothing of those that can.
+
+    Args:
+        machine: From `look`.
+        compiled: There are kernels already, and no need of Triton.
+    """
     reasons = {}
     for name, (_, packages, advice) in CHECKS.items():
-        absent = [package for package in packages if package not in machine.versions]
+        needed = ("torch",) if name == KERNELS and compiled else packages
+        absent = [package for package in needed if package not in machine.versions]
         if machine.gpu is None:
             reasons[name] = machine.why_none
         elif absent:
@@ -281,11 +329,11 @@ def skipped(machine: Machine) -> dict[str, str]:
     return reasons
 
 
-def isolated(check: Check, bundle: Path, timeout: float) -> dict[str, Any]:
+def isolated(check: Check, bundles: Mapping[str, Path], timeout: float) -> dict[str, Any]:
     """Runs a check in a process of its own; what becomes of it is always an answer."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_answer, args=(check, bundle, theirs), daemon=True)
+    process = context.Process(target=_answer, args=(check, bundles, theirs), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -301,26 +349,29 @@ def isolated(check: Check, bundle: Path, timeout: float) -> dict[str, Any]:
         process.join()
 
 
-def _answer(check: Check, bundle: Path, connection: Connection) -> None:
+def _answer(check: Check, bundles: Mapping[str, Path], connection: Connection) -> None:
     try:
-        connection.send(check(bundle))
+        connection.send(check(bundles))
     except Exception as error:  # whatever it is, it is the result
         line = (str(error).strip().splitlines() or [""])[0]
         connection.send({"why": f"{type(error).__name__}: {line}"})
 
 
-def run_all(machine: Machine, bundle: Path | None, folder: Path) -> list[Finding]:
+def run_all(
+    machine: Machine, bundles: Mapping[str, Path], folder: Path, kernels: Path | None = None
+) -> list[Finding]:
     """All checks in turn.
 
     Args:
         machine: From `look`.
-        bundle: The sample model compiled elsewhere for "cpu", `TARGETS`; None to compile it here.
+        bundles: Name -> a bundle that was compiled elsewhere for "cpu" and `TARGETS`; none to compile `VARIANTS` here.
         folder: Where to.
+        kernels: From `vq_kernels.py --compile`; None to compile them here.
     """
     end = time.monotonic() + BUDGET_S
-    reasons, broken = skipped(machine), {}
-    if bundle is None and any(name not in reasons for name in PICTURES):
-        bundle, devices = folder / "sample.bundle", folder / "devices.toml"
+    reasons, broken = skipped(machine, kernels is not None), {}
+    if not bundles and any(name not in reasons for name in PICTURES):
+        devices = folder / "devices.toml"
         devices.write_text(device_rows(machine))
         whys = buildable(machine, devices)
         for name, backend in PICTURES.items():
@@ -330,7 +381,7 @@ def run_all(machine: Machine, bundle: Path | None, folder: Path) -> list[Finding
             wanted = [
                 backend for name, backend in PICTURES.items() if backend in TARGETS and name not in reasons
             ]
-            compile_sample(bundle, devices, wanted, end - time.monotonic())
+            bundles = compile_samples(folder, devices, wanted, end)
         except RuntimeError as error:
             broken = dict.fromkeys(PICTURES, f"the sample model: {error}")
     findings = []
@@ -339,7 +390,8 @@ def run_all(machine: Machine, bundle: Path | None, folder: Path) -> list[Finding
             findings.append(Finding(name, "skipped", reasons[name]))
             continue
         start = time.monotonic()
-        numbers = {"why": broken[name]} if name in broken else isolated(check, bundle or folder, end - start)
+        given = bundles if name in PICTURES else {"kernels": kernels} if kernels else {}
+        numbers = {"why": broken[name]} if name in broken else isolated(check, given, end - start)
         why = numbers.pop("why", "")
         result = "failed" if why else "ok"
         findings.append(Finding(name, result, why, numbers, round(time.monotonic() - start, 1)))
@@ -368,6 +420,8 @@ def show(machine: Machine, findings: Sequence[Finding]) -> None:
 
 
 def _number(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_number(each)} ({name})" for name, each in value.items())
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -377,11 +431,15 @@ def main(arguments: Sequence[str] | None = None, machine: Callable[[], Machine] 
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-o", "--output", type=Path, default=Path("gpu_checks.json"), metavar="FILE")
-    parser.add_argument("--bundle", type=Path, help="the sample model, compiled elsewhere and built here")
+    parser.add_argument(
+        "--bundle", type=Path, nargs="+", default=[], help="sample models, compiled elsewhere and built here"
+    )
+    parser.add_argument("--kernels", type=Path, metavar="FILE", help="from vq_kernels.py --compile")
     given = parser.parse_args(arguments)
     here = machine()
     with tempfile.TemporaryDirectory() as folder:
-        findings = run_all(here, given.bundle, Path(folder))
+        bundles = {bundle.stem: bundle for bundle in given.bundle}
+        findings = run_all(here, bundles, Path(folder), given.kernels)
     show(here, findings)
     result = {"machine": asdict(here), "findings": [asdict(finding) for finding in findings]}
     given.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -39,8 +39,13 @@ def prepared(checks: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Nothing is compiled and every check gives numbers; says which backends were to be built."""
     wanted: list[list[str]] = []
     monkeypatch.setattr(checks, "buildable", lambda machine, devices: dict.fromkeys(checks.TARGETS, ""))
-    monkeypatch.setattr(checks, "compile_sample", lambda bundle, devices, names, left: wanted.append(names))
-    monkeypatch.setattr(checks, "isolated", lambda check, bundle, left: {"step_ms": 2.0})
+
+    def compile_samples(folder: Path, devices: Path, names: list[str], end: float) -> dict[str, Path]:
+        wanted.append(names)
+        return {"plain": folder}
+
+    monkeypatch.setattr(checks, "compile_samples", compile_samples)
+    monkeypatch.setattr(checks, "isolated", lambda check, bundles, left: {"step_ms": 2.0})
     return wanted
 
 
@@ -103,7 +108,7 @@ def test_a_check_that_fails_is_named_and_is_the_exit_code(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     answers = iter([{"step_ms": 4.0}, {"step_ms": 2.0}, {"why": "its process died"}, {"error": 1e-3}])
-    monkeypatch.setattr(checks, "isolated", lambda check, bundle, left: next(answers))
+    monkeypatch.setattr(checks, "isolated", lambda check, bundles, left: next(answers))
     code, said = run(checks, gpu, tmp_path)
     assert (code, results(said)) == (1, ["ok", "ok", "failed", "ok"])
     shown = capsys.readouterr().out
@@ -116,7 +121,7 @@ def test_a_model_that_cannot_be_compiled_fails_what_draws_and_nothing_else(
     def broken(*given: Any) -> None:
         raise RuntimeError("no room")
 
-    monkeypatch.setattr(checks, "compile_sample", broken)
+    monkeypatch.setattr(checks, "compile_samples", broken)
     code, said = run(checks, gpu, tmp_path)
     assert (code, results(said)) == (1, ["failed", "failed", "failed", "ok"])
     assert said["findings"][0]["why"] == "the sample model: no room"
@@ -153,15 +158,28 @@ def test_a_picture_is_measured(
     load = trimtab.runtime.load.load
     monkeypatch.setattr(trimtab.runtime.load, "load", lambda bundle, **where: load(bundle, target="cpu"))
     monkeypatch.setattr(checks, "step_ms", lambda pipe: 1.0)
-    numbers = checks.picture(sample_bundle("shapes-sd"), "cuda")
-    assert numbers == {"off_cpu": 0.0, "repeats": True, "step_ms": 1.0, "not_finite_is_seen": True}
+    bundles = {"plain": sample_bundle("shapes-sd"), "again": sample_bundle("shapes-sd")}
+    numbers = checks.picture(bundles, "cuda")
+    off = {"plain": 0.0, "again": 0.0}
+    assert numbers == {"off_cpu": off, "repeats": True, "step_ms": 1.0, "not_finite_is_seen": True}
 
 
 @pytest.mark.xdist_group("dit")
-def test_the_time_of_a_step_is_measured(
-    checks: Any, bundle_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_drawn_is_what_the_model_reads(checks: Any, bundle_folder: Callable[[str], Path]) -> None:
     with trimtab.load(bundle_folder("dit")) as pipe:
-        prepare = pipe.prepare
-        monkeypatch.setattr(pipe, "prepare", lambda prompt, seed: prepare(label=0, seed=seed))
+        assert checks.asked(pipe) == {"seed": 0, "label": 1}
+
+
+def test_kernels_that_were_compiled_elsewhere_need_no_triton(
+    checks: Any, gpu: Any, prepared: list[list[str]], tmp_path: Path
+) -> None:
+    machine = dataclasses.replace(gpu, versions={"torch": "2.13"})
+    findings = checks.run_all(machine, {}, tmp_path, tmp_path / "kernels.json")
+    assert [finding.result for finding in findings] == ["skipped"] * 3 + ["ok"]
+    assert checks.run_all(machine, {}, tmp_path)[3].result == "skipped"
+
+
+@pytest.mark.xdist_group("dit")
+def test_the_time_of_a_step_is_measured(checks: Any, bundle_folder: Callable[[str], Path]) -> None:
+    with trimtab.load(bundle_folder("dit")) as pipe:
         assert 0 < checks.step_ms(pipe, pictures=1) < 10_000
