@@ -1,4 +1,4 @@
-"""Claim: products with 2-bit weights keep up with cuBLAS in FP16, and leave it behind where rows are few.
+"""Products with 2-bit weights against cuBLAS in FP16: goals are set, and what meets them is said (docs/kernels.md).
 
     python benchmarks/vq_kernels.py [--tune] [--kernels FILE] [--json]
     python benchmarks/vq_kernels.py --compile FILE --sm 90 [--tune]
