@@ -22,7 +22,7 @@ from trimtab.calibration.codebooks import Codebooks
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import Settings, make_codebooks
 from trimtab.calibration.ranges import Ranges
-from trimtab.errors import BundleError
+from trimtab.errors import BundleError, PassError
 from trimtab.inspection import inspect
 from trimtab.passes.vq import pack_weights, sites
 from trimtab.program import Program
@@ -138,6 +138,19 @@ def test_a_model_that_is_asked_for_nothing_is_calibrated(bundle_folder: BundleFo
     done = packing.packed(program, Settings(), tmp_path, minutes=0.02, progress=told.append)
     assert any(line.startswith("assigned ") for line in told)
     assert any(entry.name == "PackWeights" and entry.applied for entry in done.passes)
+
+
+@pytest.mark.xdist_group("ddpm")
+def test_what_torch_cannot_train_is_refused_before_k_means(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    program = read_program(open_bundle(bundle_folder("ddpm")))
+    (model,) = (s.model for name, s in program.segments.items() if name.startswith("denoiser"))
+    next(node for node in model.graph if node.op_type == "Sigmoid").op_type = "Mish"
+    told: list[str] = []
+    with pytest.raises(PassError, match="Mish cannot be run by torch"):
+        packing.packed(program, Settings(), tmp_path, minutes=0.02, progress=told.append)
+    assert not told, "work was done before"
 
 
 def test_build_makes_the_form_for_onnxruntime_where_it_is_missing(

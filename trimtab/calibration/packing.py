@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,12 +55,23 @@ def packed(
         PassError: Calibration of a graph with an operator that torch cannot run.
     """
     models = {name: s.model for name, s in program.segments.items() if name.startswith("denoiser")}
+    if minutes is not None:
+        _check_trainable(models.values())
     books = make_codebooks(models, settings, store, progress=progress)
     if minutes is None:
         logger.info("weights are packed by k-means alone: calibration brings quality back")
     elif books.layers:
         books = _calibrated(program, models, books, minutes, folder, store, progress)
     return pack_weights(program, books)
+
+
+def _check_trainable(models: Iterable[ir.Model]) -> None:
+    """Before k-means, which takes minutes."""
+    from trimtab.calibration.torch_graph import check_operators
+    from trimtab.calibration.vq4dit import OUTPUT
+
+    for model in models:
+        check_operators(model, [OUTPUT])
 
 
 def _calibrated(

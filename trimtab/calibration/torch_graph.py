@@ -40,6 +40,19 @@ class _Step(NamedTuple):
     outputs: list[str]
 
 
+def check_operators(model: ir.Model, outputs: Sequence[str]) -> None:
+    """Whether torch can compute values of a graph, before any weight is read.
+
+    Raises:
+        PassError: An operator that is not known, by name; an output that is none.
+    """
+    needed, _ = _needed(_steps(model), outputs, ())
+    if unknown := sorted({step.operator for step in needed} - OPERATORS.keys()):
+        raise PassError(
+            f"{', '.join(unknown)} cannot be run by torch here: only graphs of the exporter can be trained"
+        )
+
+
 class TorchGraph:
     """A graph whose weights are tensors of torch.
 
@@ -56,20 +69,8 @@ class TorchGraph:
     """
 
     def __init__(self, model: ir.Model, outputs: Sequence[str], device: str = "cpu") -> None:
-        steps = [
-            _Step(
-                node.op_type,
-                {name: a.value for name, a in node.attributes.items()} | {"outputs": len(node.outputs)},
-                [None if v is None else str(v.name) for v in node.inputs],
-                [str(v.name) for v in node.outputs],
-            )
-            for node in model.graph
-        ]
-        self._choose(steps, outputs, ())
-        if unknown := sorted({step.operator for step in self._steps} - OPERATORS.keys()):
-            raise PassError(
-                f"{', '.join(unknown)} cannot be run by torch here: only graphs of the exporter can be trained"
-            )
+        check_operators(model, outputs)
+        self._choose(_steps(model), outputs, ())
         self._device = torch.device(device)
         used = {name for step in self._steps for name in step.inputs}
         self.weights: dict[str, Tensor] = {}
@@ -102,24 +103,9 @@ class TorchGraph:
         return any(name in step.outputs for step in self._steps)
 
     def _choose(self, steps: Sequence[_Step], outputs: Sequence[str], given: Sequence[str]) -> None:
-        """Keeps the steps that the outputs need, in order, and notes which values nobody reads after each."""
-        made = {name for step in steps for name in step.outputs}
-        if missing := [name for name in outputs if name not in made]:
-            raise PassError(f"the graph computes no {missing[0]}: name a value that it does")
+        """Keeps the steps that the outputs need."""
         self._outputs = tuple(outputs)
-        wanted = set(outputs) - set(given)
-        seen, kept, last = set(outputs), list[_Step](), list[set[str]]()
-        for step in reversed(steps):
-            if wanted.isdisjoint(step.outputs):
-                continue
-            read = {name for name in step.inputs if name is not None}
-            wanted |= read - set(given)
-            # A value is let go after its last reader; torch keeps what gradients need.
-            ends = (read | set(step.outputs)) & made - seen
-            seen |= ends
-            kept.append(step)
-            last.append(ends)
-        self._steps, self._last = kept[::-1], last[::-1]
+        self._steps, self._last = _needed(steps, outputs, given)
 
     def __call__(
         self, inputs: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None
@@ -143,3 +129,37 @@ class TorchGraph:
             for name in last:
                 values.pop(name, None)
         return {name: values[name] for name in self._outputs}
+
+
+def _steps(model: ir.Model) -> list[_Step]:
+    return [
+        _Step(
+            node.op_type,
+            {name: a.value for name, a in node.attributes.items()} | {"outputs": len(node.outputs)},
+            [None if v is None else str(v.name) for v in node.inputs],
+            [str(v.name) for v in node.outputs],
+        )
+        for node in model.graph
+    ]
+
+
+def _needed(
+    steps: Sequence[_Step], outputs: Sequence[str], given: Sequence[str]
+) -> tuple[list[_Step], list[set[str]]]:
+    """The steps on the way to some outputs, in order, and the values that nobody reads after each."""
+    made = {name for step in steps for name in step.outputs}
+    if missing := [name for name in outputs if name not in made]:
+        raise PassError(f"the graph computes no {missing[0]}: name a value that it does")
+    wanted = set(outputs) - set(given)
+    seen, kept, last = set(outputs), list[_Step](), list[set[str]]()
+    for step in reversed(steps):
+        if wanted.isdisjoint(step.outputs):
+            continue
+        read = {name for name in step.inputs if name is not None}
+        wanted |= read - set(given)
+        # A value is let go after its last reader; torch keeps what gradients need.
+        ends = (read | set(step.outputs)) & made - seen
+        seen |= ends
+        kept.append(step)
+        last.append(ends)
+    return kept[::-1], last[::-1]

@@ -38,7 +38,7 @@ from trimtab.passes.vq import Site, sites
 
 logger = logging.getLogger(__name__)
 
-_OUTPUT = "model_output"
+OUTPUT = "model_output"
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ class _Run:
         places = {site.name: site for site in sites(model)}
         if missing := [name for name in codebooks.layers if name not in places]:
             raise CalibrationError(f"the model has no {missing[0]}: give the model of the codebooks")
-        self._graph = TorchGraph(model, [_OUTPUT], device)
+        self._graph = TorchGraph(model, [OUTPUT], device)
         self._modules = module_tree(model.graph)
         self._all = Module("", tuple(model.graph))
         self._inputs = [
@@ -302,7 +302,7 @@ class _Run:
         @functools.cache
         @torch.no_grad()
         def wanted(index: int) -> Tensor:
-            return self._graph(self._inputs[index])[_OUTPUT]
+            return self._graph(self._inputs[index])[OUTPUT]
 
         biases = {name: self._weights[name].clone() for name in self._biases}
         trained = [layer.codebook for layer in self.layers.values()] + list(biases.values())
@@ -319,7 +319,7 @@ class _Run:
                 group["lr"] = rate * (1 - (now - start) / (end - start))
             index = next(self._order)
             weights = self._weights | biases | {name: layer.weight() for name, layer in self.layers.items()}
-            loss = _distance([self._graph(self._inputs[index], weights)[_OUTPUT]], [wanted(index)])
+            loss = _distance([self._graph(self._inputs[index], weights)[OUTPUT]], [wanted(index)])
             if not torch.isfinite(loss):
                 raise CalibrationError(
                     "the calibration's loss is not finite: ask for fewer minutes or a lower rate"
