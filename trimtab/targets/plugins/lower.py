@@ -25,8 +25,8 @@ _DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 class UseKernels(Pass):
     """Replaces `trimtab::VQDequantize` and its readers by the plugins' operators.
 
-    MatMul and Gemm, with a bias that follows, become one fused product. Whatever else reads the weight (Conv, or a
-    Gemm with factors) gets it from the decoder, in the order that it wants. Products and decoded weights are those of
+    MatMul and Gemm of few rows (`tiles.fuses`), with a bias that follows, become one fused product. Whatever else reads
+    the weight (Conv, a Gemm with factors, a product of many rows) gets it from the decoder, in the order that it wants. Products and decoded weights are those of
     the graph, rounded to 16 bits once.
 
     Args:
