@@ -141,7 +141,7 @@ def run_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--fast",
         action="store_true",
-        help="on the CPU, decode packed weights once: faster, and as large as dense",
+        help="CPU: decode packed weights once, as large as dense; CUDA provider: TF32 products",
     )
 
 

@@ -22,6 +22,7 @@ from trimtab.manifest import Engine
 from trimtab.runtime.bench import _picture
 from trimtab.runtime.load import Pipeline
 from trimtab.runtime.sessions import onnxruntime as ort_sessions
+from trimtab.runtime.sessions import open_backend
 from trimtab.runtime.sessions.cuda import Driver
 
 TARGET = "rtx-4090"
@@ -296,8 +297,8 @@ def on_null_cuda(built: Path, cuda: NullCuda, monkeypatch: pytest.MonkeyPatch) -
     """ONNX Runtime's CUDA sessions on the null device: its memory is the host's, so the CPU's kernels serve."""
     plain = ort_sessions.OnnxRuntimeCuda.__init__
 
-    def patched(self: Any, driver: Any) -> None:
-        plain(self, driver, "CPUExecutionProvider", "cpu")
+    def patched(self: Any, driver: Any, **options: Any) -> None:
+        plain(self, driver, "CPUExecutionProvider", "cpu", **options)
 
     monkeypatch.setattr(ort_sessions.OnnxRuntimeCuda, "__init__", patched)
     run = ort_sessions.OnnxRuntimeSession.bind
@@ -340,6 +341,21 @@ def test_onnx_runtime_on_cuda_runs_the_graph_that_was_not_changed_for_the_cpu(
     backend = ort_sessions.OnnxRuntimeCuda(Driver(cuda))
     assert backend.file(engine) == file
     assert ort_sessions.OnnxRuntimeCpu().file(engine) == "graphs/u.cpu.onnx"
+    backend.close()
+
+
+@pytest.mark.parametrize(("fast", "said"), [(False, "0"), (True, "1")])
+def test_onnx_runtime_on_cuda_takes_tf32_only_where_it_is_asked_to_be_fast(
+    cuda: NullCuda, monkeypatch: pytest.MonkeyPatch, fast: bool, said: str
+) -> None:
+    opened: list[Any] = []
+    monkeypatch.setattr(
+        ort_sessions, "OnnxRuntimeSession", lambda path, threads, *given: opened.append(given)
+    )
+    backend = open_backend("onnxruntime", provider="cuda", fast=fast)
+    backend.load(Engine("cpu", "onnxruntime", "u.onnx", 1, "u.onnx"), Path("u.onnx"))
+    ((name, options), device) = opened[0]
+    assert (name, options["use_tf32"], device) == ("CUDAExecutionProvider", said, "cuda")
     backend.close()
 
 

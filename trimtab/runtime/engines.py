@@ -29,7 +29,7 @@ class Engines:
         threads: CPU threads for one operator; 0 for one a core.
         low_memory: Hold the engines of one stage at a time: each part of the prologue, then those of the steps,
             then the decoder. They are loaded again for every picture.
-        fast: On the CPU, decode packed weights once, at load.
+        fast: On the CPU, decode packed weights once, at load; on CUDA, products in TF32.
 
     Raises:
         WrongDevice: No target that this machine can run, or not the one that was asked for.

@@ -77,7 +77,8 @@ def load(
         tile: Decode in overlapping tiles of so many pixels along a side, which takes the memory of one tile. The
             picture differs a little from that of the whole (docs/memory.md). Engines of fixed sizes must have been
             built for this size too.
-        fast: On the CPU, decode packed weights once, at load: as fast as dense ones, and as large.
+        fast: On the CPU, decode packed weights once, at load: as fast as dense ones, and as large. With the provider
+            "cuda", products in TF32: less exact than FP32, as torch's convolutions are there.
 
     Raises:
         InputError: No such folder, or no such provider.

@@ -44,7 +44,7 @@ def open_backend(name: str, *, provider: str = "cpu", threads: int = 0, fast: bo
         name: One of `BACKENDS`.
         provider: For "onnxruntime": one of `PROVIDERS`.
         threads: CPU threads for one operator; 0 for one a core.
-        fast: On the CPU, decode packed weights once, at load.
+        fast: On the CPU, decode packed weights once, at load; on CUDA, products in TF32.
 
     Raises:
         InputError: No such provider.
@@ -59,7 +59,9 @@ def open_backend(name: str, *, provider: str = "cpu", threads: int = 0, fast: bo
             f"this trimtab knows no backend {name!r}, and has {', '.join(BACKENDS)}: upgrade it"
         )
     if name == "onnxruntime":
-        return OnnxRuntimeCuda(Driver()) if provider == "cuda" else OnnxRuntimeCpu(threads, fast)
+        if provider == "cuda":
+            return OnnxRuntimeCuda(Driver(), fast=fast)
+        return OnnxRuntimeCpu(threads, fast)
     module = import_backend(name)  # what is not installed is said before what is not plugged in
     return TensorRT(name, Driver(), module)
 

@@ -31,18 +31,21 @@ _MAPPED_BYTES = 1 << 18
 """Twice what glibc begins with: a call of the kernel is little beside the work on so many bytes."""
 
 
-def cuda_provider(stream: int) -> Provider:
+def cuda_provider(stream: int, tf32: bool = False) -> Provider:
     """ONNX Runtime's CUDA provider on a stream of ours.
 
-    TF32 is off, as a bundle of fp32 promises fp32: it keeps 10 bits of 23. The arena grows by what is asked for
-    and not to the next power of two, which may be twice as much.
+    The arena grows by what is asked for and not to the next power of two, which may be twice as much.
+
+    Args:
+        stream: Its handle.
+        tf32: Whether products may keep 10 bits of 23: a bundle of fp32 promises fp32.
     """
     return (
         "CUDAExecutionProvider",
         {
             "device_id": "0",
             "user_compute_stream": str(stream),
-            "use_tf32": "0",
+            "use_tf32": str(int(tf32)),
             "arena_extend_strategy": "kSameAsRequested",
         },
     )
@@ -215,11 +218,15 @@ class OnnxRuntimeCuda:
         driver: The GPU.
         provider: ONNX Runtime's; `cuda_provider` on the driver's stream by default.
         device: ONNX Runtime's name of the driver's memory.
+        fast: Products in TF32, as torch takes them for convolutions: half the time of Stable Diffusion 1.5's step on an
+            H100, and 8e-4 of its largest value off.
     """
 
-    def __init__(self, driver: Driver, provider: Provider | None = None, device: str = "cuda") -> None:
+    def __init__(
+        self, driver: Driver, provider: Provider | None = None, device: str = "cuda", *, fast: bool = False
+    ) -> None:
         self._driver = driver
-        self._provider = provider or cuda_provider(driver.stream)
+        self._provider = provider or cuda_provider(driver.stream, tf32=fast)
         self._device = device
 
     def new(self, shape: tuple[int, ...], dtype: str) -> Buffer:

@@ -26,8 +26,8 @@ class UseKernels(Pass):
     """Replaces `trimtab::VQDequantize` and its readers by the plugins' operators.
 
     MatMul and Gemm of few rows (`tiles.fuses`), with a bias that follows, become one fused product. Whatever else reads
-    the weight (Conv, a Gemm with factors, a product of many rows) gets it from the decoder, in the order that it wants. Products and decoded weights are those of
-    the graph, rounded to 16 bits once.
+    the weight (Conv, a Gemm with factors, a product of many rows) gets it from the decoder, in the order that it wants.
+    Products and decoded weights are those of the graph, rounded to 16 bits once.
 
     Args:
         sm: Of the device, as in sm_87.
