@@ -164,6 +164,12 @@ def test_a_picture_is_measured(
     assert numbers == {"off_cpu": off, "repeats": True, "step_ms": 1.0, "not_finite_is_seen": True}
 
 
+@pytest.mark.parametrize("off", [9 / 255, float("nan")])
+def test_a_picture_that_is_too_far_off_is_named(checks: Any, off: float) -> None:
+    assert checks.too_far({"a": 1e-6, "b": 7 / 255}, {"a": 2 / 255, "b": 8 / 255}) is None
+    assert "picture of b" in checks.too_far({"a": 1e-6, "b": off}, {"a": 2 / 255, "b": 8 / 255})
+
+
 @pytest.mark.xdist_group("dit")
 def test_what_is_drawn_is_what_the_model_reads(checks: Any, bundle_folder: Callable[[str], Path]) -> None:
     with trimtab.load(bundle_folder("dit")) as pipe:
