@@ -44,8 +44,8 @@ PROMPT = "a red circle"
 CLASS = 1
 BUDGET_S = 600.0
 LIMITS = {"fp32": 2 / 255, "fp16": 8 / 255}
-"""How far a picture may be from the CPU's, which is FP32, at its worst pixel. FP16's rounding alone was up to 5.1 levels
-of an 8-bit picture (docs/precision.md)."""
+"""How far a picture may be from the CPU's, which is FP32, at its worst pixel. FP16's rounding alone was up to 5.1
+levels of an 8-bit picture (docs/precision.md)."""
 KERNEL_LIMIT = 5e-3
 """Of the kernels' largest difference from cuBLAS by the largest value: four units of FP16's 10 bits are 3.9e-3."""
 PACKAGES = ("trimtab", "onnxruntime-gpu", "tensorrt-rtx", "tensorrt", "torch", "triton", "numpy")
