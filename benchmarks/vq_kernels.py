@@ -33,8 +33,8 @@ from typing import Any
 
 from trimtab.errors import MissingDependency, UnsupportedOp
 from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, read_kernels
-from trimtab.targets.plugins.codes import ROW_BYTES, order
-from trimtab.targets.plugins.tiles import Tile, fuses, tiles
+from trimtab.targets.plugins.codes import ROW_BYTES
+from trimtab.targets.plugins.tiles import Tile, fuses, order, tiles
 
 ROWS = (1, 16, 256, 1024, 4096)
 LINEARS = {

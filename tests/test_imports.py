@@ -26,6 +26,12 @@ def test_the_runtime_imports_nothing_heavy(module: str) -> None:
     assert run(code) == "[]\n"
 
 
+@pytest.mark.parametrize("module", ["trimtab.targets.worker", "trimtab.targets.plugins.qdp"])
+def test_what_builds_an_engine_leaves_the_memory_to_tensorrt(module: str) -> None:
+    code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & sys.modules.keys()))"
+    assert run(code) == "[]\n"
+
+
 def test_a_bundle_runs_where_nothing_of_the_compiler_is_installed(bundle_folder: object) -> None:
     code = f"""
 import sys

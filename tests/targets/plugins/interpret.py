@@ -11,9 +11,9 @@ import numpy as np
 import torch
 import triton.language as tl
 
-from trimtab.targets.plugins.codes import as_words, grouped, order
+from trimtab.targets.plugins.codes import as_words, grouped
 from trimtab.targets.plugins.kernels import launch_decode, launch_matmul
-from trimtab.targets.plugins.tiles import Tile
+from trimtab.targets.plugins.tiles import Tile, order
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

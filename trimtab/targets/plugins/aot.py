@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from trimtab.errors import BuildFailed, BundleError, MissingDependency
-from trimtab.targets.plugins.codes import order
-from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Tile, tiles
+from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Tile, order, tiles
 
 MATMUL = "vq_matmul"
 DECODER = "vq_decode"

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trimtab.passes.vq_op import pack_indices, unpack_indices
-
-Order = Literal["matrix", "grouped", "taps"]
-"""How the codes of a row stand where a weight is decoded: `order`."""
 
 ROW_BYTES = 16
 """Rows start at a multiple of it: the widest load that a thread has."""
@@ -33,22 +30,6 @@ def as_words(rows: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     padded = np.zeros((rows.shape[0], -(-rows.shape[1] // ROW_BYTES) * ROW_BYTES), np.uint8)
     padded[:, : rows.shape[1]] = rows
     return padded.view("<i4").astype(np.int32, copy=False)
-
-
-def order(shape: Sequence[int], d: int) -> Order:
-    """How the decoder takes the codes of a weight.
-
-    Args:
-        shape: (n, channels, taps...).
-        d: Weights of one codeword.
-
-    Returns:
-        "matrix" where there is one tap; else "grouped", for rows as `grouped` gives them, where no codeword lies across
-        two taps; else "taps": all channels of one tap after the other, as the graph has them.
-    """
-    if math.prod(shape[2:]) == 1:
-        return "matrix"
-    return "taps" if shape[1] % d else "grouped"
 
 
 def grouped(rows: npt.NDArray[Any], shape: Sequence[int], d: int, bits: int) -> npt.NDArray[np.uint8]:

@@ -14,8 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from trimtab.targets.plugins.codes import order
-from trimtab.targets.plugins.tiles import DECODE, Tile
+from trimtab.targets.plugins.tiles import DECODE, Tile, order
 
 
 @triton.jit
@@ -145,7 +144,7 @@ def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constex
 @triton.jit
 def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BITS: tl.constexpr,
               ORDER: tl.constexpr, SHARED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
-    """W of a product (n, k) or of a convolution (n, k / taps, taps), from codes in the order that `codes.order` names.
+    """W of a product (n, k) or of a convolution (n, k / taps, taps), from codes in the order that `tiles.order` names.
 
     Exact where every scale is 1; else each weight is rounded once, after the product in fp32.
     """

@@ -12,9 +12,9 @@ import onnx_ir as ir
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
 from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, write_kernels
-from trimtab.targets.plugins.codes import as_words, grouped, order
+from trimtab.targets.plugins.codes import as_words, grouped
 from trimtab.targets.plugins.qdp import DECODE_OP, MATMUL_OP, NAMESPACE
-from trimtab.targets.plugins.tiles import STATIC_LIMIT, fuses
+from trimtab.targets.plugins.tiles import STATIC_LIMIT, fuses, order
 
 PACKED = ("trimtab", "VQDequantize")
 """Domain and name of the operator: codes, codebook[, scale] -> W, attributes ``shape`` and ``index_bits``."""

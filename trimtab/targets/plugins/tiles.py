@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from trimtab.errors import UnsupportedOp
-from trimtab.targets.plugins.codes import Order
 
 SMS = (80, 86, 87, 89, 90, 110, 120, 121)
 """Compute capabilities, as sm_87, that kernels are compiled for."""
@@ -18,6 +19,10 @@ capability, less the 1 KiB that the system keeps."""
 STATIC_LIMIT = 48 * 1024
 """Bytes that a launch may ask for without a call that raises the limit. Nothing in TensorRT's documents says that
 it makes that call for kernels which it carries, so those stay below."""
+
+
+Order = Literal["matrix", "grouped", "taps"]
+"""How the codes of a row stand where a weight is decoded: `order`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,22 @@ DECODE: Mapping[Order, Tile] = {
     "taps": Tile(256, 16, warps=4, stages=1),
 }
 """For `vq_decode`, by the order of the codes: a program writes so many columns of rows of weights."""
+
+
+def order(shape: Sequence[int], d: int) -> Order:
+    """How the decoder takes the codes of a weight.
+
+    Args:
+        shape: (n, channels, taps...).
+        d: Weights of one codeword.
+
+    Returns:
+        "matrix" where there is one tap; else "grouped", for rows as `codes.grouped` gives them, where no codeword lies
+        across two taps; else "taps": all channels of one tap after the other, as the graph has them.
+    """
+    if math.prod(shape[2:]) == 1:
+        return "matrix"
+    return "taps" if shape[1] % d else "grouped"
 
 
 def fuses(sm: int, rows: int) -> bool:
