@@ -315,7 +315,7 @@ def tensorrt(bundles: Mapping[str, Path]) -> dict[str, Any]:
 KERNELS = "2-bit kernels"
 
 CHECKS: Mapping[str, tuple[Check, tuple[str, ...], str]] = {
-    "ONNX Runtime CUDA": (cuda, ("onnxruntime-gpu",), "pip install 'trimtab[gpu]'"),
+    "ONNX Runtime CUDA": (cuda, ("onnxruntime-gpu",), "in the place of onnxruntime, see docs/targets.md"),
     "TensorRT for RTX": (tensorrt_rtx, ("tensorrt-rtx",), "pip install 'trimtab[rtx]'"),
     "TensorRT": (
         tensorrt,

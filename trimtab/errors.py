@@ -63,7 +63,7 @@ class MissingDependency(TrimtabError):
 
     Args:
         package: The name that was imported.
-        extra: The extra of trimtab that installs it.
+        extra: The extra of trimtab that installs it; "" where none does.
         advice: What to do, where that is another thing than to install the extra.
     """
 

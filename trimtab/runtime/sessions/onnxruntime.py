@@ -24,6 +24,12 @@ _UNFOLDED = ["ConstantFolding", "ConvAddActivationFusion"]
 constant, where the graph gives it to others as well (onnxruntime 1.32)."""
 
 
+GPU_PACKAGE = (
+    "run pip uninstall -y onnxruntime onnxruntime-gpu, and then pip install 'onnxruntime-gpu[cuda,cudnn]': both "
+    "write one module, and where both are installed the last one stays"
+)
+"""No extra of trimtab's can say that: it needs onnxruntime, which onnxruntime-gpu takes the place of."""
+
 _M_MMAP_THRESHOLD = -3
 """Of glibc's malloc.h."""
 
@@ -82,17 +88,13 @@ class OnnxRuntimeSession:
         try:
             import onnxruntime
         except ImportError as error:
-            raise MissingDependency("onnxruntime", "gpu") from error
+            raise MissingDependency("onnxruntime", "", "run pip install onnxruntime") from error
         name = provider if isinstance(provider, str) else provider[0]
         if name not in onnxruntime.get_available_providers():
-            raise TargetError(
-                f"onnxruntime {onnxruntime.__version__} has no {name}: run pip uninstall onnxruntime, then "
-                "pip install 'trimtab[gpu]'"
-            )
+            raise TargetError(f"onnxruntime {onnxruntime.__version__} has no {name}: {GPU_PACKAGE}")
         if name == "CUDAExecutionProvider":
-            onnxruntime.set_default_logger_severity(
-                3
-            )  # each session would warn of a plugin that nobody asked for
+            # Each session would warn of a plugin that nobody asked for.
+            onnxruntime.set_default_logger_severity(3)
             if hasattr(onnxruntime, "preload_dlls"):
                 onnxruntime.preload_dlls()  # CUDA and cuDNN from NVIDIA's wheels, where those are installed
         options = onnxruntime.SessionOptions()
