@@ -370,7 +370,7 @@ def test_onnx_runtime_without_cuda_says_what_to_install(built: Path, cuda: NullC
 def test_a_provider_is_for_onnx_runtime_alone(built: Path, tensorrt: NullTensorRT) -> None:
     with pytest.raises(InputError, match="leave --provider or --target out"):
         trimtab.load(built, target=TARGET, provider="cuda")
-    with pytest.raises(WrongDevice, match="no provider 'rocm'"):
+    with pytest.raises(InputError, match="no provider 'rocm'"):
         trimtab.load(built, provider="rocm")
 
 

@@ -184,7 +184,7 @@ def _choose(
         try:
             return name, _open(bundle, name, provider or "cpu", threads, fast)
         except TrimtabError as error:
-            if target is not None:
+            if target is not None or provider is not None:
                 raise
             reasons.append(f"{name}: {error}")
     said = "; ".join(reasons)

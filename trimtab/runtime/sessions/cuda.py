@@ -190,7 +190,7 @@ class Driver:
         if name in ("cuInit", "cuDeviceGet"):
             raise TargetError(
                 f"the NVIDIA driver finds no GPU that it can use ({reason} from {name}): see that nvidia-smi lists "
-                "one, or use --target cpu"
+                "one, or run on the CPU: --target cpu, and no --provider"
             )
         raise TargetError(f"the GPU failed ({reason} from {name}): restart the program, then the machine")
 
@@ -253,7 +253,8 @@ def _open() -> Any:
         library = ctypes.CDLL(LIBRARY)
     except OSError as error:
         raise TargetError(
-            f"there is no NVIDIA driver here ({error}): install one, or use --target cpu"
+            f"there is no NVIDIA driver here ({error}): install one, or run on the CPU: --target cpu, "
+            "and no --provider"
         ) from None
     return library
 
