@@ -5,9 +5,9 @@
 The sample's U-Net (samples/01_shapes) with the plan's layers removed, distilled with as many optimizer steps, on the
 same trajectories of the teacher (with --data N on the same N drawn scenes and their captions), once plain (0) and once
 with K experts in K ranges of time steps for every convolution of its blocks. Then 1002 pictures each: the share of
-stated attributes that the judge finds, with its standard error over pictures. The bundles then draw the same pictures
-in turns, on one thread: processor time, and its ratio to the first's. A student that lies in FOLDER already is not
-trained again. K may be K/N for N ranges.
+stated attributes that the judge finds, with its standard error over pictures, and how far it is ahead of the first
+row's, picture by picture. The bundles then draw the same pictures in turns, on one thread: processor time, and its
+ratio to the first's. A student that lies in FOLDER already is not trained again. K may be K/N for N ranges.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def row(kind: str, options: argparse.Namespace, stated: Any) -> dict[str, Any]:
     if not bundle.exists():
         trimtab.compile(judged.MODEL, bundle, removal_plan=str(folder))
     with trimtab.load(bundle, threads=1) as pipeline:
-        score = judged.score(judged.draw(pipeline, stated), stated)
+        pictures = judged.draw(pipeline, stated)
+        score = judged.score(pictures, stated) | {"counts": judged.counts(pictures, stated)}
         segments = [s for s in pipeline.bundle.contents.segments.values() if s.name.startswith("denoiser")]
     files = sum(file.stat().st_size for file in (bundle / "graphs").glob("denoiser*.weights"))
     kernels = {"segments": len(segments), "weight_bytes": files}
@@ -99,18 +100,23 @@ def main() -> None:
         options.work = options.work or Path(folder)
         stated = judged.scenes(options.pictures)
         rows = [row(kind, options, stated) for kind in options.experts]
+        first, *_ = counts = [entry.pop("counts") for entry in rows]
+        for entry, own in zip(rows, counts, strict=True):
+            entry["ahead"], entry["ahead_error"] = judged.ahead(first, own)
         timed(rows)
     plan = load_plan(options.plan)
     if options.json:
         print(json.dumps({"removed": plan.reached, "steps": options.steps, "rows": rows}))
         return
     print(f"{plan.reached:.1%} removed by {plan.method}, {options.steps} steps, {options.features} features")
-    print(f"{'experts':<10}{'attributes':>16}{'segments':>11}{'weights':>12}{'a picture':>12}{'ratio':>8}")
+    heads = f"{'attributes':>16}{'ahead of first':>18}{'segments':>11}{'weights':>12}{'a picture':>12}{'ratio':>8}"
+    print(f"{'experts':<10}{heads}")
     for entry in rows:
         score = f"{100 * entry['overall']:.1f} ± {100 * entry['error']:.1f} %"
+        gain = f"{100 * entry['ahead']:+.2f} ± {100 * entry['ahead_error']:.2f} %"
         size, seconds = f"{entry['weight_bytes'] / 1e6:.1f} MB", f"{entry['draw_seconds']:.3f} s"
         print(
-            f"{entry['experts']:<10}{score:>16}{entry['segments']:>11}{size:>12}{seconds:>12}{entry['ratio']:>8.3f}"
+            f"{entry['experts']:<10}{score:>16}{gain:>18}{entry['segments']:>11}{size:>12}{seconds:>12}{entry['ratio']:>8.3f}"
         )
 
 

@@ -28,13 +28,9 @@ from trimtab.passes.partition import partition
 
 
 def found(plain: Path, plan: InheritPlan, folder: Path, stated: list[Any]) -> np.ndarray:
-    """(pictures, 2): how many of each picture's stated attributes the judge finds, and how many there are."""
-    import judge
-
+    """`judged.counts` under a plan."""
     with draft(partition(inherit(one_schedule(plain), plan)), folder) as pipe:
-        seen = judge.read(judge.load(), judged.draw(pipe, stated))
-    pooled = [judge.attributes(judge.compare(scene, read)) for scene, read in zip(stated, seen, strict=True)]
-    return np.array([[sum(part), len(part)] for part in pooled], float)
+        return judged.counts(judged.draw(pipe, stated), stated)
 
 
 def pair(row: dict[str, Any], plain: Path, scratch: Path, stated: list[Any]) -> dict[str, Any]:
@@ -48,11 +44,8 @@ def pair(row: dict[str, Any], plain: Path, scratch: Path, stated: list[Any]) -> 
     counts = {
         name: found(plain, plan, scratch / f"{row['name']}-{name}", stated) for name, plan in plans.items()
     }
-    total = counts["uniform"][:, 1].sum()
-    ahead = counts["searched"][:, 0] - counts["uniform"][:, 0]
-    difference = ahead.sum() / total
-    error = np.sqrt(np.square(ahead - difference * counts["uniform"][:, 1]).sum()) / total
-    shares = {name: count[:, 0].sum() / total for name, count in counts.items()}
+    difference, error = judged.ahead(counts["uniform"], counts["searched"])
+    shares = {name: count[:, 0].sum() / count[:, 1].sum() for name, count in counts.items()}
     return {"name": row["name"], "speed": row["speed"], **shares, "difference": difference, "error": error}
 
 

@@ -79,3 +79,21 @@ def score(pictures: np.ndarray, stated: list[Any]) -> dict[str, float]:
         "count": count.value,
         "count_error": count.error,
     }
+
+
+def counts(pictures: np.ndarray, stated: list[Any]) -> np.ndarray:
+    """(N, 2): how many of each picture's stated attributes the judge finds, and how many there are."""
+    import judge
+
+    seen = judge.read(judge.load(), pictures)
+    pooled = [judge.attributes(judge.compare(scene, read)) for scene, read in zip(stated, seen, strict=True)]
+    return np.array([[sum(part), len(part)] for part in pooled], float)
+
+
+def ahead(one: np.ndarray, other: np.ndarray) -> tuple[float, float]:
+    """By how much the second's share of found attributes is ahead, of `counts` of the same scenes from the same noise,
+    and its standard error over pictures: what is hard in a picture is so for both."""
+    total = one[:, 1].sum()
+    by_picture = other[:, 0] - one[:, 0]
+    difference = by_picture.sum() / total
+    return difference, np.sqrt(np.square(by_picture - difference * one[:, 1]).sum()) / total
