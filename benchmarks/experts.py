@@ -57,11 +57,11 @@ def row(kind: str, options: argparse.Namespace, stated: Any) -> dict[str, Any]:
     if not bundle.exists():
         trimtab.compile(judged.MODEL, bundle, removal_plan=str(folder))
     with trimtab.load(bundle, threads=1) as pipeline:
-        pictures = judged.draw(pipeline, stated)
-        score = judged.score(pictures, stated) | {"counts": judged.counts(pictures, stated)}
+        found = judged.answers(judged.draw(pipeline, stated), stated)
         segments = [s for s in pipeline.bundle.contents.segments.values() if s.name.startswith("denoiser")]
     files = sum(file.stat().st_size for file in (bundle / "graphs").glob("denoiser*.weights"))
     kernels = {"segments": len(segments), "weight_bytes": files}
+    score = judged.summary(found) | {"counts": judged.counts(found)}
     return {"experts": kind, **score, **kernels, **trained, "bundle": str(bundle)}
 
 

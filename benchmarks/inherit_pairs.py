@@ -30,7 +30,7 @@ from trimtab.passes.partition import partition
 def found(plain: Path, plan: InheritPlan, folder: Path, stated: list[Any]) -> np.ndarray:
     """`judged.counts` under a plan."""
     with draft(partition(inherit(one_schedule(plain), plan)), folder) as pipe:
-        return judged.counts(judged.draw(pipe, stated), stated)
+        return judged.counts(judged.answers(judged.draw(pipe, stated), stated))
 
 
 def pair(row: dict[str, Any], plain: Path, scratch: Path, stated: list[Any]) -> dict[str, Any]:

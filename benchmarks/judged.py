@@ -66,27 +66,38 @@ def draw(pipeline: Pipeline, stated: list[Any], schedule: str | None = None, bat
     return np.concatenate(parts)
 
 
+def answers(pictures: np.ndarray, stated: list[Any]) -> list[dict[str, list[bool]]]:
+    """What the judge finds of each picture's stated attributes."""
+    import judge
+
+    return judge.answers(judge.load(), pictures, stated)
+
+
 def score(pictures: np.ndarray, stated: list[Any]) -> dict[str, float]:
+    """`summary` of `answers`."""
+    return summary(answers(pictures, stated))
+
+
+def summary(found: list[dict[str, list[bool]]]) -> dict[str, float]:
     """The share of stated attributes that the judge finds, with its standard error, and the exact counts' share."""
     import judge
 
-    found = judge.score(judge.load(), pictures, stated)
-    count = found.by_attribute["count"]
+    estimated = judge.estimate(found)
+    count = estimated.by_attribute["count"]
     return {
-        "pictures": len(pictures),
-        "overall": found.overall.value,
-        "error": found.overall.error,
+        "pictures": len(found),
+        "overall": estimated.overall.value,
+        "error": estimated.overall.error,
         "count": count.value,
         "count_error": count.error,
     }
 
 
-def counts(pictures: np.ndarray, stated: list[Any]) -> np.ndarray:
-    """(N, 2): how many of each picture's stated attributes the judge finds, and how many there are."""
+def counts(found: list[dict[str, list[bool]]]) -> np.ndarray:
+    """(N, 2): how many of each picture's stated attributes are found, and how many there are; of `answers`."""
     import judge
 
-    seen = judge.read(judge.load(), pictures)
-    pooled = [judge.attributes(judge.compare(scene, read)) for scene, read in zip(stated, seen, strict=True)]
+    pooled = [judge.attributes(answer) for answer in found]
     return np.array([[sum(part), len(part)] for part in pooled], float)
 
 

@@ -186,11 +186,20 @@ def score(judge: Judge, pictures: np.ndarray, scenes: Sequence[Scene]) -> Score:
         pictures: (N, 64, 64, 3) float in 0..1.
         scenes: One per picture; what is None was not stated and does not count.
     """
-    answers = [compare(stated, seen) for stated, seen in zip(scenes, read(judge, pictures), strict=True)]
+    return estimate(answers(judge, pictures, scenes))
+
+
+def answers(judge: Judge, pictures: np.ndarray, scenes: Sequence[Scene]) -> list[dict[str, list[bool]]]:
+    """What `compare` says of each picture. The arguments are those of `score`."""
+    return [compare(stated, seen) for stated, seen in zip(scenes, read(judge, pictures), strict=True)]
+
+
+def estimate(found: Sequence[dict[str, list[bool]]]) -> Score:
+    """The score of `answers`."""
     names = ("shape", "colour", "size", "position", "background", "count")
     return Score(
-        _estimate([attributes(a) for a in answers]),
-        {name: _estimate([a.get(name, []) for a in answers]) for name in names},
+        _estimate([attributes(a) for a in found]),
+        {name: _estimate([a.get(name, []) for a in found]) for name in names},
     )
 
 

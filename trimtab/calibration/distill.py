@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from trimtab.calibration.batches import Batches
+from trimtab.calibration.gates import OUTPUT
 from trimtab.calibration.torch_graph import TorchGraph
 from trimtab.calibration.trajectories import Array
 from trimtab.errors import CalibrationError, InputError
@@ -38,7 +39,6 @@ FEATURES = ("normalized", "plain", "none")
 Progress = Callable[[float, float], None]
 """Told (the share of the budget that is spent, the loss)."""
 
-_OUTPUT = "model_output"
 _SAVE_SECONDS = 60.0
 _AVERAGE = 0.999
 """Decay of the averaged weights a step, once the run is long enough: see `_Student.average`."""
@@ -141,7 +141,7 @@ def distill(
     smaller = model.clone()
     RemoveLayers(plan.removed)(smaller)
     left = {str(v.name) for node in smaller.graph for v in node.outputs}
-    pairs = [(_OUTPUT, _OUTPUT)]
+    pairs = [(OUTPUT, OUTPUT)]
     if budget.features != "none":
         features = [(name, bypass.get(name, name)) for name in block_outputs(model)]
         pairs += [(mine, its) for mine, its in features if its in left]
@@ -178,7 +178,7 @@ def distill(
             loss = _loss([(wanted[mine], given[its]) for mine, its in pairs], budget.features == "normalized")
             if batch.target is not None:
                 answer = torch.from_numpy(batch.target).to(device)
-                loss = loss + (answer - given[_OUTPUT].float()).square().mean()
+                loss = loss + (answer - given[OUTPUT].float()).square().mean()
         if not math.isfinite(value := loss.item()):
             raise CalibrationError(
                 f"the loss is not finite at step {run.steps}: give a lower learning rate than {budget.rate:g}"

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from trimtab.calibration.codebooks import CALIBRATED, Codebooks, CodebookStore
 from trimtab.calibration.draft import draft
+from trimtab.calibration.gates import OUTPUT
 from trimtab.calibration.kmeans import Settings, make_codebooks
 from trimtab.calibration.trajectories import own_requests, record
 from trimtab.passes.vq import pack_weights, sites
@@ -68,7 +69,6 @@ def packed(
 def _check_trainable(models: Iterable[ir.Model]) -> None:
     """Before k-means, which takes minutes."""
     from trimtab.calibration.torch_graph import check_operators
-    from trimtab.calibration.vq4dit import OUTPUT
 
     for model in models:
         check_operators(model, [OUTPUT])

@@ -47,10 +47,7 @@ def check_operators(model: ir.Model, outputs: Sequence[str]) -> None:
         PassError: An operator that is not known, by name; an output that is none.
     """
     needed, _ = _needed(_steps(model), outputs, ())
-    if unknown := sorted({step.operator for step in needed} - OPERATORS.keys()):
-        raise PassError(
-            f"{', '.join(unknown)} cannot be run by torch here: only graphs of the exporter can be trained"
-        )
+    _check_known(needed)
 
 
 class TorchGraph:
@@ -69,8 +66,8 @@ class TorchGraph:
     """
 
     def __init__(self, model: ir.Model, outputs: Sequence[str], device: str = "cpu") -> None:
-        check_operators(model, outputs)
         self._choose(_steps(model), outputs, ())
+        _check_known(self._steps)
         self._device = torch.device(device)
         used = {name for step in self._steps for name in step.inputs}
         self.weights: dict[str, Tensor] = {}
@@ -141,6 +138,13 @@ def _steps(model: ir.Model) -> list[_Step]:
         )
         for node in model.graph
     ]
+
+
+def _check_known(steps: Sequence[_Step]) -> None:
+    if unknown := sorted({step.operator for step in steps} - OPERATORS.keys()):
+        raise PassError(
+            f"{', '.join(unknown)} cannot be run by torch here: only graphs of the exporter can be trained"
+        )
 
 
 def _needed(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.calibration.codebooks import CALIBRATED, FORMATS, Codebooks, PackedWeight
+from trimtab.calibration.gates import OUTPUT
 from trimtab.calibration.kmeans import neighbours, rounded, with_error
 from trimtab.calibration.torch_graph import TorchGraph
 from trimtab.calibration.trajectories import Array
@@ -37,8 +38,6 @@ from trimtab.passes.scopes import Module, module_tree
 from trimtab.passes.vq import Site, sites
 
 logger = logging.getLogger(__name__)
-
-OUTPUT = "model_output"
 
 
 @dataclass(frozen=True)
