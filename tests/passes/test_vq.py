@@ -120,6 +120,13 @@ def test_only_what_is_read_as_a_weight_is_a_site() -> None:
     assert [site.name for site in sites(model)] == ["weight"]
 
 
+def test_a_stack_of_matrices_is_no_site() -> None:
+    model = graph(
+        {"x": (4, 2, 4)}, {"experts": np.ones((4, 4, 4), np.float32)}, node("MatMul", "x", "experts")
+    )
+    assert not list(sites(model))
+
+
 def test_what_the_codebooks_keep_is_refused_with_their_reason() -> None:
     model = graph({"x": (3, 16)}, {"w": np.ones((16, 6), np.float32)}, node("MatMul", "x", "w"))
     result = PackWeights(Codebooks("", {}, {"w": "it is an embedder"}))(model)

@@ -65,14 +65,20 @@ class Site:
 
 
 def sites(model: ir.Model) -> Iterator[Site]:
-    """The weights of a graph that only MatMul, Gemm and Conv read, as their weight."""
+    """The weights of a graph that only MatMul, Gemm and Conv read, as their weight.
+
+    A MatMul's must be a matrix: a stack of them, as of experts, has no output channel that comes first.
+    """
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape) < 2:
             continue
         uses = list(value.uses())
         fits = bool(uses) and all(
-            _READERS.get(node.op_type) == index and node.domain == "" and node.graph is model.graph
+            _READERS.get(node.op_type) == index
+            and node.domain == ""
+            and node.graph is model.graph
+            and (node.op_type == "Conv" or len(tensor.shape) == 2)
             for node, index in uses
         )
         if fits and not value.is_graph_output():
