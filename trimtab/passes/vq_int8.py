@@ -46,7 +46,8 @@ class DecodeFromInt8(Pass):
         if applied and not refused:
             for identifier in [key for key in model.functions if key[:2] == (vq_op.DOMAIN, vq_op.NAME)]:
                 del model.functions[identifier]
-            model.opset_imports.pop(vq_op.DOMAIN, None)
+            if all(node.domain != vq_op.DOMAIN for node in model.graph):  # a plugin's node may be left
+                model.opset_imports.pop(vq_op.DOMAIN, None)
         return PassResult(model, bool(applied), tuple(applied), tuple(refused))
 
 

@@ -226,6 +226,22 @@ def test_a_weight_that_computes_in_32_bits_stays_and_says_why() -> None:
     assert result.refused[0].reason == "its weight is FLOAT, and kernels take FP16 and BF16"
 
 
+def test_weights_in_32_bits_beside_the_plugins_leave_a_whole_graph() -> None:
+    sample = Sample((6, 22), (20, 22))
+    turned = sample.node("Transpose", [sample.weight], {"perm": [1, 0]}, (22, 20))
+    narrow = sample.node("MatMul", [sample.x, turned], {}, (6, 20))
+    sample.dtype = ir.DataType.FLOAT
+    wide = sample.node("Cast", [narrow], {"to": sample.dtype}, (6, 20))
+    codes = sample.constant("wide.codes", sample.random.integers(0, 256, (20, 5), dtype=np.uint8))
+    inputs = [codes, sample.constant("wide.codebook", sample.normal(256, 4))]
+    attributes = {"shape": [20, 20], "index_bits": 8}
+    weight = sample.node("VQDequantize", inputs, attributes, (20, 20), domain="trimtab", name="wide.weight")
+    model = sample.model(sample.node("Gemm", [wide, weight], {"transB": 1}, (6, 20)))
+    made = TensorRTBuilder().lower(model, find_device("orin-nano-8gb"))
+    assert {"TrimtabVQMatMul1", "DequantizeLinear"} <= set(operators(made))
+    onnx.checker.check_model(ir.to_proto(made))
+
+
 def test_a_second_run_finds_nothing_left() -> None:
     model = matmul()
     assert UseKernels(87)(model).modified
