@@ -204,6 +204,33 @@ def test_a_convolution_reads_a_decoded_weight(
     np.testing.assert_array_equal(after, before)
 
 
+def test_a_kernel_along_one_axis_with_one_channel_each_is_decoded_once() -> None:
+    model = conv((3, 1), group=8, channels=8)
+    before, after = lowered(model)
+    assert operators(model) == ["TrimtabVQDecode1", "Conv"]
+    np.testing.assert_array_equal(after, before)
+
+
+def test_a_product_of_a_vector_reads_a_decoded_weight() -> None:
+    sample = Sample((22,), (20, 22))
+    turned = sample.node("Transpose", [sample.weight], {"perm": [1, 0]}, (22, 20))
+    model = sample.model(sample.node("MatMul", [sample.x, turned], {}, (20,)))
+    before, after = lowered(model)
+    assert operators(model) == ["TrimtabVQDecode1", "Transpose", "MatMul"]
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize(("n", "bias", "size"), [(20, (1, 1, 20), (1, 12, 20)), (1, (), (12, 1))])
+def test_what_is_added_and_is_no_bias_stays(n: int, bias: tuple[int, ...], size: tuple[int, ...]) -> None:
+    sample = Sample((12, 22), (n, 22))
+    turned = sample.node("Transpose", [sample.weight], {"perm": [1, 0]}, (22, n))
+    y = sample.node("MatMul", [sample.x, turned], {}, (12, n))
+    model = sample.model(sample.node("Add", [y, sample.constant("b", sample.normal(*bias))], {}, size))
+    before, after = lowered(model)
+    assert operators(model) == ["TrimtabVQMatMul1", "Add"] and after.shape == size
+    np.testing.assert_allclose(after, before, atol=2.0**-9 * np.abs(before).max())
+
+
 @pytest.mark.parametrize("model", [gemm(alpha=0.5), matmul(rows="tokens")], ids=["factor", "open rows"])
 def test_what_cannot_be_fused_reads_a_decoded_weight(model: ir.Model) -> None:
     UseKernels(87)(model)

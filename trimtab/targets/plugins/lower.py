@@ -66,7 +66,7 @@ class UseKernels(Pass):
                 if index == 1 and reader.op_type in ("MatMul", "Gemm") and reader.domain == "":
                     self._product(graph, weight, reader, turned)
         _remove_unread(graph, weight)
-        for value, _ in weight.views():
+        for value, _ in reversed(weight.views()):  # W itself last: only what its Transposes do not serve
             if value.uses():
                 self._decode(graph, weight, value)
         _remove_unread(graph, weight)
@@ -76,7 +76,8 @@ class UseKernels(Pass):
 
     def _product(self, graph: ir.Graph, weight: _Weight, reader: ir.Node, turned: bool) -> None:
         x, n = reader.inputs[0], weight.shape[0]
-        rows = None if x is None or x.shape is None else _count(x.shape[:-1])
+        # The plugin takes no vector: a MatMul of one reads the weight decoded.
+        rows = None if x is None or x.shape is None or len(x.shape) < 2 else _count(x.shape[:-1])
         if rows is None or len(weight.shape) != 2 or turned != _reads_turned(reader):
             return
         if not fuses(self.sm, rows):
@@ -221,19 +222,24 @@ def _reads_turned(reader: ir.Node) -> bool:
 
 def _vector(value: ir.Value, n: int) -> npt.NDArray[Any] | None:
     """A constant of n numbers along the last axis, or None."""
-    if value.const_value is None or value.const_value.size != n or value.const_value.shape[-1] != n:
+    tensor = value.const_value
+    if tensor is None or tensor.size != n or not len(tensor.shape) or tensor.shape[-1] != n:
         return None
-    return value.const_value.numpy().reshape(-1)
+    return tensor.numpy().reshape(-1)
 
 
 def _addition(value: ir.Value, n: int) -> tuple[ir.Node, ir.Value] | None:
-    """The Add of a bias that alone reads a product, and the bias."""
+    """The Add of a bias that alone reads a product and leaves its shape, and the bias."""
     uses = list(value.uses())
     if len(uses) != 1 or uses[0][0].op_type != "Add" or uses[0][0].domain != "" or value.is_graph_output():
         return None
     node, index = uses[0]
     bias = node.inputs[1 - index]
-    return (node, bias) if bias is not None and _vector(bias, n) is not None else None
+    if bias is None or _vector(bias, n) is None:
+        return None
+    assert bias.const_value is not None
+    wider = value.shape is None or len(bias.const_value.shape) > len(value.shape)
+    return None if wider else (node, bias)
 
 
 def _replace(
