@@ -204,8 +204,8 @@ class _Maker:
             if not isinstance(builder, NetworkBuilder):
                 continue
             parser = builder.parser(device)
-            if builder.on_device:
-                same: tuple[Any, ...] = (builder.backend, precision, parser)
+            if builder.on_device:  # kernels of packed weights are for one chip
+                same: tuple[Any, ...] = (builder.backend, precision, parser, device.sm if packed else None)
             else:
                 same = (
                     builder.backend,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,15 @@ from onnx.reference.op_run import OpRun
 
 pytest.importorskip("triton")
 
+from trimtab.program import Segment
+from trimtab.storage import GRAPHS
 from trimtab.targets.device import find_device
+from trimtab.targets.engines import _Maker
 from trimtab.targets.operators import RTX
 from trimtab.targets.plugins.aot import Kernel, read_kernels
 from trimtab.targets.plugins.lower import UseKernels
 from trimtab.targets.tensorrt import TensorRTBuilder
+from trimtab.weights import WeightStore
 
 HALF = ir.DataType.FLOAT16
 
@@ -280,3 +286,16 @@ def test_for_a_jetson_the_builder_lowers_to_the_plugins_and_desktop_cards_have_n
     assert operators(TensorRTBuilder().lower(model, find_device("orin-nano-8gb"))) == ["TrimtabVQMatMul1"]
     assert "VQDequantize" in operators(model)  # stays as it was
     assert not RTX.plugins
+
+
+def test_chips_that_share_a_parser_have_kernels_of_their_own(tmp_path: Path) -> None:
+    orin = find_device("orin-nano-8gb")
+    devices = [orin, find_device("orin-nx-8gb"), dataclasses.replace(orin, name="other", sm="8.6")]
+    (tmp_path / GRAPHS).mkdir()
+    maker = _Maker(WeightStore(tmp_path / GRAPHS), tmp_path, None, lambda text: None)
+    made = list(maker.fixed(Segment("denoiser", matmul()), devices, {"x": (2, 6, 22)}, ""))
+    assert [engine.sm for engine in made] == ["8.7", "8.7", "8.6"] and made[0].path == made[1].path
+    for engine in made:
+        (node,) = ir.load(tmp_path / engine.path).graph
+        target = f".target sm_{str(engine.sm).replace('.', '')}\n"
+        assert all(target in kernel.ptx for kernel in read_kernels(node.attributes["kernels"].as_string()))
