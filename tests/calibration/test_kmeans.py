@@ -13,7 +13,7 @@ import pytest
 from trimtab.calibration.codebooks import FORMATS, PackedWeight
 from trimtab.calibration.kmeans import Settings, choose, cluster, make_codebooks, nearest, pack, rounded
 from trimtab.errors import CalibrationError, InputError
-from trimtab.passes.vq import sites
+from trimtab.passes.vq import PackWeights, sites
 
 
 def model(**weights: Any) -> ir.Model:
@@ -203,6 +203,23 @@ def test_segments_that_differ_in_a_weight_of_one_name_are_packed_each_from_its_o
             for layer, rows in dense[name].items():
                 error = np.square(books.of(name).layers[layer].rows() - rows).sum() / np.square(rows).sum()
                 assert error == pytest.approx(books.of(name).layers[layer].error, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sizes", [((64, 96), (32, 48)), ((32, 48), (64, 96)), ((64, 96), (8, 16)), ((8, 16), (64, 96))]
+)
+def test_a_narrower_denoiser_s_weights_have_codewords_for_their_own_number(
+    sizes: tuple[tuple[int, int], ...],
+) -> None:
+    models = {name: model(blocks__0__to_q=weight(shape=s)) for name, s in zip("ab", sizes, strict=True)}
+    books = make_codebooks(models, Settings())
+    for name, (rows, _) in zip("ab", sizes, strict=True):
+        result = PackWeights(books.of(name))(models[name])
+        (layer,) = (*result.applied, *(r.where for r in result.refused))
+        if rows == 8:
+            assert [r.reason for r in result.refused] == ["it is too small: 8 x 16"]
+        else:
+            assert len(books.of(name).layers[layer].codebook) == {32: 32, 64: 128}[rows]
 
 
 def test_a_damaged_file_of_a_store_is_found(tmp_path: Path) -> None:

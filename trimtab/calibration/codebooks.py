@@ -90,7 +90,7 @@ class Codebooks:
         fingerprint: Of the weights that they were made from, by `fingerprint`.
         layers: Initializer's name -> its codes. ``SEGMENT/NAME`` is that of a segment whose weight is another one than
             the first of that name: see `of`.
-        kept: Initializer's name -> why it stays as it is.
+        kept: Initializer's name, or ``SEGMENT/NAME``, -> why it stays as it is.
         parameters: Initializer's name, or ``SEGMENT/NAME``, -> what it becomes: biases trained with the codes.
     """
 
@@ -102,12 +102,16 @@ class Codebooks:
     def of(self, segment: str) -> Codebooks:
         """Those of one segment, by the names of its own initializers."""
 
+        start = f"{segment}/"
+
         def own(entries: Mapping[str, _Entry]) -> dict[str, _Entry]:
-            start = f"{segment}/"
             named = {name.removeprefix(start): e for name, e in entries.items() if name.startswith(start)}
             return {**entries, **named}
 
-        return replace(self, layers=own(self.layers), parameters=own(self.parameters))
+        # What another segment packs by this name is not this one's, which is too small for it.
+        kept = {name.removeprefix(start) for name in self.kept if name.startswith(start)}
+        layers = {name: layer for name, layer in own(self.layers).items() if name not in kept}
+        return replace(self, layers=layers, kept=own(self.kept), parameters=own(self.parameters))
 
 
 def fingerprint(weights: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:

@@ -87,28 +87,35 @@ def choose(found: Iterable[Site], settings: Settings) -> dict[str, tuple[int, in
     Raises:
         InputError: A rule that fits no layer.
     """
-    choices: dict[str, tuple[int, int] | str] = {}
-    idle = {pattern for pattern, _ in settings.rules}
-    for site in found:
-        own = next((rule for rule in settings.rules if fnmatch.fnmatchcase(site.module, rule[0])), None)
-        if own is not None:
-            idle.discard(own[0])
-        reason = "a rule keeps it" if own is not None and own[1] == KEEP else None
-        if own is None:
-            reason = _outside(site.module)
-        bits = int(own[1]) if own is not None and own[1] != KEEP else settings.bits
-        if reason is None:
-            shape = FORMATS[bits]
-            rows, columns = site.shape[0], int(np.prod(site.shape[1:]))
-            codewords = _codewords(rows * -(-columns // shape.length), shape.codewords)
-            if codewords:
-                choices[site.name] = bits, codewords
-                continue
-            reason = f"it is too small: {rows} x {columns}"
-        choices[site.name] = reason
+    every = list(found)
+    idle = {pattern for pattern, _ in settings.rules} - {
+        own[0] for site in every if (own := _rule(site, settings)) is not None
+    }
     if idle:
         raise InputError(f"the rule {min(idle)!r} fits no layer: see the layers with trimtab inspect")
-    return choices
+    return {site.name: _choice(site, settings) for site in every}
+
+
+def _rule(site: Site, settings: Settings) -> tuple[str, int | str] | None:
+    """The first rule that fits a weight's layer."""
+    return next((rule for rule in settings.rules if fnmatch.fnmatchcase(site.module, rule[0])), None)
+
+
+def _choice(site: Site, settings: Settings) -> tuple[int, int] | str:
+    """(bits, codewords) of one weight, or why it stays as it is."""
+    own = _rule(site, settings)
+    bits = settings.bits
+    if own is None:
+        if (reason := _outside(site.module)) is not None:
+            return reason
+    elif own[1] == KEEP:
+        return "a rule keeps it"
+    else:
+        bits = int(own[1])
+    shape = FORMATS[bits]
+    rows, columns = site.shape[0], int(np.prod(site.shape[1:]))
+    codewords = _codewords(rows * -(-columns // shape.length), shape.codewords)
+    return (bits, codewords) if codewords else f"it is too small: {rows} x {columns}"
 
 
 def _outside(module: str) -> str | None:
@@ -152,10 +159,9 @@ def make_codebooks(
         MissingDependency: faiss is not installed.
     """
     found = _distinct(models)
-    choices = choose(found.values(), settings)
-    picked = {
-        name: choice for name, site in found.items() if not isinstance(choice := choices[site.name], str)
-    }
+    choose(found.values(), settings)  # a rule that fits nothing is said before anything is read
+    choices = {name: _choice(site, settings) for name, site in found.items()}
+    picked = {name: choice for name, choice in choices.items() if not isinstance(choice, str)}
     for name in picked:
         if not _finite(found[name].rows()):
             raise CalibrationError(f"{name} holds numbers that are not finite: mend the model's weights")
