@@ -98,7 +98,15 @@ def test_kernels_come_back_from_their_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a 8 16 256 1000 fp16\n", "a 8 x 256 1000 fp16\n.entry a(", "a 8\n.entry a("]
+    "text",
+    [
+        "",
+        "a 8 16 256 1000 fp16\n",
+        "a 8 x 256 1000 fp16\n.entry a(",
+        "a 0 16 256 1000 fp16\n.entry a(",
+        "a 8 16 256 9999999999 fp16\n.entry a(",
+        "a 8\n.entry a(",
+    ],
 )
 def test_text_that_is_no_kernel_is_refused(text: str) -> None:
     with pytest.raises(BundleError, match="compile the bundle again"):

@@ -67,7 +67,8 @@ def read_kernels(text: str) -> tuple[Kernel, ...]:
         words = line.split(" ")
         if (
             len(words) != 6
-            or not all(word.isdecimal() for word in words[1:5])
+            or not all(re.fullmatch(r"[1-9][0-9]{0,8}", word) for word in words[1:4])
+            or not re.fullmatch(r"[0-9]{1,9}", words[4])
             or f".entry {words[0]}(" not in ptx
         ):
             raise BundleError(

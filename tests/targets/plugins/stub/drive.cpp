@@ -176,9 +176,11 @@ int main(int, char** argv)
 
     std::string half = kKernels;
     half.replace(half.rfind("fp16"), 4, "bf16");
-    std::printf("refused %d %d %d %d %d\n", create(creator[0], "") == nullptr, create(creator[0], "no kernel") == nullptr,
+    std::string large = kKernels;
+    large.replace(large.find(" 8 16"), 2, " 9223372036854775807");
+    std::printf("refused %d %d %d %d %d %d\n", create(creator[0], "") == nullptr, create(creator[0], "no kernel") == nullptr,
         create(creator[0], half) == nullptr, create(creator[1], kDecoder) == nullptr,
-        create(creator[1], kDecoder, {8, -1}) == nullptr);
+        create(creator[1], kDecoder, {8, -1}) == nullptr, create(creator[0], large) == nullptr);
 
     std::unique_ptr<IPluginV3> built(create(creator[0], kKernels));
     types(built.get(), 5);

@@ -67,8 +67,9 @@ std::vector<Kernel> readKernels(std::string const& text)
         size_t const end = part.find('\n');
         std::istringstream line(part.substr(0, end));
         line >> kernel.entry >> kernel.rows >> kernel.columns >> kernel.threads >> kernel.sharedBytes >> kernel.dtype;
-        bool const sound = line && line.peek() == EOF && kernel.rows > 0 && kernel.columns > 0 && kernel.threads > 0
-            && kernel.threads <= 1024 && end != std::string::npos
+        bool const sound = line && line.peek() == EOF && kernel.rows > 0 && kernel.rows <= INT32_MAX
+            && kernel.columns > 0 && kernel.columns <= INT32_MAX && kernel.threads > 0 && kernel.threads <= 1024
+            && kernel.sharedBytes <= INT32_MAX && end != std::string::npos
             && part.find(".entry " + kernel.entry + "(", end) != std::string::npos;
         if (!sound)
         {
