@@ -114,23 +114,45 @@ def to_picture(values: Tensor) -> Tensor:
     return torch.where(scaled.abs() < torch.inf, scaled.clamp(0, 1), scaled).permute(0, 2, 3, 1)
 
 
+def latent_scale(pipeline: str, config: Any) -> tuple[float | Tensor, float | Tensor]:
+    """(scale, shift) between a pipeline's latents and its autoencoder's: ``latents / scale + shift`` is decoded.
+
+    A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's and Flux's alone, and
+    the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting pipeline forgets
+    them when it encodes, and blends latents of two scales; here one scale serves all tasks.
+
+    Args:
+        pipeline: A pipeline's class.
+        config: Its autoencoder's configuration.
+
+    Returns:
+        Numbers, or float32 (1, C, 1, 1) where every channel has its own.
+    """
+    scale = float(config.scaling_factor)
+    if pipeline.startswith(("StableDiffusion3", "Flux")):
+        return scale, float(getattr(config, "shift_factor", None) or 0.0)
+    mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    if not pipeline.startswith("StableDiffusionXL") or mean is None or deviation is None:
+        return scale, 0.0
+    return scale / torch.tensor(deviation).reshape(1, -1, 1, 1), torch.tensor(mean).reshape(1, -1, 1, 1)
+
+
 class VaeDecoder(nn.Module):
-    """Latents (batch, C, h, w) -> picture (batch, H, W, 3) float32 in 0..1."""
+    """Latents (batch, C, h, w) -> picture (batch, H, W, 3) float32 in 0..1; scaled as by `latent_scale`."""
 
     model: Any
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scale: float | Tensor = 1.0, shift: float | Tensor = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.scale, self.shift = scale, shift
 
     def forward(self, latents: Tensor) -> Tensor:
-        config = self.model.config
-        latents = latents / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        return to_picture(self.model.decode(latents, return_dict=False)[0])
+        return to_picture(self.model.decode(latents / self.scale + self.shift, return_dict=False)[0])
 
 
 class VaeEncoder(nn.Module):
-    """Picture (1, H, W, 3) in 0..1 and noise (1, C, h, w) -> a draw from the posterior, scaled.
+    """Picture (1, H, W, 3) in 0..1 and noise (1, C, h, w) -> a draw from the posterior, scaled as by `latent_scale`.
 
     One picture is encoded and drawn from once, whatever the batch, as diffusers does; ``like`` (batch, C, h, w)
     only says how many copies are wanted.
@@ -138,15 +160,15 @@ class VaeEncoder(nn.Module):
 
     model: Any
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, scale: float | Tensor = 1.0, shift: float | Tensor = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.scale, self.shift = scale, shift
 
     def forward(self, image: Tensor, posterior_noise: Tensor, like: Tensor) -> Tensor:
-        config = self.model.config
         posterior = self.model.encode((image * 2 - 1).permute(0, 3, 1, 2), return_dict=False)[0]
         latents = posterior.mean + posterior.std * posterior_noise
-        latents = (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
+        latents = (latents - self.shift) * self.scale
         return latents.expand(like.shape[0], -1, -1, -1)
 
 

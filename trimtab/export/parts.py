@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 import torch
 
-from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder
+from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.export.trace import Example, trace
 from trimtab.program import Call, TensorSpec
@@ -129,6 +129,7 @@ class PipelineParts(Parts):
     def vae(self, *, encoder: bool = True) -> None:
         """Adds the decoder, and the encoder and mask graphs that pictures as inputs need."""
         vae = self.source.load("vae")
+        scale, shift = latent_scale(self.pipeline, vae.config)
         height, width = EVEN_LATENT
         latents = Example(
             torch.randn(ROWS, self.channels, height, width), ("batch", None, "latent_height", "latent_width")
@@ -142,11 +143,11 @@ class PipelineParts(Parts):
             )
             self.add(
                 "vae_encoder",
-                VaeEncoder(vae),
+                VaeEncoder(vae, scale, shift),
                 {"image": image, "posterior_noise": posterior, "like": latents},
                 ["latents"],
             )
-        self.add("vae_decoder", VaeDecoder(vae), {"latents": latents}, ["image"])
+        self.add("vae_decoder", VaeDecoder(vae, scale, shift), {"latents": latents}, ["image"])
 
     def masks(self) -> None:
         """Adds the graphs of inpainting: mask and masked picture, and the blend of plain denoisers."""

@@ -1,0 +1,98 @@
+"""Autoencoders: pictures to latents and back as the pipelines scale them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from tiny import SD_BETAS, TWO_LEVELS, clip_text, clip_tokenizer, spread, unet, vae
+
+from trimtab.export.encoders import VaeDecoder, VaeEncoder, latent_scale
+
+STATISTICS: dict[str, Any] = {
+    "latents_mean": [-1.6, 1.1, 0.4, -0.2],
+    "latents_std": [8.0, 5.0, 7.0, 6.0],
+    "shift_factor": 0.3,
+    "scaling_factor": 0.5,
+}
+"""All that a configuration can say; a pipeline reads a part of it."""
+
+
+def pipeline(name: str, folder: Path) -> Any:
+    """A pipeline whose autoencoder says all of `STATISTICS`."""
+    torch.manual_seed(0)
+    parts = {
+        "vae": vae(**STATISTICS),
+        "text_encoder": clip_text(),
+        "tokenizer": clip_tokenizer(folder),
+        "scheduler": DDIMScheduler(**SD_BETAS),
+    }
+    if name == "sd":
+        made = StableDiffusionPipeline(
+            **parts,
+            unet=unet(**TWO_LEVELS),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    else:
+        made = StableDiffusionXLPipeline(
+            **parts,
+            text_encoder_2=clip_text(projection=True),
+            tokenizer_2=clip_tokenizer(folder),
+            unet=unet(
+                **TWO_LEVELS,
+                cross_attention_dim=32,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=8 * 6 + 16,
+            ),
+            add_watermarker=False,
+        )
+    spread(made.vae, torch.Generator().manual_seed(0))
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.mark.parametrize("name", ["sd", "xl"])
+def test_latents_are_scaled_by_what_the_pipeline_reads_and_by_nothing_else(name: str, tmp_path: Path) -> None:
+    pipe = pipeline(name, tmp_path)
+
+    def drawn(kind: str) -> Any:
+        generator = torch.Generator().manual_seed(0)
+        return pipe("a cat", num_inference_steps=2, generator=generator, output_type=kind).images
+
+    decode = VaeDecoder(pipe.vae, *latent_scale(type(pipe).__name__, pipe.vae.config))
+    with torch.no_grad():
+        ours = decode(drawn("latent")).numpy()
+    assert np.abs(ours - drawn("np")).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["sd", "xl"])
+def test_a_picture_s_latents_are_scaled_as_the_pipeline_scales_them(name: str, tmp_path: Path) -> None:
+    pipe = AutoPipelineForImage2Image.from_pipe(pipeline(name, tmp_path))
+    picture = torch.rand(1, 16, 24, 3)
+    noise = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(0))
+    encode = VaeEncoder(pipe.vae, *latent_scale(type(pipe).__name__, pipe.vae.config))
+    pipe.scheduler.alphas_cumprod[0] = 1.0  # so that no noise is added to them
+    with torch.no_grad():
+        theirs = pipe.prepare_latents(
+            (picture * 2 - 1).permute(0, 3, 1, 2),
+            torch.tensor([0]),
+            1,
+            1,
+            torch.float32,
+            torch.device("cpu"),
+            torch.Generator().manual_seed(0),
+        )
+        ours = encode(picture, noise, noise)
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
