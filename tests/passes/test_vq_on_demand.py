@@ -87,6 +87,20 @@ def test_onnxruntime_decodes_one_weight_at_a_time(packed: ir.Model, tmp_path: Pa
     assert most(_run(packed, tmp_path / "after")[1]) == 1
 
 
+def test_a_weight_of_several_readers_waits_for_the_first_in_the_graph_whichever_was_wired_first(
+    packed: ir.Model,
+) -> None:
+    first, second, *_ = (node for node in packed.graph if node.op_type == "MatMul")
+    weight = first.inputs[1]
+    second.replace_input_with(1, weight)
+    before, _ = _run(packed)
+    first.replace_input_with(1, None)
+    first.replace_input_with(1, weight)
+    assert weight is not None and [node for node, _ in weight.uses()] == [second, first]
+    DecodeOnDemand()(packed)
+    assert np.array_equal(_run(packed)[0], before)
+
+
 def test_a_weight_beside_no_activation_is_refused(packed: ir.Model) -> None:
     reader = next(node for node in packed.graph if node.op_type == "MatMul")
     turned = reader.inputs[1]

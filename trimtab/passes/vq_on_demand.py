@@ -12,6 +12,8 @@ the reader at once. Exact: nothing is computed with x.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 import onnx_ir as ir
 
@@ -26,9 +28,10 @@ class DecodeOnDemand(Pass):
     def call(self, model: ir.Model) -> PassResult:
         """Puts three small nodes before each packed weight; a second run refuses them all."""
         applied, refused = [], []
+        order = {node: place for place, node in enumerate(model.graph)}
         for node in [node for node in model.graph if vq_op.is_packed(node)]:
             name = node.outputs[0].name or node.name or vq_op.NAME
-            codes, activation = node.inputs[0], _beside(node.outputs[0])
+            codes, activation = node.inputs[0], _beside(node.outputs[0], order)
             if codes is None or codes.const_value is None:
                 refused.append(Refusal(name, "its codes are computed: it waits for something already"))
             elif activation is None or activation.const_value is not None:
@@ -41,13 +44,21 @@ class DecodeOnDemand(Pass):
         return PassResult(model, bool(applied), tuple(applied), tuple(refused))
 
 
-def _beside(weight: ir.Value) -> ir.Value | None:
-    """What the first reader of a weight multiplies it with."""
+def _beside(weight: ir.Value, order: Mapping[ir.Node, int]) -> ir.Value | None:
+    """What the first reader of a weight multiplies it with: nothing before that one can depend on the weight."""
+    reader, index = min(_readers(weight), key=lambda use: order[use[0]], default=(None, 0))
+    if reader is None:
+        return None
+    return next((v for v in reader.inputs[:2] if v is not None and v is not reader.inputs[index]), None)
+
+
+def _readers(weight: ir.Value) -> Iterator[tuple[ir.Node, int]]:
+    """Every node that multiplies with a weight, turned or not, and which of its inputs that is."""
     for reader, index in weight.uses():
         if reader.op_type in ("Transpose", "Reshape", "Cast"):
-            return _beside(reader.outputs[0])
-        return next((v for v in reader.inputs[:2] if v is not None and v is not reader.inputs[index]), None)
-    return None
+            yield from _readers(reader.outputs[0])
+        else:
+            yield reader, index
 
 
 def _wait(graph: ir.Graph, node: ir.Node, codes: ir.Value, activation: ir.Value) -> None:
