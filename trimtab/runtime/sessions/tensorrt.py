@@ -141,16 +141,30 @@ class TensorRT:
         return TargetError(f"{what} failed{self._log.reason()}: run trimtab build again on this machine")
 
     def _share(self, session: TensorRTSession) -> None:
-        """Gives a new session the scratch memory, and all of them a larger one where it is too small."""
-        if session.scratch_bytes > self.scratch_bytes:
-            self._driver.synchronize()
-            self._scratch = None  # the old one goes before the new one comes
-            self._scratch = DeviceArray(self._driver, (session.scratch_bytes,), np.uint8)
-            self._generation += 1
-            for each in self._sessions:
-                each.use(self._scratch)
-        elif self._scratch is not None:
-            session.use(self._scratch)
+        """Gives a new session the scratch memory, and all of them a larger one where it is too small.
+
+        Where there is no room for that, the session is closed and the others have one of the old size again.
+        """
+        before = self.scratch_bytes
+        if session.scratch_bytes <= before:
+            if self._scratch is not None:
+                session.use(self._scratch)
+            return
+        try:
+            self._allocate(session.scratch_bytes)
+        except TargetError:
+            session.close()
+            if before and self._sessions:
+                self._allocate(before)
+            raise
+
+    def _allocate(self, size: int) -> None:
+        self._driver.synchronize()
+        self._scratch = None  # the old one goes before the new one comes
+        self._scratch = DeviceArray(self._driver, (size,), np.uint8)
+        self._generation += 1
+        for each in self._sessions:
+            each.use(self._scratch)
 
     def _forget(self, session: TensorRTSession) -> None:
         self._sessions.remove(session)
