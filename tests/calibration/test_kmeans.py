@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -232,11 +233,28 @@ def test_a_damaged_file_of_a_store_is_found(tmp_path: Path) -> None:
         make_codebooks(models, Settings(), store)
 
 
-def test_a_code_without_a_codeword_is_damage(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda packed: {"codes": packed.codes + 64},
+        lambda packed: {"codes": packed.codes.reshape(-1)},
+        lambda packed: {"codebook": packed.codebook.reshape(-1)},
+        lambda packed: {"codebook": packed.codebook[:, :0]},
+    ],
+    ids=[
+        "a code without a codeword",
+        "codes without rows",
+        "a codebook without rows",
+        "codewords of nothing",
+    ],
+)
+def test_parts_that_do_not_fit_each_other_are_damage(
+    tmp_path: Path, change: Callable[[PackedWeight], dict[str, Any]]
+) -> None:
     from trimtab.calibration.codebooks import CodebookStore
 
     store = CodebookStore(tmp_path, "f", {})
     packed = pack(weight(), 2, 64)
-    store.put("w", dataclasses.replace(packed, codes=packed.codes + 64))
+    store.put("w", dataclasses.replace(packed, **change(packed)))
     with pytest.raises(CalibrationError, match="is damaged"):
         store.get("w")

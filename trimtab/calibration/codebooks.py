@@ -264,6 +264,8 @@ def _fits(packed: PackedWeight) -> bool:
     """Whether every code has a codeword, and the parts have the sizes that they need."""
     if packed.bits not in FORMATS or packed.codes.dtype != np.uint8 or packed.codebook.dtype != np.float32:
         return False
+    if packed.codes.ndim != 2 or packed.codebook.shape[1:] != (FORMATS[packed.bits].length,):
+        return False
     codes = vq_op.unpack_indices(packed.codes, packed.index_bits)
     count = -(-packed.columns // packed.codebook.shape[1])
     return bool(
