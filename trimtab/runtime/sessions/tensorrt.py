@@ -82,6 +82,8 @@ class TensorRT:
     def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> TensorRTSession:
         """See `trimtab.runtime.sessions.Backend`."""
         self.check(engine)
+        if not path.stat().st_size:
+            raise BundleError(f"{path} is empty and no engine: run trimtab build on this machine")
         self._register(plugins)
         # Mapped, not read: where the CPU shares the GPU's memory, a copy on the heap would take it twice.
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -1,4 +1,4 @@
-"""The scratch memory that TensorRT's engines share, where there is no room for more of it."""
+"""TensorRT's engines by themselves, on a GPU that is not there: what is left where one cannot be loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from null_device import NullCuda, NullTensorRT
 
-from trimtab.errors import TargetError
+from trimtab.errors import BundleError, TargetError
 from trimtab.manifest import Engine
 from trimtab.runtime.sessions.cuda import Driver
 from trimtab.runtime.sessions.tensorrt import TensorRT
@@ -61,4 +61,13 @@ def test_the_first_engine_without_room_leaves_nothing(graph: Path) -> None:
     with pytest.raises(TargetError, match="memory of Null GPU is full"):
         backend.load(ENGINE, engine(graph, 2000))
     assert not cuda.live and backend.scratch_bytes == 0
+    backend.close()
+
+
+def test_an_empty_file_is_no_engine(graph: Path) -> None:
+    cuda = NullCuda()
+    backend = TensorRT("tensorrt", Driver(cuda), NullTensorRT(cuda))
+    graph.with_name("empty.engine").touch()
+    with pytest.raises(BundleError, match=r"empty\.engine is empty and no engine"):
+        backend.load(ENGINE, graph.with_name("empty.engine"))
     backend.close()
