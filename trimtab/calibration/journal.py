@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trimtab.errors import CalibrationError
+from trimtab.staging import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,7 @@ def resume(
         CalibrationError: It is no such file, or one of another model or of other samples.
     """
     if not path.exists() or path.stat().st_size == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(_line(header), encoding="utf-8")
+        write_file(path, _line(header).encode())
         return []
     first, known, cut = _read(path, parse, holds)
     if first != header:
@@ -45,7 +45,7 @@ def resume(
         raise CalibrationError(f"{path} holds {holds} {what}: name another file, or remove it")
     if cut is not None:
         logger.warning("the last line of %s was cut short: it is measured again", path)
-        path.write_text(cut + "\n", encoding="utf-8")
+        write_file(path, f"{cut}\n".encode())  # beside: hours of measurements stand in the old one
     return known
 
 
