@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 import trimtab
@@ -85,6 +86,25 @@ def test_a_packed_bundle_draws_what_the_decoded_weights_draw(
     for fast in (False, True):
         with trimtab.load(packed_folder, fast=fast) as pipe:
             assert np.abs(pipe(**options).pixels - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_weights_are_decoded_at_load_where_it_is_to_be_fast_and_nowhere_else(
+    packed_folder: Path, codebooks: Codebooks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fast: bool
+) -> None:
+    """What ONNX Runtime makes of the graph at load is looked at: codes that are left are decoded at every run."""
+
+    def keeping(graph: Path, options: Any, **more: Any) -> Any:
+        options.optimized_model_filepath = str(tmp_path / graph.name)
+        return session(graph, options, **more)
+
+    session = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", keeping)
+    with trimtab.load(packed_folder, fast=fast) as pipe:
+        pipe(label=1, seed=0, schedule=3)
+    (made,) = tmp_path.glob("denoiser*.onnx")
+    codes = [name for name in ir.load(made).graph.initializers if name.endswith(".codes")]
+    assert len(codes) == (0 if fast else len(codebooks.layers))
 
 
 def test_a_bundle_with_newer_operators_is_refused_when_it_is_opened(
