@@ -46,7 +46,7 @@ def whole(graph: Path, store: Path, threads: int) -> dict[str, Any]:
         "elements": sum(layer.codes.shape[0] * layer.columns for layer in books.layers.values()),
         "seconds": seconds,
         "cpu_seconds": time.process_time() - processor,
-        # Pages of the mapped graph are the system's to take back at any time: what counts is what is the process's own.
+        # With pages of the mapped graph, which are the system's to take back at any time: no less than is needed.
         "peak_bytes": int(status.partition("VmHWM:")[2].split()[0]) * 1024,
     }
 
