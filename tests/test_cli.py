@@ -98,6 +98,22 @@ def test_tables_are_for_people(command: str, bundle: Path, capsys: pytest.Captur
     assert len(capsys.readouterr().out.splitlines()) > 1
 
 
+def test_brackets_in_names_are_shown_and_are_no_markup(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "[" / "red]").mkdir(parents=True)
+    (tmp_path / "[" / "red]" / "a[bold].bundle").symlink_to(bundle)
+    path = tmp_path / "[" / "red]" / "a[bold].bundle"
+    assert main(["bench", str(path), "--rounds", "1"]) == 0
+    assert str(path)[-20:] in capsys.readouterr().out
+
+
+def test_a_line_break_in_a_name_leaves_an_error_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "a\\nb is not a folder" in fails(capsys, "inspect", tmp_path / "a\nb")
+
+
 def test_run_writes_a_picture_that_carries_its_settings(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

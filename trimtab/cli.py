@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             raise
         message = _message(error, arguments.interrupted)
-    print(f"trimtab: error: {message}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)  # names in it are anybody's
+    print(f"trimtab: error: {line}", file=sys.stderr)
     return EXIT_FAILED
 
 

@@ -196,13 +196,14 @@ def devices(result: Result) -> Iterator[str]:
 def _table(header: list[str], rows: list[list[str]]) -> str:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, header_style="bold", pad_edge=False)
     for index, title in enumerate(header):
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
         table.add_column(title, justify="right" if numeric else "left")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # brackets in a name are no markup
     # A pipe has no width of its own, and cut names help nobody.
     console = Console() if sys.stdout.isatty() else Console(width=200)
     with console.capture() as capture:
@@ -231,7 +232,7 @@ def status() -> Iterator[Callable[[str], None]]:
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("starting", total=None)
         yield lambda text: progress.update(task, description=text)
