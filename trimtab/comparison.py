@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trimtab.bundle import Bundle
 from trimtab.errors import InputError
 from trimtab.program import STATE
 from trimtab.runtime.load import Pipeline, load
@@ -108,7 +109,7 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
         values: dict[str, Array] = {}
         for call in plan.steps[0].calls:
             if call.segment.startswith(_DENOISER):
-                path = pipe.bundle.path(pipe.bundle.contents.segments[call.segment].graph)
+                path = pipe.bundle.contents.segments[call.segment].graph
                 # What both denoisers read is the reference's; the sampler's weights may differ, and are each
                 # one's own; what crosses from one part of a denoiser to the next was just made.
                 given = {name: np.asarray(buffer) for name, buffer in call.inputs.items()}
@@ -116,7 +117,7 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
                 feeds = {n: values.get(n, common.get(n, a)) for n, a in given.items()}
                 if pipe is ours:
                     shared |= {n: a.copy() for n, a in given.items() if n not in values}
-                values |= _laid_open(path, feeds, blocks)
+                values |= _laid_open(pipe.bundle, path, feeds, blocks)
         if not blocks:
             return []  # a foreign graph without module names
         found.append((blocks, values))
@@ -141,11 +142,14 @@ def _same_result(ours: list[str], theirs: list[str], cut: bool) -> tuple[str, st
     return (ours[0], theirs[0]) if theirs and not cut else None
 
 
-def _laid_open(path: Path, feeds: dict[str, Array], blocks: dict[str, list[str]]) -> dict[str, Array]:
+def _laid_open(
+    bundle: Bundle, path: str, feeds: dict[str, Array], blocks: dict[str, list[str]]
+) -> dict[str, Array]:
     """All of a graph's outputs and its modules' results, by name.
 
     Args:
-        path: The graph.
+        bundle: Whose graph.
+        path: The graph, relative to it.
         feeds: Its inputs.
         blocks: Gains the names of the modules' results, by module path; of several parts, part by part.
     """
@@ -153,13 +157,14 @@ def _laid_open(path: Path, feeds: dict[str, Array], blocks: dict[str, list[str]]
     import onnxruntime
 
     from trimtab.passes.scopes import expose_blocks
+    from trimtab.storage import read_graph
 
-    model = ir.load(path)
+    model = read_graph(bundle, path)
     for block, name in expose_blocks(model).items():
         blocks.setdefault(block, []).append(name)
     settings = onnxruntime.SessionOptions()
     settings.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(path.parent)
+        "session.model_external_initializers_file_folder_path", str((bundle.folder / path).parent)
     )
     session = onnxruntime.InferenceSession(
         ir.to_proto(model).SerializeToString(), settings, providers=["CPUExecutionProvider"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from trimtab import __version__
 from trimtab.bundle import Bundle
+from trimtab.errors import BundleError
 from trimtab.manifest import Contents, Engine, SegmentEntry
 from trimtab.program import Program, Segment, TensorSpec
 from trimtab.weights import WeightStore, parameter_count, weight_bytes
@@ -87,15 +88,12 @@ def read_program(bundle: Bundle) -> Program:
     """The Program that a bundle was written from. Weights are mapped, not read.
 
     Raises:
-        BundleError: A file is missing or was changed.
+        BundleError: A file is missing or was changed, or a graph is not what bundle.json says.
     """
     contents = bundle.contents
     bundle.verify()
     return Program(
-        segments={
-            name: Segment(name, ir.load(bundle.path(entry.graph)))
-            for name, entry in contents.segments.items()
-        },
+        segments={name: _segment(bundle, entry) for name, entry in contents.segments.items()},
         tasks=contents.tasks,
         epilogue=contents.epilogue,
         outputs=contents.outputs,
@@ -110,6 +108,61 @@ def read_program(bundle: Bundle) -> Program:
         passes=contents.passes,
         trained_size=contents.trained_size,
     )
+
+
+def read_graph(bundle: Bundle, path: str) -> ir.Model:
+    """A graph of a bundle; it and the weights that it reads are verified. Weights are mapped, not read.
+
+    Args:
+        bundle: Opened.
+        path: Relative to it.
+
+    Raises:
+        BundleError: A file is missing or was changed, is no graph, or reads what is not in the bundle.
+    """
+    file = bundle.path(path)
+    sizes = {entry.path: entry.bytes for entry in bundle.contents.files}
+    try:
+        model = ir.load(file)
+        tensors = list(_external(model))
+        needed: dict[str, int] = {}
+        for tensor in tensors:
+            place = (PurePosixPath(path).parent / tensor.location).as_posix()
+            if (tensor.offset or 0) < 0 or min(tensor.shape.numpy(), default=0) < 0:
+                raise ValueError(f"{tensor.name} has a place or a size below 0")
+            needed[place] = max(needed.get(place, 0), (tensor.offset or 0) + tensor.nbytes)
+    except Exception as error:  # protobuf and onnx_ir raise what they like
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BundleError(
+            f"{file} cannot be read as a graph ({reason:.200}): compile the bundle again"
+        ) from None
+    bundle.verify(sorted(needed))  # and none that is not a file of the bundle
+    for place, end in needed.items():
+        if end > sizes[place]:
+            raise BundleError(f"{file} reads beyond the end of {place}: compile the bundle again")
+    return model
+
+
+def _segment(bundle: Bundle, entry: SegmentEntry) -> Segment:
+    model = read_graph(bundle, entry.graph)
+    for values, specs in ((model.graph.inputs, entry.inputs), (model.graph.outputs, entry.outputs)):
+        if {value.name for value in values} != {spec.name for spec in specs}:
+            raise BundleError(
+                f"{bundle.folder}: {entry.graph} is not the graph that was written: compile again"
+            )
+    return Segment(entry.name, model)
+
+
+def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Every tensor of a graph that lies in a file."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                yield value.const_value
+        for node in graph:
+            for attribute in node.attributes.values():
+                if isinstance(attribute.value, ir.ExternalTensor):
+                    yield attribute.value
 
 
 def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
 from trimtab.calibration.least_drift import FULL
 from trimtab.comparison import relative_error
@@ -20,6 +19,7 @@ from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.program import STATE, Call, Program, Schedule
 from trimtab.runtime.executor import BoundCall, Plan
 from trimtab.runtime.load import Pipeline
+from trimtab.storage import read_graph
 from trimtab.targets.cost import node_costs
 
 Array = npt.NDArray[Any]
@@ -149,7 +149,7 @@ def step_macs(pipeline: Pipeline, calls: Sequence[BoundCall]) -> int:
     """The multiplications of some calls, at the sizes of what they read."""
     total = 0
     for call in calls:
-        graph = ir.load(pipeline.bundle.path(pipeline.bundle.contents.segments[call.segment].graph))
+        graph = read_graph(pipeline.bundle, pipeline.bundle.contents.segments[call.segment].graph)
         sizes = {name: buffer.shape for name, buffer in call.inputs.items()}
         total += sum(cost.macs for cost in node_costs(graph, sizes).values())
     return total

@@ -23,7 +23,7 @@ from trimtab.bundle import Bundle, file_hash, update_manifest
 from trimtab.errors import BundleError, InputError, TrimtabError
 from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine, FileEntry, SegmentEntry
 from trimtab.staging import FULL
-from trimtab.storage import GRAPHS, with_engines
+from trimtab.storage import read_graph, with_engines
 from trimtab.targets.base import BuildOptions, Progress
 from trimtab.targets.device import Device
 from trimtab.targets.engines import (
@@ -127,7 +127,7 @@ class Inserter:
     def _open(self, old: Engine, device: Device) -> Engine:
         """ONNX Runtime's form of a graph with packed weights, beside it."""
         builder, path = builder_for(device), lowered_path(old.graph, old.backend)
-        model = builder.lower(self._verified(old), device)
+        model = builder.lower(read_graph(self._bundle, old.graph), device)
         stage = self._bundle.folder / ENGINES / _STAGE
         stage.mkdir(parents=True, exist_ok=True)
         info = builder.build(model, device, BuildOptions(), stage / "engine", self._progress)
@@ -180,16 +180,10 @@ class Inserter:
 
     def _graph(self, engine: Engine) -> ir.Model:
         """The graph of an engine with fixed sizes; it and the weights that it reads are verified."""
-        model = self._verified(engine)
+        model = read_graph(self._bundle, engine.graph)
         if all(value.shape is not None and value.shape.is_static() for value in model.graph.inputs):
             return model
         return specialized(model, engine.shapes)
-
-    def _verified(self, engine: Engine) -> ir.Model:
-        model = ir.load(self._bundle.path(engine.graph))
-        weights = {f"{GRAPHS}/{tensor.location}" for tensor in _external(model)}
-        self._bundle.verify(sorted(weights))  # and none that is not a file of the bundle
-        return model
 
     def _free_path(self, segment: SegmentEntry, device: Device) -> str:
         """A name that bundle.json does not know."""
@@ -250,15 +244,3 @@ def _used(contents: Contents) -> set[str]:
     """Every file that some engine is, or needs beside it."""
     engines = [engine for segment in contents.segments.values() for engine in segment.engines]
     return {path for engine in engines for path in (engine.path, *engine.plugins)}
-
-
-def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Every tensor of a graph that lies in a file."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
-        for node in graph:
-            for attribute in node.attributes.values():
-                if isinstance(attribute.value, ir.ExternalTensor):
-                    yield attribute.value
