@@ -13,8 +13,9 @@ import pytest
 
 import trimtab
 from trimtab.bundle import DIGEST, MANIFEST, open_bundle
-from trimtab.errors import BundleError, InputError, WrongDevice
+from trimtab.errors import BundleError, InputError, TargetError, WrongDevice
 from trimtab.manifest import SCHEMA
+from trimtab.storage import read_program
 
 pytestmark = pytest.mark.xdist_group("dit")
 
@@ -31,6 +32,27 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     text = json.dumps(data).encode()
     (folder / MANIFEST).write_bytes(text)
     (folder / DIGEST).write_text(hashlib.sha256(text).hexdigest())
+
+
+def seal(folder: Path, path: str) -> None:
+    """Gives a changed file the hash of what it is now."""
+
+    def change(data: dict[str, Any]) -> None:
+        content = (folder / path).read_bytes()
+        entry = next(file for file in data["files"] if file["path"] == path)
+        entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+    rewrite(folder, change)
+
+
+def _constants(data: dict[str, Any]) -> dict[str, Any]:
+    constants: dict[str, Any] = data["tasks"][0]["schedules"][1]["steps"][0]["constants"]
+    return constants
+
+
+def _source(data: dict[str, Any], kind: str) -> dict[str, Any]:
+    sources = [spec.get("source", {}) for spec in data["tasks"][0]["inputs"]]
+    return next(source for source in sources if source.get("kind") == kind)
 
 
 def test_an_untouched_copy_draws_the_same_picture(
@@ -125,15 +147,46 @@ def test_weights_that_lie_outside_of_the_folder_are_refused(copied_bundle: Path,
             if entry.key == "location":
                 entry.value = "../../stolen.weights"
     path.write_bytes(model.SerializeToString())
-
-    def change(data: dict[str, Any]) -> None:
-        for file in data["files"]:
-            if file["path"].endswith("denoiser.onnx"):
-                file.update(bytes=path.stat().st_size, sha256=hashlib.sha256(path.read_bytes()).hexdigest())
-
-    rewrite(copied_bundle, change)
+    seal(copied_bundle, "graphs/denoiser.onnx")
     with pytest.raises(BundleError, match="cannot be loaded"):
         draw(copied_bundle)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("location", "unlisted.weights", "not in the list"),
+        ("location", "/etc/passwd", "not in the list"),
+        ("location", "../../stolen.weights", "not in the list"),
+        ("offset", str(2**40), "beyond the end"),
+        ("offset", "-64", "cannot be read as a graph"),
+        ("offset", "many", "cannot be read as a graph"),
+    ],
+)
+def test_weights_that_are_none_of_the_bundle_s_are_refused_where_graphs_are_read(
+    copied_bundle: Path, key: str, value: str, message: str
+) -> None:
+    import onnx
+
+    path = copied_bundle / "graphs" / "denoiser.onnx"
+    model = onnx.load(path, load_external_data=False)
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    kept = [entry for entry in tensor.external_data if entry.key != key]
+    del tensor.external_data[:]
+    tensor.external_data.extend([*kept, onnx.StringStringEntryProto(key=key, value=value)])
+    path.write_bytes(model.SerializeToString())
+    seal(copied_bundle, "graphs/denoiser.onnx")
+    with pytest.raises(BundleError, match=message):
+        read_program(open_bundle(copied_bundle))
+
+
+@pytest.mark.parametrize("keep", [0, 0.5])
+def test_a_graph_that_is_none_is_refused_where_graphs_are_read(copied_bundle: Path, keep: float) -> None:
+    path = copied_bundle / "graphs" / "denoiser.onnx"
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    seal(copied_bundle, "graphs/denoiser.onnx")
+    with pytest.raises(BundleError, match=r"is not the graph|cannot be read as a graph"):
+        read_program(open_bundle(copied_bundle))
 
 
 @pytest.mark.parametrize(
@@ -149,12 +202,65 @@ def test_weights_that_lie_outside_of_the_folder_are_refused(copied_bundle: Path,
         lambda d: d["tasks"][0]["inputs"].pop(),
         lambda d: d["segments"][0]["outputs"][0].update(dtype="float16"),
         lambda d: d.update(files=[]),
+        lambda d: d.update(size=[0, 64]),
+        lambda d: d.update(size=[-8, 64]),
+        lambda d: d.update(size_multiple=0),
+        lambda d: d.update(slots=-1),
+        lambda d: d.update(slots=10**400),
+        lambda d: d.update(outputs=[]),
+        lambda d: d.update(tasks=[]),
+        lambda d: d.update(epilogue=[]),
+        lambda d: d["metadata"].update(pipeline="\x1b[2J"),
+        lambda d: d["metadata"].update(pipeline="a\nb"),
+        lambda d: d["outputs"][0].update(name="nothing"),
+        lambda d: d["segments"].append(d["segments"][0]),
+        lambda d: d["segments"][0].update(weight_bytes=10**400),
+        lambda d: d["segments"][0]["inputs"][0].update(dtype="object"),
+        lambda d: d["segments"][0]["inputs"][0].update(dtype="U999999999"),
+        lambda d: d["segments"][0]["outputs"][0].update(dtype=[]),
+        lambda d: d["segments"][0]["outputs"][0].update(shape=[-1]),
+        lambda d: d["segments"][0]["outputs"][0].update(shape=["batch - 9"]),
+        lambda d: d["segments"][0]["outputs"][0].update(shape=["Max()"]),
+        lambda d: d["segments"][0]["outputs"][0].update(shape=["FloorDiv(1, 0)"]),
+        lambda d: d["segments"][0]["outputs"][0].update(shape=["-" * 990 + "1"]),
+        lambda d: d["segments"][0]["outputs"][0].update(shape=["1" + "+1" * 9999]),
+        lambda d: d["segments"][0]["engines"][0].update(shapes={"state": [2]}),
+        lambda d: d["segments"][0]["engines"][0].update(shapes={"nothing": [2]}),
+        lambda d: d["tasks"].append(d["tasks"][0]),
+        lambda d: d["tasks"][0].update(schedules=[]),
+        lambda d: d["tasks"][0].update(guidance=float("nan")),
+        lambda d: d["tasks"][0].update(guidance=10**400),
+        lambda d: d["tasks"][0].update(strength="1"),
+        lambda d: [s.update(least_pixels=2**62) for s in d["tasks"][0]["schedules"]],
+        lambda d: _constants(d).update(timestep=[float("inf")]),
+        lambda d: _constants(d).update(timestep=[1e39]),
+        lambda d: _source(d, "label").pop("classes"),
+        lambda d: _source(d, "label").update(classes=float("inf")),
+        lambda d: _source(d, "label").update(null=10**400),
+        lambda d: _source(d, "label").update(names="[" * 9999),
     ],
 )
 def test_a_manifest_that_makes_no_sense_is_refused(copied_bundle: Path, change: Any) -> None:
     rewrite(copied_bundle, change)
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError) as error:
         draw(copied_bundle)
+    assert str(error.value).isprintable() and len(str(error.value)) < 1000
+
+
+def test_a_size_that_no_memory_holds_is_one_line(copied_bundle: Path) -> None:
+    rewrite(copied_bundle, lambda d: d.update(slots=2**62))
+    with pytest.raises(TargetError, match="no memory for a tensor"):
+        draw(copied_bundle)
+
+
+@pytest.mark.parametrize("name", [MANIFEST, DIGEST])
+def test_a_seal_that_lies_outside_of_the_folder_is_refused(
+    copied_bundle: Path, tmp_path: Path, name: str
+) -> None:
+    outside = shutil.move(copied_bundle / name, tmp_path / name)
+    (copied_bundle / name).symlink_to(outside)
+    with pytest.raises(BundleError, match="leads out"):
+        open_bundle(copied_bundle)
 
 
 @pytest.mark.parametrize(

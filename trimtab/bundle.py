@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 MANIFEST = "bundle.json"
 DIGEST = "bundle.sha256"
 _MAX_MANIFEST = 256 << 20
+_MAX_DIGEST = 1 << 10
 _CHUNK = 1 << 22
 
 
@@ -87,8 +88,7 @@ class Bundle:
         path = self.folder / entry.path
         if not path.is_file():
             raise BundleError(f"{self.folder}: {entry.path} is missing: copy the bundle again, whole")
-        if not path.resolve().is_relative_to(self.folder.resolve()):
-            raise BundleError(f"{self.folder}: {entry.path} leads out of the bundle: do not use it")
+        _check_inside(self.folder, path)
         size = path.stat().st_size
         if size != entry.bytes:
             raise BundleError(
@@ -98,6 +98,12 @@ class Bundle:
             raise BundleError(
                 f"{self.folder}: {entry.path} was changed since it was written: copy the bundle again"
             )
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    """Raises BundleError where a file is a link to somewhere else."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise BundleError(f"{folder}: {path.relative_to(folder)} leads out of the bundle: do not use it")
 
 
 def file_hash(path: Path) -> str:
@@ -121,6 +127,7 @@ def open_bundle(folder: Path) -> Bundle:
     manifest, digest = folder / MANIFEST, folder / DIGEST
     if not manifest.is_file():
         raise BundleError(f"{folder} holds no {MANIFEST}: give a bundle made by trimtab compile")
+    _check_inside(folder, manifest)
     if manifest.stat().st_size > _MAX_MANIFEST:
         raise BundleError(f"{manifest} is larger than any that trimtab writes: do not use this bundle")
     text = manifest.read_bytes()
@@ -130,19 +137,23 @@ def open_bundle(folder: Path) -> Bundle:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{manifest} is damaged: copy the bundle again") from None
     if type(schema) is not int or schema < 1:
-        raise BundleError(f"{manifest} is damaged (schema {schema!r}): copy the bundle again")
+        raise BundleError(f"{manifest} is damaged (schema {schema!r:.60}): copy the bundle again")
     # Before the hash, so that the answer to a newer bundle is to upgrade and not to copy it again.
     if schema > SCHEMA:
         raise BundleError(
-            f"{folder} has schema {schema} and this trimtab reads up to {SCHEMA}: upgrade trimtab, or compile again"
+            f"{folder} has schema {schema!r:.60} and this trimtab reads up to {SCHEMA}: upgrade trimtab, or "
+            "compile again"
         )
     if not digest.is_file():
         raise BundleError(f"{folder}: {DIGEST} is missing: copy the bundle again, whole")
-    if hashlib.sha256(text).hexdigest().encode() not in digest.read_bytes().split():
+    _check_inside(folder, digest)
+    with digest.open("rb") as stream:
+        hashes = stream.read(_MAX_DIGEST).split()
+    if hashlib.sha256(text).hexdigest().encode() not in hashes:
         raise BundleError(f"{folder}: {MANIFEST} was changed since it was written: copy the bundle again")
     try:
         contents = from_json(data)
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise BundleError(
             f"{manifest} is not as trimtab writes it ({type(error).__name__}: {error}): compile again"
         ) from None
@@ -205,7 +216,16 @@ def _text(contents: Contents) -> bytes:
 
 
 def _check_wiring(folder: Path, contents: Contents) -> None:
-    """Every call names a segment, and binds all inputs and outputs of it."""
+    """There is something to draw; every call names a segment, and binds all inputs and outputs of it."""
+    if not contents.outputs or not contents.tasks or any(not t.schedules for t in contents.tasks.values()):
+        raise BundleError(f"{folder}: a bundle without an output, a task or a schedule: compile again")
+    for segment in contents.segments.values():
+        ranks = {spec.name: len(spec.shape) for spec in segment.inputs}
+        for engine in segment.engines:
+            if any(ranks.get(name) != len(dims) for name, dims in engine.shapes.items()):
+                raise BundleError(
+                    f"{folder}: {engine.path} has other inputs than {segment.name}: compile again"
+                )
     calls = list(contents.epilogue)
     for task in contents.tasks.values():
         calls += task.prologue
@@ -213,10 +233,10 @@ def _check_wiring(folder: Path, contents: Contents) -> None:
             calls += schedule.prologue
             calls += [call for step in schedule.steps for call in step.calls]
     for call in {id(call): call for call in calls}.values():  # steps share their calls
-        segment = contents.segments.get(call.segment)
-        if segment is None:
+        called = contents.segments.get(call.segment)
+        if called is None:
             raise BundleError(f"{folder}: a call of {call.segment!r}, which is no segment: compile again")
-        if {spec.name for spec in segment.inputs} != set(call.inputs) or {
-            spec.name for spec in segment.outputs
+        if {spec.name for spec in called.inputs} != set(call.inputs) or {
+            spec.name for spec in called.outputs
         } != set(call.outputs):
             raise BundleError(f"{folder}: a call of {call.segment} does not fit its graph: compile again")

@@ -22,6 +22,29 @@ OPERATORS = 1
 REMOVAL_PLAN = "removal.json"
 """File of a bundle: which layers were removed, and at what cost; there where some were."""
 
+DTYPES = frozenset(
+    (
+        "bool",
+        "float16",
+        "float32",
+        "float64",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint8",
+        "uint16",
+        "uint32",
+        "uint64",
+    )
+)
+"""What numpy has of ONNX's types, without objects and texts."""
+
+_LONGEST = 1000
+"""Characters of a name or a size: they stand in messages of one line, and sizes are walked recursively."""
+
+_FLOAT32_MAX = 2.0**128 - 2.0**104
+
 T = TypeVar("T")
 
 
@@ -204,7 +227,7 @@ def from_json(data: Mapping[str, Any]) -> Contents:
     """The contents from plain data.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: The data are not as `to_json` writes them.
+        KeyError, TypeError, ValueError, AttributeError, OverflowError: The data are not as `to_json` writes them.
     """
     calls = [
         Call(_of(str, c["segment"]), _strings(c["inputs"]), _strings(c["outputs"])) for c in data["calls"]
@@ -216,31 +239,31 @@ def from_json(data: Mapping[str, Any]) -> Contents:
         return tuple(calls[n] for n in numbers)
 
     tasks = {}
-    for task in data["tasks"]:
+    for task in _named(data["tasks"]):
         schedules = {
-            _of(str, schedule["name"]): Schedule(
+            schedule["name"]: Schedule(
                 steps=tuple(_step(step, chosen) for step in schedule["steps"]),
                 prologue=chosen(schedule["prologue"]),
-                least_pixels=_of(int, schedule.get("least_pixels", 0)),
-                size_multiple=max(1, _of(int, schedule.get("size_multiple", 1))),
+                least_pixels=_count(schedule.get("least_pixels", 0)),
+                size_multiple=_count(schedule.get("size_multiple", 1), 1),
             )
-            for schedule in task["schedules"]
+            for schedule in _named(task["schedules"])
         }
-        tasks[_of(str, task["name"])] = Task(
+        tasks[task["name"]] = Task(
             inputs=tuple(_spec(spec) for spec in task["inputs"]),
             prologue=chosen(task["prologue"]),
             schedules=schedules,
-            guidance=None if task["guidance"] is None else float(task["guidance"]),
-            strength=None if task["strength"] is None else float(task["strength"]),
+            guidance=None if task["guidance"] is None else _finite(task["guidance"]),
+            strength=None if task["strength"] is None else _finite(task["strength"]),
             strength_rounds_up=_of(bool, task["strength_rounds_up"]),
         )
     segments = {}
-    for entry in data["segments"]:
-        segments[_of(str, entry["name"])] = SegmentEntry(
+    for entry in _named(data["segments"]):
+        segments[entry["name"]] = SegmentEntry(
             name=entry["name"],
             graph=_safe(entry["graph"]),
-            parameters=_of(int, entry["parameters"]),
-            weight_bytes=_of(int, entry["weight_bytes"]),
+            parameters=_count(entry["parameters"]),
+            weight_bytes=_count(entry["weight_bytes"]),
             inputs=tuple(_spec(spec) for spec in entry["inputs"]),
             outputs=tuple(_spec(spec) for spec in entry["outputs"]),
             engines=tuple(_engine(engine) for engine in entry["engines"]),
@@ -253,21 +276,19 @@ def from_json(data: Mapping[str, Any]) -> Contents:
         epilogue=chosen(data["epilogue"]),
         outputs=tuple(_spec(spec) for spec in data["outputs"]),
         segments=segments,
-        size=(_of(int, width), _of(int, height)),
-        trained_size=None if trained is None else (_of(int, trained[0]), _of(int, trained[1])),
-        size_multiple=_of(int, data["size_multiple"]),
+        size=(_count(width, 1), _count(height, 1)),
+        trained_size=None if trained is None else (_count(trained[0], 1), _count(trained[1], 1)),
+        size_multiple=_count(data["size_multiple"], 1),
         fixed_size=None if data["fixed_size"] is None else _of(str, data["fixed_size"]),
-        slots=_of(int, data["slots"]),
+        slots=_count(data["slots"], 1),
         tokenizers={_of(str, k): _safe(v) for k, v in data["tokenizers"].items()},
         metadata=_strings(data["metadata"]),
         passes=tuple(
-            PassEntry(
-                _of(str, p["name"]), _of(str, p["segment"]), _of(int, p["applied"]), _of(int, p["refused"])
-            )
+            PassEntry(_of(str, p["name"]), _of(str, p["segment"]), _count(p["applied"]), _count(p["refused"]))
             for p in data["passes"]
         ),
         files=tuple(
-            FileEntry(_safe(f["path"]), _of(int, f["bytes"]), _of(str, f["sha256"])) for f in data["files"]
+            FileEntry(_safe(f["path"]), _count(f["bytes"]), _of(str, f["sha256"])) for f in data["files"]
         ),
         version=_of(str, data["trimtab"]),
     )
@@ -276,20 +297,18 @@ def from_json(data: Mapping[str, Any]) -> Contents:
 def _step(data: Mapping[str, Any], chosen: Callable[[Sequence[int]], tuple[Call, ...]]) -> Step:
     return Step(
         chosen(data["calls"]),
-        {_of(str, k): tuple(float(v) for v in values) for k, values in data["constants"].items()},
+        {_of(str, k): tuple(_finite(v) for v in values) for k, values in data["constants"].items()},
         tuple(_of(str, name) for name in data.get("draws", ())),
     )
 
 
 def _engine(data: Mapping[str, Any]) -> Engine:
-    shapes = {_of(str, name): tuple(_of(int, dim) for dim in dims) for name, dims in data["shapes"].items()}
-    if any(dim < 1 for dims in shapes.values() for dim in dims):
-        raise ValueError("an engine's size is below 1")
+    shapes = {_of(str, name): tuple(_count(dim, 1) for dim in dims) for name, dims in data["shapes"].items()}
     return Engine(
         target=_of(str, data["target"]),
         backend=_of(str, data["backend"]),
         path=_safe(data["path"]),
-        bytes=_of(int, data["bytes"]),
+        bytes=_count(data["bytes"]),
         graph=_safe(data["graph"]),
         built=_of(bool, data["built"]),
         version=_of(str, data["version"]),
@@ -297,25 +316,46 @@ def _engine(data: Mapping[str, Any]) -> Engine:
         precision=_of(str, data["precision"]),
         shapes=shapes,
         plugins=tuple(_safe(path) for path in data["plugins"]),
-        activation_bytes=None if data["activation_bytes"] is None else _of(int, data["activation_bytes"]),
+        activation_bytes=None if data["activation_bytes"] is None else _count(data["activation_bytes"]),
         packed=_of(bool, data["packed"]),
     )
 
 
 def _spec(data: Mapping[str, Any]) -> TensorSpec:
-    shape = tuple(data["shape"])
-    if any(type(dim) not in (int, str) for dim in shape):
-        raise TypeError("a size is neither a number nor an expression")
+    shape = tuple(_of(str, dim) if isinstance(dim, str) else _count(dim) for dim in data["shape"])
+    if data["dtype"] not in DTYPES:
+        raise ValueError(f"{data['dtype']!r:.60} is no type of numbers")
     source = dict(data.get("source", {}))
     if any(not isinstance(value, str | int | float | bool) for value in source.values()):
         raise TypeError("an input's source is not plain")
-    return TensorSpec(_of(str, data["name"]), _of(str, data["dtype"]), shape, source)
+    return TensorSpec(_of(str, data["name"]), data["dtype"], shape, source)
 
 
 def _of(kind: type[T], value: Any) -> T:
     if type(value) is not kind:
         raise TypeError(f"{value!r:.60} is not {kind.__name__}")
+    if isinstance(value, str) and (len(value) > _LONGEST or not value.isprintable()):
+        raise ValueError(f"{value!r:.60} is longer than a line, or no text")
     return value
+
+
+def _count(value: Any, least: int = 0) -> int:
+    if not least <= _of(int, value) < 2**63:
+        raise ValueError(f"{value!r:.60} is below {least} or beyond 64 bits")
+    return int(value)
+
+
+def _finite(value: Any) -> float:
+    if type(value) not in (int, float) or not abs(value) <= _FLOAT32_MAX:  # NaN neither
+        raise ValueError(f"{value!r:.60} is not a finite number of 32 bits")
+    return float(value)
+
+
+def _named(entries: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    names = [_of(str, entry["name"]) for entry in entries]
+    if len(set(names)) != len(names):
+        raise ValueError("a name stands there twice")
+    return entries
 
 
 def _strings(data: Mapping[str, Any]) -> dict[str, str]:
@@ -324,7 +364,7 @@ def _strings(data: Mapping[str, Any]) -> dict[str, str]:
 
 def _safe(path: Any) -> str:
     """A path that stays in the folder, whatever system reads it."""
-    parts = PurePosixPath(_of(str, path))
+    parts = PurePosixPath(path)
     if not path or parts.is_absolute() or ".." in parts.parts or "\\" in path or ":" in path or "\0" in path:
         raise ValueError(f"the path {path!r:.100} leaves the bundle")
-    return str(path)
+    return _of(str, path)

@@ -32,7 +32,7 @@ _FUNCTIONS: Mapping[str, Callable[..., int]] = {
 def _parse(expression: str) -> ast.expr:
     try:
         return ast.parse(expression, mode="eval").body
-    except (SyntaxError, ValueError, RecursionError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise BundleError(
             f"{expression!r} is not a size: integers, names, + - * // and % are understood"
         ) from None
@@ -48,7 +48,12 @@ def evaluate(dim: int | str, symbols: Mapping[str, int]) -> int:
     Raises:
         BundleError: A name without a value, or something that is not a size.
     """
-    return dim if isinstance(dim, int) else _value(_parse(dim), symbols, dim)
+    if isinstance(dim, int):
+        return dim
+    try:
+        return _value(_parse(dim), symbols, dim)
+    except (TypeError, ZeroDivisionError, RecursionError):  # of a function, or too deep
+        raise BundleError(f"the size {dim!r:.100} cannot be computed: compile again") from None
 
 
 def _value(node: ast.expr, symbols: Mapping[str, int], whole: str) -> int:
@@ -73,8 +78,15 @@ def _value(node: ast.expr, symbols: Mapping[str, int], whole: str) -> int:
 
 
 def shape(dims: Sequence[int | str], symbols: Mapping[str, int]) -> tuple[int, ...]:
-    """The sizes of a whole shape."""
-    return tuple(evaluate(dim, symbols) for dim in dims)
+    """The sizes of a whole shape.
+
+    Raises:
+        BundleError: As in `evaluate`, or a size below 0.
+    """
+    sizes = tuple(evaluate(dim, symbols) for dim in dims)
+    if any(size < 0 for size in sizes):
+        raise BundleError(f"the shape {', '.join(map(str, dims)):.100} has a size below 0: compile again")
+    return sizes
 
 
 def bind(dims: Sequence[int | str], actual: Sequence[int], symbols: MutableMapping[str, int]) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimtab.errors import InputError
+from trimtab.errors import BundleError, InputError
 from trimtab.program import Schedule, Task, TensorSpec
 from trimtab.runtime.images import Pixels
 from trimtab.runtime.inputs import class_names
@@ -81,11 +81,15 @@ def choose_schedule(
         raise InputError(f"the strength {share} is not above 0 and at most 1")
     if share == 1 and name in task.schedules:
         return name  # nothing of the picture is left in the start noise
-    total = int(name.rpartition("-")[2])
+    if not (digits := name.rpartition("-")[2]).isdecimal():
+        raise BundleError(f"the schedule {name} says no number of steps: compile the bundle again")
+    total = int(digits)
     start = int(total - total * share) if task.strength_rounds_up else total - int(total * share)
     started = f"{name}/from-{start}"
     if started not in task.schedules:
         starts = [int(k) for n in task.schedules if (k := n.removeprefix(f"{name}/from-")).isdecimal()]
+        if not starts:
+            raise BundleError(f"{name} cannot start from a picture: compile the bundle again")
         if start >= total:
             raise InputError(
                 f"the strength {share} leaves none of {total} steps: use at least {1 / total:.2g}"
@@ -105,6 +109,7 @@ def for_size(task: Task, name: str, size: tuple[int, int]) -> tuple[str, Schedul
 
     Raises:
         InputError: A side that the schedule cannot take.
+        BundleError: There is none for the size.
     """
     beside = re.compile(re.escape(name) + r"(/\d+x)?")
     fitting = [
@@ -112,6 +117,8 @@ def for_size(task: Task, name: str, size: tuple[int, int]) -> tuple[str, Schedul
         for key, schedule in task.schedules.items()
         if beside.fullmatch(key) and schedule.least_pixels <= size[0] * size[1]
     ]
+    if not fitting:
+        raise BundleError(f"no schedule {name} is for {size[0]}x{size[1]}: compile the bundle again")
     _, key, schedule = max(fitting, key=lambda entry: entry[0])
     multiple = schedule.size_multiple
     if any(side % multiple for side in size):

@@ -214,6 +214,8 @@ def make_plan(
         results = {name: buffer for call in shared[key].calls for name, buffer in call.outputs.items()}
         bound_steps.append(BoundStep(draws, row, constants.place, shared[key], results))
     last = together(bound(call) for call in contents.epilogue)
+    for spec in contents.outputs:
+        table.get(spec.name)
     return Plan(inputs, table.buffers, first, tuple(bound_steps), last)
 
 

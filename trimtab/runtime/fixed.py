@@ -42,7 +42,7 @@ def fixed_sizes(contents: Contents, target: str) -> tuple[Fixed, ...]:
     found = {
         Fixed(e.shapes[STATE][1], e.shapes[MIX][0], e.shapes[STATE][3:]): None
         for e in engines
-        if STATE in e.shapes and MIX in e.shapes
+        if len(e.shapes.get(STATE, ())) > 1 and e.shapes.get(MIX)
     }
     return tuple(found)
 

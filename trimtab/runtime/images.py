@@ -20,8 +20,17 @@ Pixels = npt.NDArray[np.float32]
 
 
 def to_images(pictures: Pixels) -> list[Image]:
-    """Pictures (n, height, width, 3) or (n, height, width, 1) in 0..1 as 8-bit images, rounded to nearest."""
+    """Pictures (n, height, width, 3) or (n, height, width, 1) in 0..1 as 8-bit images, rounded to nearest.
+
+    Raises:
+        InputError: They have channels that no picture has.
+    """
     from PIL import Image
+
+    if pictures.ndim != 4 or pictures.shape[-1] not in (1, 2, 3, 4):
+        raise InputError(
+            f"what was drawn is {pictures.shape}, which no PNG can hold: give a name that ends in .npy"
+        )
 
     levels = np.round(pictures * 255).clip(0, 255).astype(np.uint8)
     return [Image.fromarray(level[..., 0] if level.shape[-1] == 1 else level) for level in levels]

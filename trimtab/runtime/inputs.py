@@ -137,7 +137,7 @@ def make_input(spec: TensorSpec, request: Request) -> Array:
     """
     kind = str(spec.source.get("kind", ""))
     if kind not in SOURCES:
-        raise BundleError(f"the input {spec.name} is of the unknown kind {kind!r}: upgrade trimtab")
+        raise BundleError(f"the input {spec.name} is of the unknown kind {kind!r:.60}: upgrade trimtab")
     array = np.asarray(SOURCES[kind](spec, request), spec.dtype, order="C")
     wanted = shape(spec.shape, request.symbols)
     if array.shape != wanted:
@@ -183,17 +183,31 @@ def class_names(spec: TensorSpec) -> dict[str, int]:
     try:
         names = json.loads(str(spec.source.get("names", "{}")))
         return {str(name): int(number) for name, number in names.items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         raise BundleError(f"the names of {spec.name}'s classes cannot be read: compile again") from None
 
 
 def _label(spec: TensorSpec, request: Request) -> Array:
-    classes = int(spec.source["classes"])
+    classes = _whole(spec, "classes")
     for label in request.labels:
         if not 0 <= label < classes:
             raise InputError(f"there is no class {label}: this model has 0 to {classes - 1}")
-    null = (int(spec.source["null"]),) * request.batch
+    null = (_whole(spec, "null"),) * request.batch
     return np.array([*(null if request.rows == 2 else ()), *request.labels], np.int64)
+
+
+def _whole(spec: TensorSpec, key: str, least: int = 0) -> int:
+    """A number of an input's source.
+
+    Raises:
+        BundleError: It is missing, or none.
+    """
+    value = spec.source.get(key)
+    if type(value) is not int or not least <= value < 2**31:
+        raise BundleError(
+            f"the input {spec.name} has {key} {value!r:.60}, and a number is needed: compile again"
+        )
+    return value
 
 
 def _mix(spec: TensorSpec, request: Request) -> Array:
@@ -226,7 +240,7 @@ def _mask(spec: TensorSpec, request: Request) -> Array:
 def _window_shifts(spec: TensorSpec, request: Request) -> Array:
     """Shifts of attention windows, drawn from the first seed by a generator of their own: noise stays diffusers'."""
     generator = np.random.RandomState(request.noise.seeds[0] & 0xFFFFFFFF)
-    return generator.randint(int(spec.source["shifts"]), size=shape(spec.shape, request.symbols))
+    return generator.randint(_whole(spec, "shifts", 1), size=shape(spec.shape, request.symbols))
 
 
 SOURCES: Mapping[str, Callable[[TensorSpec, Request], Array]] = {

@@ -187,7 +187,13 @@ class OnnxRuntimeCpu:
 
     def new(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `trimtab.runtime.sessions.Backend`."""
-        return np.zeros(shape, dtype)
+        try:
+            return np.zeros(shape, dtype)
+        except (MemoryError, ValueError, OverflowError):  # beyond what is free, or what can be addressed
+            sizes = "x".join(map(str, shape))
+            raise TargetError(
+                f"there is no memory for a tensor of {sizes:.100} {dtype}: choose a smaller size or batch"
+            ) from None
 
     def check(self, engine: Engine) -> None:
         """A graph is bound to no device and no version."""
