@@ -350,12 +350,14 @@ def test_onnx_runtime_on_cuda_takes_tf32_only_where_it_is_asked_to_be_fast(
 ) -> None:
     opened: list[Any] = []
     monkeypatch.setattr(
-        ort_sessions, "OnnxRuntimeSession", lambda path, threads, *given: opened.append(given)
+        ort_sessions, "OnnxRuntimeSession", lambda path, threads, *given, fold: opened.append((*given, fold))
     )
     backend = open_backend("onnxruntime", provider="cuda", fast=fast)
-    backend.load(Engine("cpu", "onnxruntime", "u.onnx", 1, "u.onnx"), Path("u.onnx"))
-    ((name, options), device) = opened[0]
+    for packed in (False, True):
+        backend.load(Engine("cpu", "onnxruntime", "u.onnx", 1, "u.onnx", packed=packed), Path("u.onnx"))
+    ((name, options), device, fold) = opened[0]
     assert (name, options["use_tf32"], device) == ("CUDAExecutionProvider", said, "cuda")
+    assert fold and not opened[1][-1]  # what is packed stays packed
     backend.close()
 
 

@@ -258,7 +258,7 @@ class OnnxRuntimeCuda:
 
     def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
         """See `trimtab.runtime.sessions.Backend`."""
-        return OnnxRuntimeSession(path, 0, self._provider, self._device)
+        return OnnxRuntimeSession(path, 0, self._provider, self._device, fold=not engine.packed)
 
     def fused(self, runs: Sequence[Run]) -> Run:
         """See `trimtab.runtime.sessions.Backend`."""
