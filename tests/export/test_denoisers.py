@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from diffusers import LatentConsistencyModelPipeline
+from tiny import TWO_LEVELS, clip_text, unet, vae
 
 from trimtab.errors import ExportError
-from trimtab.export.denoisers import _WRAPPERS, denoiser_module, latent_space
+from trimtab.export.denoisers import _WRAPPERS, check_conditions, denoiser_module, latent_space
 from trimtab.export.families import FAMILIES
 from trimtab.export.source import Source
 
@@ -44,6 +47,54 @@ def test_it_takes_the_graphs_inputs_by_name(pipeline_folder: PipelineFolder) -> 
     with torch.no_grad():
         prediction = module(sample=sample, timestep=torch.tensor(3.0), class_labels=torch.tensor([1, 2]))
     assert prediction.shape == sample.shape and factor > 1
+
+
+def saved_xl(folder: Path, **config: Any) -> Source:
+    """An SDXL pipeline as far as its denoiser goes, with another U-Net than that of the family."""
+    made = unet(
+        **TWO_LEVELS
+        | {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+        | {"projection_class_embeddings_input_dim": 8 * 6 + 16}
+        | config
+    )
+    made.save_pretrained(folder / "unet")
+    vae().save_pretrained(folder / "vae")
+    clip_text(projection=True).save_pretrained(folder / "text_encoder_2")
+    index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline"}
+    index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return Source(folder)
+
+
+def test_an_sdxl_unet_that_reads_the_guidance_scale_is_given_it(tmp_path: Path) -> None:
+    source = saved_xl(tmp_path, time_cond_proj_dim=16)
+    module = denoiser_module(source)
+    inputs = {"sample": torch.randn(2, 4, 8, 8), "timestep": torch.tensor(3.0)}
+    inputs |= {"encoder_hidden_states": torch.randn(2, 5, 16), "text_embeds": torch.randn(2, 16)}
+    embedding = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.full((2,), 6.0), 16)
+    sizes = torch.tensor([[64.0, 64.0, 0.0, 0.0, 64.0, 64.0]]).expand(2, -1)
+    with torch.no_grad():
+        ours = module(**inputs, guidance=torch.tensor(7.0))
+        theirs = module.model(
+            inputs["sample"],
+            inputs["timestep"],
+            inputs["encoder_hidden_states"],
+            timestep_cond=embedding,
+            added_cond_kwargs={"text_embeds": inputs["text_embeds"], "time_ids": sizes},
+        ).sample
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_an_sdxl_unet_with_an_aesthetic_score_is_refused(tmp_path: Path) -> None:
+    check_conditions(saved_xl(tmp_path))
+    with pytest.raises(ExportError, match="reads 5 conditions beside the text, and 6 are supported"):
+        check_conditions(saved_xl(tmp_path, projection_class_embeddings_input_dim=8 * 5 + 16))
+
+
+def test_a_unet_that_reads_a_mask_and_the_guidance_scale_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"reads a mask \(9 channels\) and the guidance scale"):
+        denoiser_module(saved_xl(tmp_path, in_channels=9, time_cond_proj_dim=16))
 
 
 def test_other_pipelines_and_channels_are_refused(pipeline_folder: PipelineFolder, tmp_path: Path) -> None:

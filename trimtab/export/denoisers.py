@@ -56,13 +56,17 @@ def denoiser_module(source: Source) -> modules.Denoiser:
 
 
 def _unet(source: Source, unet: Any) -> modules.Denoiser:
+    inpainting = _reads_mask(source, unet)
     if unet.config.time_cond_proj_dim is not None:
-        return modules.GuidedUNet(unet, unet.config.time_cond_proj_dim)
-    return modules.InpaintingUNet(unet) if _reads_mask(source, unet) else modules.ConditionalUNet(unet)
+        return modules.GuidedUNet(unet)
+    return modules.InpaintingUNet(unet) if inpainting else modules.ConditionalUNet(unet)
 
 
 def _xl_unet(source: Source, unet: Any) -> modules.Denoiser:
-    wrapper = modules.XLInpaintingUNet if _reads_mask(source, unet) else modules.XLUNet
+    inpainting = _reads_mask(source, unet)
+    wrapper = modules.XLInpaintingUNet if inpainting else modules.XLUNet
+    if unet.config.time_cond_proj_dim is not None:
+        wrapper = modules.XLGuidedUNet
     return wrapper(unet, latent_space(source)[1])
 
 
@@ -74,7 +78,39 @@ def _reads_mask(source: Source, unet: Any) -> bool:
             f"the U-Net takes {unet.config.in_channels} channels, and {channels} (plain) or {2 * channels + 1} "
             "(inpainting) are supported: depth, upscaling and instruction models are not"
         )
+    if unet.config.in_channels != channels and unet.config.time_cond_proj_dim is not None:
+        raise ExportError(
+            f"the U-Net reads a mask ({unet.config.in_channels} channels) and the guidance scale "
+            "(time_cond_proj_dim), and one of both is supported: give a plain LCM or a plain inpainting model"
+        )
     return bool(unet.config.in_channels != channels)
+
+
+SIZE_CONDITIONS = 6
+"""Numbers that SDXL's U-Net is told: the picture's size, what was cut off, and the size asked for."""
+
+
+def check_conditions(source: Source) -> None:
+    """Refuses an SDXL U-Net that is told something else than sizes beside the text.
+
+    Raises:
+        ExportError: It has other conditions.
+    """
+    unet, text = source.config("unet"), source.config("text_encoder_2")
+    projected, width = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    if unet.get("addition_embed_type") != "text_time" or not projected or not width:
+        raise ExportError(
+            f"the U-Net has addition_embed_type {unet.get('addition_embed_type')!r}, and SDXL's has 'text_time': "
+            "give another pipeline"
+        )
+    found = (
+        projected - text.get("projection_dim", 512)
+    ) / width  # 512 is CLIP's default, and is left out then
+    if found != SIZE_CONDITIONS:
+        raise ExportError(
+            f"the U-Net reads {found:g} conditions beside the text, and {SIZE_CONDITIONS} are supported, as SDXL's "
+            "base has them: an aesthetic score, as refiners have it, is not"
+        )
 
 
 _WRAPPERS: Mapping[str, Callable[[Source, Any], modules.Denoiser]] = {

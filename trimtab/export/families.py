@@ -14,7 +14,7 @@ import torch
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export import encoders, modules
-from trimtab.export.denoisers import denoiser_module, denoiser_name, latent_space
+from trimtab.export.denoisers import check_conditions, denoiser_module, denoiser_name, latent_space
 from trimtab.export.parts import (
     ROWS,
     TOKENS,
@@ -97,6 +97,16 @@ def _known_examples(parts: PipelineParts) -> dict[str, Example]:
     }
 
 
+def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> None:
+    """An LCM's denoiser reads the guidance scale itself, in the place of a second, negative row."""
+    inputs["guidance"] = Example(torch.tensor(7.5))
+    parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
+    parts.conditioning["guidance"] = "guidance"
+    parts.classifier_free = False
+    # Its time steps depend on the strength, not only on where a schedule starts.
+    parts.strength = {}
+
+
 def stable_diffusion(parts: PipelineParts) -> None:
     """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
     source = parts.source
@@ -110,12 +120,7 @@ def stable_diffusion(parts: PipelineParts) -> None:
     parts.conditioning = {"encoder_hidden_states": "hidden"}
     parts.strength = {"image-to-image": 0.8, "inpainting": 1.0}
     if isinstance(wrapper, modules.GuidedUNet):
-        inputs["guidance"] = Example(torch.tensor(7.5))
-        parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
-        parts.conditioning["guidance"] = "guidance"
-        parts.classifier_free = False
-        # An LCM's time steps depend on the strength, not only on where a schedule starts.
-        parts.strength = {}
+        _read_guidance(parts, inputs)
         if source.pipeline_class == "LatentConsistencyModelPipeline":
             parts.guidance = 8.5
     elif isinstance(wrapper, modules.InpaintingUNet):
@@ -135,6 +140,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
         raise ExportError(
             "this SDXL pipeline has one text encoder (a refiner), and trimtab takes the base model: give that"
         )
+    check_conditions(source)
     _clip(parts, "", "penultimate", None)
     _clip(parts, "_2", "penultimate", "projected")
     zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
@@ -164,13 +170,16 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.guidance = 5.0
     parts.strength = {"image-to-image": 0.3, "inpainting": 0.9999}
     parts.task_guidance = {"inpainting": 7.5}
-    if isinstance(wrapper, modules.XLInpaintingUNet):
+    if isinstance(wrapper, modules.XLGuidedUNet):
+        _read_guidance(parts, inputs)
+    elif isinstance(wrapper, modules.XLInpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
     parts.denoiser(wrapper, inputs)
     del wrapper
-    parts.vae()
-    parts.masks()
+    parts.vae(encoder=bool(parts.strength))
+    if parts.strength:
+        parts.masks()
 
 
 def stable_diffusion_3(parts: PipelineParts) -> None:

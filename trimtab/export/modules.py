@@ -72,22 +72,23 @@ class InpaintingUNet(Denoiser):
         return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
-class GuidedUNet(Denoiser):
-    """An LCM's U-Net, which reads the guidance scale as a sinusoidal embedding (Luo et al. 2023, sec. 4.2)."""
+def _guidance_embedding(guidance: Tensor, sample: Tensor, width: int) -> Tensor:
+    """A scalar guidance scale as sines and cosines, (rows, width) (Luo et al. 2023, sec. 4.2)."""
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32) * -(torch.full((), 10000.0).log() / (half - 1))
+    angle = (guidance - 1.0) * 1000.0 * torch.exp(exponent)[None]
+    embedding = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+    embedding = nn.functional.pad(embedding, (0, width - 2 * half))
+    return embedding.expand(sample.shape[0], -1)
 
-    def __init__(self, model: nn.Module, embedding_dim: int) -> None:
-        super().__init__(model)
-        self.embedding_dim = embedding_dim
+
+class GuidedUNet(Denoiser):
+    """An LCM's U-Net, which reads the guidance scale."""
 
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, guidance: Tensor
     ) -> Tensor:
-        half = self.embedding_dim // 2
-        exponent = torch.arange(half, dtype=torch.float32) * -(torch.full((), 10000.0).log() / (half - 1))
-        angle = (guidance - 1.0) * 1000.0 * torch.exp(exponent)[None]
-        embedding = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
-        embedding = nn.functional.pad(embedding, (0, self.embedding_dim - 2 * half))
-        embedding = embedding.expand(sample.shape[0], -1)
+        embedding = _guidance_embedding(guidance, sample, self.model.config.time_cond_proj_dim)
         return self.model(
             sample, timestep, encoder_hidden_states, timestep_cond=embedding, return_dict=False
         )[0]
@@ -101,7 +102,12 @@ class XLUNet(Denoiser):
         self.factor = factor
 
     def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, text_embeds: Tensor
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        timestep_cond: Tensor | None = None,
     ) -> Tensor:
         height, width = _pixels(sample, self.factor)
         crop = torch.zeros_like(height)
@@ -110,9 +116,25 @@ class XLUNet(Denoiser):
             sample,
             timestep,
             encoder_hidden_states,
+            timestep_cond=timestep_cond,
             added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
             return_dict=False,
         )[0]
+
+
+class XLGuidedUNet(XLUNet):
+    """SDXL's U-Net distilled into an LCM: it reads the guidance scale."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        guidance: Tensor,
+    ) -> Tensor:
+        embedding = _guidance_embedding(guidance, sample, self.model.config.time_cond_proj_dim)
+        return super().forward(sample, timestep, encoder_hidden_states, text_embeds, embedding)
 
 
 class XLInpaintingUNet(XLUNet):
