@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline
+from diffusers import LatentConsistencyModelPipeline, UNet2DModel
 from tiny import TWO_LEVELS, clip_text, unet, vae
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import _WRAPPERS, check_conditions, denoiser_module, latent_space
 from trimtab.export.families import FAMILIES
+from trimtab.export.modules import PixelUNet
 from trimtab.export.source import Source
 
 PipelineFolder = Callable[[str], Path]
@@ -95,6 +96,22 @@ def test_an_sdxl_unet_with_an_aesthetic_score_is_refused(tmp_path: Path) -> None
 def test_a_unet_that_reads_a_mask_and_the_guidance_scale_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"reads a mask \(9 channels\) and the guidance scale"):
         denoiser_module(saved_xl(tmp_path, in_channels=9, time_cond_proj_dim=16))
+
+
+def test_a_learned_time_embedding_is_looked_up(tmp_path: Path) -> None:
+    model = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        norm_num_groups=4,
+        layers_per_block=1,
+        time_embedding_type="learned",
+        num_train_timesteps=20,
+    ).eval()
+    sample = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(PixelUNet(model)(sample, torch.tensor(7.0)), model(sample, 7).sample)
 
 
 def test_other_pipelines_and_channels_are_refused(pipeline_folder: PipelineFolder, tmp_path: Path) -> None:

@@ -157,6 +157,8 @@ class PixelUNet(Denoiser):
     """An unconditional UNet2DModel."""
 
     def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        if self.model.config.time_embedding_type == "learned":  # a row of a table
+            timestep = timestep.to(torch.int64)
         return self.model(sample, timestep, return_dict=False)[0]
 
 
