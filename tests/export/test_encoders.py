@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from diffusers import (
 )
 from tiny import SD_BETAS, TWO_LEVELS, clip_text, clip_tokenizer, spread, unet, vae
 
-from trimtab.export.encoders import VaeDecoder, VaeEncoder, latent_scale
+from trimtab.export.encoders import ClipText, VaeDecoder, VaeEncoder, latent_scale
+from trimtab.export.families import _clip
+from trimtab.export.parts import PipelineParts
+from trimtab.export.source import Source
 
 STATISTICS: dict[str, Any] = {
     "latents_mean": [-1.6, 1.1, 0.4, -0.2],
@@ -96,3 +100,35 @@ def test_a_picture_s_latents_are_scaled_as_the_pipeline_scales_them(name: str, t
         )
         ours = encode(picture, noise, noise)
     assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def test_a_text_encoder_is_told_of_padding_where_its_configuration_says_so(tmp_path: Path) -> None:
+    pipe = pipeline("sd", tmp_path)
+    pipe.text_encoder.config.use_attention_mask = True
+    found = pipe.tokenizer(["a cat"], padding="max_length", max_length=16, return_tensors="pt")
+    with torch.no_grad():
+        theirs, _ = pipe.encode_prompt("a cat", torch.device("cpu"), 1, False)
+        encode = ClipText(pipe.text_encoder, "last", None)
+        (ours,) = encode(found.input_ids, found.attention_mask)
+        (unmasked,) = encode(found.input_ids)
+    assert torch.equal(ours, theirs) and not torch.allclose(unmasked, theirs, atol=1e-3)
+
+
+def test_prompts_are_as_long_as_the_tokenizer_says_and_masked_as_the_encoder_says(tmp_path: Path) -> None:
+    model = clip_text()
+    model.config.use_attention_mask = True
+    model.save_pretrained(tmp_path / "text_encoder")
+    clip_tokenizer(tmp_path / "scratch", length=12).save_pretrained(tmp_path / "tokenizer")
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
+    index |= {
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    parts = PipelineParts(Source(tmp_path), lambda _, graph: graph)
+    _clip(parts, "", "last", None, masks=True)
+    assert {spec.name: spec.shape for spec in parts.inputs} == {
+        "tokens": ("rows*batch", 12),
+        "tokens_mask": ("rows*batch", 12),
+    }
+    assert parts.prologue[0].inputs == {"tokens": "tokens", "attention_mask": "tokens_mask"}

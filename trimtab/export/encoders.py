@@ -17,6 +17,8 @@ from torch import Tensor, nn
 class ClipText(nn.Module):
     """A CLIP text encoder: tokens (rows, length) int64 -> hidden states, and the pooled output where wanted.
 
+    It is told which tokens are padding where the attention mask (rows, length) int64 is given too.
+
     Args:
         model: CLIPTextModel or CLIPTextModelWithProjection.
         hidden: "last" for the final layer norm's output (SD 1.x, 2.x), "penultimate" for the layer before the
@@ -32,8 +34,10 @@ class ClipText(nn.Module):
         self.hidden = hidden
         self.pooled = pooled
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:
-        output = self.model(tokens, output_hidden_states=self.hidden == "penultimate")
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, ...]:
+        output = self.model(
+            tokens, attention_mask=attention_mask, output_hidden_states=self.hidden == "penultimate"
+        )
         results = []
         if self.hidden == "last":
             results.append(output.last_hidden_state)

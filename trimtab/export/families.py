@@ -64,19 +64,26 @@ def measure(parts: PipelineParts) -> None:
         parts.fixed_size = "the model's position embeddings are fixed"
 
 
-def _clip(parts: PipelineParts, suffix: str, hidden: str | None, pooled: str | None) -> None:
-    """A CLIP encoder with its tokenizer: tokens -> hidden{suffix}, pooled{suffix}."""
+def _clip(
+    parts: PipelineParts, suffix: str, hidden: str | None, pooled: str | None, *, masks: bool = False
+) -> None:
+    """A CLIP encoder with its tokenizer: tokens -> hidden{suffix}, pooled{suffix}.
+
+    ``masks``: the pipeline hands over an attention mask where the encoder's configuration says so.
+    """
     model = parts.source.load("text_encoder" + suffix)
+    masks = masks and bool(getattr(model.config, "use_attention_mask", False))
+    tokens = "tokens" + suffix
     length = int(model.config.max_position_embeddings)
-    parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
+    parts.tokens(tokens, "tokenizer" + suffix, length, mask=masks, own_length=True)
     outputs = [n for n, wanted in (("hidden", hidden), ("pooled", pooled)) if wanted]
-    parts.add(
-        "text_encoder" + suffix,
-        encoders.ClipText(model, hidden, pooled),
-        {"tokens": tokens_example()},
-        outputs,
-    )
-    parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {n: n + suffix for n in outputs})
+    inputs = {"tokens": tokens_example()}
+    wires = {"tokens": tokens}
+    if masks:
+        inputs["attention_mask"] = Example(_example_mask(), ("prompts", "tokens"))
+        wires["attention_mask"] = f"{tokens}_mask"
+    parts.add("text_encoder" + suffix, encoders.ClipText(model, hidden, pooled), inputs, outputs)
+    parts.call("text_encoder" + suffix, wires, {n: n + suffix for n in outputs})
 
 
 def _t5(parts: PipelineParts, suffix: str, length: int) -> None:
@@ -110,7 +117,7 @@ def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> None:
 def stable_diffusion(parts: PipelineParts) -> None:
     """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
     source = parts.source
-    _clip(parts, "", "last", None)
+    _clip(parts, "", "last", None, masks=True)
     wrapper = denoiser_module(source)
     inputs = {
         "sample": sample_example(parts.channels),

@@ -115,10 +115,23 @@ class PipelineParts(Parts):
         raise AssertionError(f"{segment} has no output {output}")
 
     def tokens(
-        self, name: str, tokenizer: str, length: int, *, mask: bool = False, lowercase: bool = False
+        self,
+        name: str,
+        tokenizer: str,
+        length: int,
+        *,
+        mask: bool = False,
+        lowercase: bool = False,
+        own_length: bool = False,
     ) -> None:
-        """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted."""
-        self.tokenizers[tokenizer] = tokenizer_json(self.source.load(tokenizer), length, lowercase)
+        """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted.
+
+        ``own_length``: a tokenizer that says a smaller length than the model's keeps to it.
+        """
+        loaded = self.source.load(tokenizer)
+        if own_length:
+            length = min(length, loaded.model_max_length)
+        self.tokenizers[tokenizer] = tokenizer_json(loaded, length, lowercase)
         shape = ("rows*batch", length)
         self.inputs.append(TensorSpec(name, "int64", shape, {"kind": "tokens", "tokenizer": tokenizer}))
         if mask:
