@@ -9,6 +9,9 @@ from trimtab.errors import ExportError, InputError
 from trimtab.export import modules
 from trimtab.export.source import Source
 
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+"""Of the others, ConsistencyDecoderVAE samples, and AsymmetricAutoencoderKL reads the picture beside the latents."""
+
 
 def denoiser_name(source: Source) -> str:
     """The component that is run step after step: "unet" or "transformer"."""
@@ -20,9 +23,15 @@ def latent_space(source: Source) -> tuple[int, int]:
 
     Raises:
         InputError: A configuration cannot be read.
+        ExportError: An autoencoder that does more than decode its latents.
     """
     name = "vae" if source.has("vae") else denoiser_name(source)
     config = source.config(name)
+    if name == "vae" and source.class_name(name) not in AUTOENCODERS:
+        raise ExportError(
+            f"the pipeline's vae is {source.class_name(name)}, and {' and '.join(AUTOENCODERS)} are supported: "
+            "save the pipeline with one of them"
+        )
     try:
         if name == "vae":
             return int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)

@@ -104,14 +104,16 @@ def _known_examples(parts: PipelineParts) -> dict[str, Example]:
     }
 
 
-def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> None:
-    """An LCM's denoiser reads the guidance scale itself, in the place of a second, negative row."""
+def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> dict[str, float]:
+    """An LCM's denoiser reads the guidance scale itself, in the place of a second, negative row.
+
+    Its time steps depend on the strength, not only on where a schedule starts: no task that starts from a picture.
+    """
     inputs["guidance"] = Example(torch.tensor(7.5))
     parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
     parts.conditioning["guidance"] = "guidance"
     parts.classifier_free = False
-    # Its time steps depend on the strength, not only on where a schedule starts.
-    parts.strength = {}
+    return {}
 
 
 def stable_diffusion(parts: PipelineParts) -> None:
@@ -125,19 +127,18 @@ def stable_diffusion(parts: PipelineParts) -> None:
         "encoder_hidden_states": hidden_example(wrapper.model.config.cross_attention_dim),
     }
     parts.conditioning = {"encoder_hidden_states": "hidden"}
-    parts.strength = {"image-to-image": 0.8, "inpainting": 1.0}
+    strength = {"image-to-image": 0.8, "inpainting": 1.0}
     if isinstance(wrapper, modules.GuidedUNet):
-        _read_guidance(parts, inputs)
+        strength = _read_guidance(parts, inputs)
         if source.pipeline_class == "LatentConsistencyModelPipeline":
             parts.guidance = 8.5
     elif isinstance(wrapper, modules.InpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
+    parts.start_from_pictures(strength)
     parts.denoiser(wrapper, inputs)
     del wrapper
-    parts.vae(encoder=bool(parts.strength))
-    if parts.strength:
-        parts.masks()
+    parts.vae()
 
 
 def stable_diffusion_xl(parts: PipelineParts) -> None:
@@ -175,18 +176,17 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     }
     parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
     parts.guidance = 5.0
-    parts.strength = {"image-to-image": 0.3, "inpainting": 0.9999}
+    strength = {"image-to-image": 0.3, "inpainting": 0.9999}
     parts.task_guidance = {"inpainting": 7.5}
     if isinstance(wrapper, modules.XLGuidedUNet):
-        _read_guidance(parts, inputs)
+        strength = _read_guidance(parts, inputs)
     elif isinstance(wrapper, modules.XLInpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
+    parts.start_from_pictures(strength)
     parts.denoiser(wrapper, inputs)
     del wrapper
-    parts.vae(encoder=bool(parts.strength))
-    if parts.strength:
-        parts.masks()
+    parts.vae()
 
 
 def stable_diffusion_3(parts: PipelineParts) -> None:
@@ -216,7 +216,7 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     parts.call("text_join", {n: n for n in names}, outputs)
     parts.conditioning = outputs
     parts.guidance = 7.0
-    parts.strength = {"image-to-image": 0.6}
+    parts.start_from_pictures({"image-to-image": 0.6})
     parts.strength_rounds_up = True
     parts.denoiser(
         wrapper,
@@ -253,7 +253,7 @@ def flux(parts: PipelineParts) -> None:
         parts.conditioning["guidance"] = "guidance"
         parts.guidance = 3.5
         parts.task_guidance = {"image-to-image": 7.0}
-    parts.strength = {"image-to-image": 0.6}
+    parts.start_from_pictures({"image-to-image": 0.6})
     parts.strength_rounds_up = True
     parts.denoiser(wrapper, inputs)
     del wrapper
@@ -290,7 +290,7 @@ def pixart(parts: PipelineParts) -> None:
         },
     )
     del wrapper
-    parts.vae(encoder=False)
+    parts.vae()
 
 
 def dit(parts: PipelineParts) -> None:
@@ -324,7 +324,7 @@ def dit(parts: PipelineParts) -> None:
         },
     )
     del wrapper
-    parts.vae(encoder=False)
+    parts.vae()
 
 
 def _class_names(id2label: Any) -> dict[str, int]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 import torch
 
+from trimtab.errors import ExportError
 from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.export.trace import Example, trace
 from trimtab.program import Call, TensorSpec
+
+logger = logging.getLogger(__name__)
 
 Keep = Callable[[str, ir.Model], ir.Model]
 """Writes a segment's weights to disk as soon as they are traced, so that torch's copy can go."""
@@ -47,6 +51,7 @@ class Parts:
         guidance: Default guidance scale, None without guidance.
         classifier_free: Guidance by a second, negative row.
         task_guidance: Task -> default guidance scale where it is another.
+        no_pictures: Why no picture can be given to start from, or None.
         strength: Task that starts from a picture -> its default strength; what is not here cannot be done.
         strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
         inpainting_channels: The denoiser reads mask and masked picture itself.
@@ -70,6 +75,7 @@ class Parts:
     guidance: float | None = 7.5
     classifier_free: bool = True
     task_guidance: dict[str, float] = field(default_factory=dict)
+    no_pictures: str | None = None
     strength: dict[str, float] = field(default_factory=dict)
     strength_rounds_up: bool = False
     inpainting_channels: bool = False
@@ -78,6 +84,19 @@ class Parts:
     def call(self, segment: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
         """Adds a call to the prologue."""
         self.prologue.append(Call(segment, dict(inputs), dict(outputs)))
+
+    def start_from_pictures(self, strength: Mapping[str, float]) -> None:
+        """Sets ``strength``, unless no picture can be given.
+
+        Raises:
+            ExportError: The denoiser cannot do without.
+        """
+        if self.no_pictures is None:
+            self.strength = dict(strength)
+        elif self.inpainting_channels:
+            raise ExportError(f"the U-Net is for inpainting, and {self.no_pictures}: choose another")
+        elif strength:
+            logger.info("%s are left out: %s", " and ".join(strength), self.no_pictures)
 
 
 class PipelineParts(Parts):
@@ -139,15 +158,15 @@ class PipelineParts(Parts):
                 TensorSpec(name + "_mask", "int64", shape, {"kind": "token_mask", "tokenizer": tokenizer})
             )
 
-    def vae(self, *, encoder: bool = True) -> None:
-        """Adds the decoder, and the encoder and mask graphs that pictures as inputs need."""
+    def vae(self) -> None:
+        """Adds the decoder, and the encoder and mask graphs that pictures as inputs need where they can be given."""
         vae = self.source.load("vae")
         scale, shift = latent_scale(self.pipeline, vae.config)
         height, width = EVEN_LATENT
         latents = Example(
             torch.randn(ROWS, self.channels, height, width), ("batch", None, "latent_height", "latent_width")
         )
-        if encoder:
+        if self.strength:
             # The encoder's sizes are counted in latents, so that no size is asked for that it would cut off.
             unit = self.factor
             image = Example(torch.rand(1, height * unit, width * unit, 3), (None, "height", "width", None))
@@ -161,8 +180,10 @@ class PipelineParts(Parts):
                 ["latents"],
             )
         self.add("vae_decoder", VaeDecoder(vae, scale, shift), {"latents": latents}, ["image"])
+        if "inpainting" in self.strength:
+            self._masks()
 
-    def masks(self) -> None:
+    def _masks(self) -> None:
         """Adds the graphs of inpainting: mask and masked picture, and the blend of plain denoisers."""
         height, width = EVEN_LATENT
         open_latent = ("batch", None, "latent_height", "latent_width")

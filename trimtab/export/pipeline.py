@@ -12,6 +12,7 @@ from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks
 from trimtab.export.sampler.shift import follow_size
+from trimtab.export.sampler.walk import can_add_noise
 from trimtab.export.source import Source
 from trimtab.passes.sampler import FuseSampler
 from trimtab.program import Call, PassEntry, Program, Segment, TensorSpec, check_size
@@ -55,6 +56,7 @@ def export_pipeline(
 
     parts = PipelineParts(source, keep)
     measure(parts)
+    parts.no_pictures = _no_pictures(source, chosen)
     _choose_size(parts, size)
     family(parts)
     sampling = Sampling(chosen, steps, parts.step_options | dict(step_options or {}))
@@ -116,6 +118,15 @@ def _own_scheduler(source: Source) -> Any:
         elif scheduler.config.get("clip_sample", False):
             mended["clip_sample"] = False
     return type(scheduler).from_config(scheduler.config, **mended) if mended else scheduler
+
+
+def _no_pictures(source: Source, scheduler: Any) -> str | None:
+    """Why a pipeline cannot start from a picture, though its family can."""
+    if not can_add_noise(scheduler):
+        return f"{type(scheduler).__name__} adds no noise to a picture"
+    if source.has("vae") and source.class_name("vae") != "AutoencoderKL":
+        return f"{source.class_name('vae')} encodes without a posterior"
+    return None
 
 
 def _choose_size(parts: Parts, size: tuple[int, int] | None) -> None:

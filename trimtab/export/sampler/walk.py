@@ -95,6 +95,11 @@ class Walk:
         return add_noise(scheduler, image, noise, timesteps[index + 1 : index + 2])
 
 
+def can_add_noise(scheduler: Any) -> bool:
+    """Whether a scheduler can start from a picture; one that cannot (IPNDM) only draws from noise."""
+    return hasattr(scheduler, "add_noise") or hasattr(scheduler, "scale_noise")
+
+
 def add_noise(
     scheduler: Any, image: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:

@@ -1,0 +1,55 @@
+"""What a pipeline can be asked for: tasks that start from pictures, autoencoders, channels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, IPNDMScheduler
+
+from trimtab.errors import ExportError
+from trimtab.export.denoisers import latent_space
+from trimtab.export.parts import Parts
+from trimtab.export.pipeline import _no_pictures
+from trimtab.export.source import Source
+
+STRENGTH = {"image-to-image": 0.8, "inpainting": 1.0}
+
+
+def with_vae(folder: Path, name: str) -> Source:
+    """A pipeline with an autoencoder of a class."""
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", name]}
+    (folder / "vae").mkdir(exist_ok=True)
+    (folder / "vae" / "config.json").write_text('{"latent_channels": 4, "block_out_channels": [8, 8]}')
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return Source(folder)
+
+
+def parts(no_pictures: str | None, inpainting: bool = False) -> Parts:
+    return Parts("x", lambda _, graph: graph, no_pictures=no_pictures, inpainting_channels=inpainting)
+
+
+def test_a_scheduler_that_adds_no_noise_only_leaves_out_the_tasks_that_start_from_pictures(
+    tmp_path: Path,
+) -> None:
+    source = with_vae(tmp_path, "AutoencoderKL")
+    for scheduler in (DDIMScheduler(), EulerDiscreteScheduler(), FlowMatchEulerDiscreteScheduler()):
+        assert _no_pictures(source, scheduler) is None
+    reason = _no_pictures(source, IPNDMScheduler())
+    assert reason == "IPNDMScheduler adds no noise to a picture"
+    made, whole = parts(reason), parts(None)
+    made.start_from_pictures(STRENGTH)
+    whole.start_from_pictures(STRENGTH)
+    assert made.strength == {} and whole.strength == STRENGTH
+    with pytest.raises(ExportError, match="for inpainting, and IPNDMScheduler adds no noise"):
+        parts(reason, inpainting=True).start_from_pictures(STRENGTH)
+
+
+def test_a_tiny_autoencoder_decodes_and_others_are_refused(tmp_path: Path) -> None:
+    source = with_vae(tmp_path, "AutoencoderTiny")
+    assert latent_space(source) == (4, 2)
+    assert _no_pictures(source, DDIMScheduler()) == "AutoencoderTiny encodes without a posterior"
+    with pytest.raises(ExportError, match="vae is AsymmetricAutoencoderKL, and AutoencoderKL and"):
+        latent_space(with_vae(tmp_path, "AsymmetricAutoencoderKL"))
