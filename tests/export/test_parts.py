@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, IPNDMScheduler
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
-from trimtab.export.parts import Parts
+from trimtab.export.parts import Parts, PipelineParts, sample_example
 from trimtab.export.pipeline import _no_pictures
 from trimtab.export.source import Source
 
@@ -53,3 +55,16 @@ def test_a_tiny_autoencoder_decodes_and_others_are_refused(tmp_path: Path) -> No
     assert _no_pictures(source, DDIMScheduler()) == "AutoencoderTiny encodes without a posterior"
     with pytest.raises(ExportError, match="vae is AsymmetricAutoencoderKL, and AutoencoderKL and"):
         latent_space(with_vae(tmp_path, "AsymmetricAutoencoderKL"))
+
+
+def test_a_prediction_of_other_channels_is_refused(
+    pipeline_folder: Callable[[str], Path],
+) -> None:
+    made = PipelineParts(Source(pipeline_folder("ddpm")), lambda _, graph: graph)
+
+    class Wide(torch.nn.Module):
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            return torch.cat([sample, sample], dim=1)
+
+    with pytest.raises(ExportError, match="predicts 8 channels, and 4 are needed"):
+        made.denoiser(Wide(), {"sample": sample_example(4)})

@@ -118,9 +118,19 @@ class PipelineParts(Parts):
         self.segments[name] = self.keep(name, trace(module, inputs, outputs))
 
     def denoiser(self, module: torch.nn.Module, inputs: Mapping[str, Example]) -> None:
-        """Traces the denoiser. Its prediction has the sample's shape, whatever expression the trace found."""
+        """Traces the denoiser. Its prediction has the sample's shape, whatever expression the trace found.
+
+        Raises:
+            ExportError: It cannot be traced, or predicts other channels.
+        """
         self.add("denoiser", module, inputs, ["prediction"])
         graph = self.segments["denoiser"].graph
+        found = graph.outputs[0].shape
+        if found is not None and isinstance(found[1], int) and found[1] != self.channels:
+            raise ExportError(
+                f"the denoiser predicts {found[1]} channels, and {self.channels} are needed, as its sample has: "
+                "a U-Net with a learned variance is not supported"
+            )
         sample = next(value for value in graph.inputs if value.name == "sample")
         graph.outputs[0].shape = sample.shape
 
