@@ -9,12 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, IPNDMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
+)
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
 from trimtab.export.parts import Parts, PipelineParts, sample_example
-from trimtab.export.pipeline import _no_pictures
+from trimtab.export.pipeline import _no_pictures, _own_scheduler
 from trimtab.export.source import Source
 
 STRENGTH = {"image-to-image": 0.8, "inpainting": 1.0}
@@ -47,6 +53,25 @@ def test_a_scheduler_that_adds_no_noise_only_leaves_out_the_tasks_that_start_fro
     assert made.strength == {} and whole.strength == STRENGTH
     with pytest.raises(ExportError, match="for inpainting, and IPNDMScheduler adds no noise"):
         parts(reason, inpainting=True).start_from_pictures(STRENGTH)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "found", "clips"),
+    [
+        ("DDIMPipeline", "DDIMScheduler", True),
+        ("DDPMPipeline", "DDPMScheduler", True),
+        ("LatentConsistencyModelPipeline", "DDPMScheduler", True),
+        ("StableDiffusionPipeline", "DDPMScheduler", False),
+    ],
+)
+def test_a_scheduler_is_changed_as_its_pipeline_changes_it(
+    pipeline: str, found: str, clips: bool, tmp_path: Path
+) -> None:
+    DDPMScheduler(clip_sample=True).save_pretrained(tmp_path / "scheduler")
+    index: dict[str, Any] = {"_class_name": pipeline, "scheduler": ["diffusers", "DDPMScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    scheduler = _own_scheduler(Source(tmp_path))
+    assert type(scheduler).__name__ == found and scheduler.config.clip_sample is clips
 
 
 def test_a_tiny_autoencoder_decodes_and_others_are_refused(tmp_path: Path) -> None:

@@ -106,10 +106,16 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
 
 
 def _own_scheduler(source: Source) -> Any:
-    """The pipeline's scheduler, with what Stable Diffusion's pipelines mend in its configuration."""
+    """The pipeline's scheduler, as the pipeline takes it.
+
+    DDIM's makes every scheduler one of DDIM; Stable Diffusion's mend its configuration, and LCM's does not.
+    """
     scheduler = source.load("scheduler")
+    if source.pipeline_class == "DDIMPipeline":
+        return make_scheduler("ddim", {**scheduler.config, "_class_name": type(scheduler).__name__})
     mended = {}
-    if FAMILIES[source.pipeline_class] is stable_diffusion:
+    mends = source.pipeline_class != "LatentConsistencyModelPipeline"
+    if mends and FAMILIES[source.pipeline_class] is stable_diffusion:
         if scheduler.config.get("steps_offset", 1) != 1:
             mended["steps_offset"] = 1
         if source.pipeline_class == "StableDiffusionInpaintPipeline":
