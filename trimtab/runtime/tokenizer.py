@@ -9,11 +9,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.errors import BundleError
+from trimtab.errors import BundleError, InputError
 
 logger = logging.getLogger(__name__)
 
 Ids = npt.NDArray[np.int64]
+
+LONGEST = 1 << 16
+"""Tokens of a prompt: far beyond what any text encoder takes, and little memory."""
 
 
 class Tokenizer:
@@ -35,13 +38,32 @@ class Tokenizer:
             raise BundleError(
                 f"{path} cannot be read as a tokenizer ({error}): compile the bundle again"
             ) from None
+        self._path, self._length = path, (self._fast.padding or {}).get("length")
+        if not isinstance(self._length, int) or not 0 < self._length <= LONGEST:
+            raise BundleError(
+                f"{path} does not pad to a length of at most {LONGEST} tokens: compile the bundle again"
+            )
 
     def encode(self, texts: Sequence[str], warn: bool = True) -> tuple[Ids, Ids]:
         """Token ids and attention mask, (len(texts), length) int64 each.
 
         A text that is too long is cut, with a warning that says what was left out.
+
+        Raises:
+            InputError: A text is no Unicode, as bytes of another encoding on a command line are none.
+            BundleError: The tokenizer does not do what it says.
         """
-        encodings = self._fast.encode_batch(list(texts))
+        for text in texts:
+            if any("\ud800" <= c <= "\udfff" for c in text):
+                raise InputError(f"the prompt {text!r:.60} is not valid Unicode: give it in UTF-8")
+        try:
+            encodings = self._fast.encode_batch(list(texts))
+        except Exception as error:
+            raise BundleError(
+                f"{self._path} cannot read a prompt ({error}): compile the bundle again"
+            ) from None
+        if any(len(encoding.ids) != self._length for encoding in encodings):
+            raise BundleError(f"{self._path} does not cut to {self._length} tokens: compile the bundle again")
         for text, encoding in zip(texts, encodings, strict=True):
             if encoding.overflowing and warn:
                 cut = max((end for _, end in encoding.offsets), default=0)
