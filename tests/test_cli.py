@@ -174,6 +174,9 @@ def test_bench_measures_two_bundles_in_turn(bundle: Path, capsys: pytest.Capture
         (["--class", "1", "--image", "x.png"], "cannot do image-to-image"),
         (["--class", "1", "--mask", "x.png"], "without a picture"),
         (["--class", "1", "--guidance", "nan"], "finite"),
+        (["--class", "1", "--guidance", "1e300"], "of 32 bits"),
+        (["--class", "1", "--threads", "-1"], "-1 threads"),
+        (["--class", "1", "--threads", "100000"], "up to 1024"),
         (["--class", "1", "--strength", "0.5"], "without a picture"),
         (["--class", "1", "--target", "orin-nano-8gb"], "no engines for orin-nano-8gb"),
         (["--class", "1", "-n", "0"], "one or more"),
@@ -194,6 +197,8 @@ def test_a_picture_goes_nowhere_it_does_not_fit(
     assert ".png or .npy" in fails(capsys, "run", bundle, "--class", 1, "-o", tmp_path / "x.gif")
     (tmp_path / "d.png").mkdir()
     assert "is a folder" in fails(capsys, "run", bundle, "--class", 1, "-o", tmp_path / "d.png")
+    long = fails(capsys, "run", bundle, "--class", 1, "-o", tmp_path / f"{300 * 'x'}.png")
+    assert "File name too long" in long and "fault" not in long
 
 
 def test_pictures_that_are_no_pictures_fail_with_one_line(

@@ -92,6 +92,8 @@ def _message(error: BaseException, interrupted: str) -> str:
         package = (error.name or "").partition(".")[0]
         if package in _COMPILE_PACKAGES:
             return str(MissingDependency(package, "compile"))
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}): check its name and who may read and write it"
     line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
 

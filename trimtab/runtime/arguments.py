@@ -46,8 +46,8 @@ def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float 
             raise InputError("a guidance scale was given and this model has no guidance: leave it out")
         return 1.0, 1
     scale = float(task.guidance if guidance is None else guidance)
-    if not np.isfinite(scale):
-        raise InputError(f"the guidance scale {scale} is not a finite number")
+    if not abs(scale) <= float(np.finfo(np.float32).max):  # NaN neither
+        raise InputError(f"the guidance scale {scale} is not a finite number of 32 bits: give a smaller one")
     # As in diffusers, a scale of 1 or less turns classifier-free guidance off.
     mix = kinds.get("mix")
     rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > 1 else 1

@@ -10,6 +10,9 @@ from trimtab.errors import BundleError, InputError, TrimtabError, WrongDevice
 from trimtab.manifest import Contents, Engine
 from trimtab.runtime.sessions import Backend, Buffer, Run, Session, open_backend
 
+MAX_THREADS = 1024
+"""More than machines have cores. Those beyond only wait in turn, and with many more of them no run ends."""
+
 
 class _Loaded(NamedTuple):
     """A loaded engine, and what deferred sessions bound of it: a run holds its engine, so both go together."""
@@ -32,6 +35,7 @@ class Engines:
         fast: On the CPU, decode packed weights once, at load; on CUDA, products in TF32.
 
     Raises:
+        InputError: No such number of threads.
         WrongDevice: No target that this machine can run, or not the one that was asked for.
         MissingDependency: Its backend is not installed.
         TargetError: It needs a GPU, and there is none.
@@ -46,6 +50,10 @@ class Engines:
         low_memory: bool = False,
         fast: bool = False,
     ) -> None:
+        if not 0 <= threads <= MAX_THREADS:
+            raise InputError(
+                f"{threads} threads were asked for: give 0 for one a core, or up to {MAX_THREADS}"
+            )
         self._bundle = bundle
         self.target, self.backend = _choose(bundle, target, provider, threads, fast)
         self._loaded: dict[str, _Loaded] = {}

@@ -81,7 +81,7 @@ def load(
             "cuda", products in TF32: less exact than FP32, as torch's convolutions are there.
 
     Raises:
-        InputError: No such folder, or no such provider.
+        InputError: No such folder, provider or number of threads.
         BundleError: Not a bundle, a damaged one, or one of a newer trimtab.
         WrongDevice: The bundle has no engines for this target, or they were built for another device or version.
         MissingDependency: The target's backend is not installed.
