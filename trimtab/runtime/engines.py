@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from trimtab.bundle import Bundle
 from trimtab.errors import BundleError, InputError, TrimtabError, WrongDevice
 from trimtab.manifest import Contents, Engine
+from trimtab.runtime.external import external_locations
 from trimtab.runtime.sessions import Backend, Buffer, Run, Session, open_backend
 
 MAX_THREADS = 1024
@@ -87,10 +89,20 @@ class Engines:
             self._bundle.verify(
                 [file, *engine.plugins, *(path for path in weights if path.startswith(folder))]
             )
+            if engine.backend == "onnxruntime":
+                self._check_graph(file)
             plugins = [self._bundle.path(path) for path in engine.plugins]
             session = self.backend.load(engine, self._bundle.path(file), plugins)
             self._loaded[engine.path] = _Loaded(segment, session, {})
         return self._loaded[engine.path]
+
+    def _check_graph(self, file: str) -> None:
+        """Raises BundleError where a graph reads what is no verified file of the bundle."""
+        if not file.endswith(".onnx"):  # ONNX Runtime's own format, by its name
+            raise BundleError(f"{self._bundle.folder}: {file} is no .onnx file: compile the bundle again")
+        folder = PurePosixPath(file).parent
+        named = external_locations(self._bundle.path(file))
+        self._bundle.verify(sorted((folder / location).as_posix() for location in named))
 
     def precision(self, segment: str) -> str:
         """What the engines of a segment compute in."""
