@@ -74,14 +74,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
             raise
-        message = _message(error, arguments.interrupted)
+        message = _message(error, arguments.interrupted, arguments.extra)
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)  # names in it are anybody's
     print(f"trimtab: error: {line}", file=sys.stderr)
     return EXIT_FAILED
 
 
-def _message(error: BaseException, interrupted: str) -> str:
-    """What to say of an error, in one line."""
+def _message(error: BaseException, interrupted: str, extra: Callable[[], str]) -> str:
+    """What to say of an error, in one line.
+
+    Args:
+        error: What was raised.
+        interrupted: What is left of a command that was.
+        extra: Gives what installs the packages that it needs.
+    """
     if isinstance(error, KeyboardInterrupt):
         return interrupted
     if isinstance(error, TrimtabError):
@@ -91,11 +97,18 @@ def _message(error: BaseException, interrupted: str) -> str:
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package in _COMPILE_PACKAGES:
-            return str(MissingDependency(package, "compile"))
+            return str(MissingDependency(package, extra()))
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename} cannot be used ({error.strerror}): check its name and who may read and write it"
     line = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
+
+
+def _build_extra() -> str:
+    """What `trimtab build` needs: no torch."""
+    from trimtab.runtime.sessions.check import JETSON
+
+    return "jetson" if JETSON.exists() else "rtx"
 
 
 # ---- arguments ----
@@ -120,7 +133,9 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--json", action="store_true", help="print one JSON object on stdout")
         command.add_argument("--debug", action="store_true", help="log everything; show tracebacks")
-        command.set_defaults(command=run, show=show, interrupted="interrupted: nothing was written")
+        command.set_defaults(
+            command=run, show=show, interrupted="interrupted: nothing was written", extra=lambda: "compile"
+        )
         return command
 
     command = add(
@@ -145,7 +160,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     options.devices_argument(command)
     options.cache_arguments(command)
-    command.set_defaults(interrupted="interrupted: finished engines are kept, and the next build goes on")
+    command.set_defaults(
+        interrupted="interrupted: finished engines are kept, and the next build goes on",
+        extra=_build_extra,
+    )
 
     command = add(
         "run",
