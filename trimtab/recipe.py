@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,21 @@ VQ_BITS = (2, 3, 4)
 
 MEASURES = ("parameters", "bytes", "time")
 """What a share to remove may be of."""
+
+
+_TEXT: tuple[tuple[type, ...], str] = ((str,), "a text")
+_PATH: tuple[tuple[type, ...], str] = ((str, Path), "a path")
+_NUMBER: tuple[tuple[type, ...], str] = ((int, float), "a number")
+_TRUTH: tuple[tuple[type, ...], str] = ((bool,), "true or false")
+
+_KINDS = {
+    **dict.fromkeys(("targets", "keep", "drop", "scheduler", "precision", "remove_of", "remove_by"), _TEXT),
+    **dict.fromkeys(("scores", "removal_plan", "drifts", "vq_codebooks"), _PATH),
+    **dict.fromkeys(("eta", "remove", "vq_minutes"), _NUMBER),
+    **dict.fromkeys(("vq_scale", "hidiffusion"), _TRUTH),
+    "vq": ((int,), "2, 3 or 4"),
+}
+"""Field of a recipe -> what its value, or each of its values, must be; the others are checked where they are read."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +159,13 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     for name in ("targets", "steps", "keep", "drop"):
         if name in clean:
             clean[name] = tuple(_listed(clean[name]))
+    for name, (kinds, needed) in _KINDS.items():
+        for value in clean.get(name, ()) if name in ("targets", "keep", "drop") else [clean.get(name)]:
+            # A truth is a whole number to Python, and "no" is true.
+            if value is not None and (
+                not isinstance(value, kinds) or (type(value) is bool and bool not in kinds)
+            ):
+                raise InputError(f"{name} = {value!r:.60} in a recipe: {needed} is needed")
     if "size" in clean:
         clean["size"] = _size(clean["size"])
     if "buckets" in clean:
@@ -151,16 +173,25 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if "inherit" in clean:
         clean["inherit"] = make_plan(clean["inherit"])
     if "switch" in clean:
-        given = clean["switch"]
-        switches = given.items() if isinstance(given, Mapping) else map(_switch, _listed(given))
-        clean["switch"] = tuple((str(path), share) for path, share in switches)
+        clean["switch"] = _pairs("switch", clean["switch"], _switch, "PATH@SHARE")
     if "vq_rules" in clean:
-        rules = clean["vq_rules"]
-        pairs = rules.items() if isinstance(rules, Mapping) else [_rule(rule) for rule in rules]
-        clean["vq_rules"] = tuple((str(pattern), bits) for pattern, bits in pairs)
+        clean["vq_rules"] = _pairs("vq_rules", clean["vq_rules"], _rule, "PATTERN=BITS")
     if "vq_codebooks" in clean:
         clean["vq_codebooks"] = Path(clean["vq_codebooks"])
     return Recipe(**clean)
+
+
+def _pairs(
+    name: str, given: Any, split: Callable[[Any], tuple[str, Any]], form: str
+) -> tuple[tuple[str, Any], ...]:
+    """A table, or a list of texts or pairs, as pairs."""
+    try:
+        pairs = given.items() if isinstance(given, Mapping) else map(split, _listed(given))
+        return tuple((str(key), value) for key, value in pairs)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"{name} = {given!r:.60} in a recipe: a table, or a list of {form}, is needed"
+        ) from None
 
 
 def _listed(value: Any) -> Any:
