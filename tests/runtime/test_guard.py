@@ -39,6 +39,16 @@ def poison(pipe: Pipeline, segment: str, output: str, when: Callable[[int], bool
     session.bind = bound  # type: ignore[method-assign]
 
 
+def test_what_one_picture_left_behind_does_not_spoil_the_next(bundle_folder: Callable[[str], Path]) -> None:
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        expected = pipe(**REQUEST).pixels  # type: ignore[arg-type]
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        poison(pipe, "denoiser", "next_sample", lambda run: run in (0, 3))
+        with pytest.raises(TargetError, match="at step 1 of 3, in next_sample"):
+            pipe(**REQUEST)  # type: ignore[arg-type]
+        assert np.array_equal(pipe(**REQUEST).pixels, expected)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_the_segment_and_the_step_are_named(bundle_folder: Callable[[str], Path], step: int) -> None:
     with trimtab.load(bundle_folder("dit")) as pipe:

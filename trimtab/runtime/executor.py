@@ -145,6 +145,11 @@ class Plan:
         for spec in self.inputs:
             self.buffers[spec.name][...] = make_input(spec, request)
 
+    def clear(self) -> None:
+        """Zeros, as in a new plan: the sampler sums over the whole state, and no weight of zero hides a NaN."""
+        for buffer in self.buffers.values():
+            buffer[...] = 0
+
 
 def make_plan(
     contents: Contents,

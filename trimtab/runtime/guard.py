@@ -36,7 +36,7 @@ class NotFinite:
 
 
 def first_not_finite(plan: Plan, request: Request) -> NotFinite | None:
-    """Runs a plan once more and looks at everything that is written.
+    """Runs a plan once more, from zeros, and looks at everything that is written. Zeros are what it leaves behind.
 
     Args:
         plan: What gave a picture that is not finite.
@@ -45,6 +45,14 @@ def first_not_finite(plan: Plan, request: Request) -> NotFinite | None:
     Returns:
         None where all is finite this time.
     """
+    plan.clear()
+    try:
+        return _first(plan, request)
+    finally:
+        plan.clear()
+
+
+def _first(plan: Plan, request: Request) -> NotFinite | None:
     count = len(plan.steps)
     plan.fill(request)
     if bad := _bad({spec.name: plan.buffers[spec.name] for spec in plan.inputs}):
