@@ -9,7 +9,7 @@ from trimtab.errors import InputError
 from trimtab.manifest import Contents
 from trimtab.program import Task, TensorSpec
 from trimtab.runtime.fixed import Fixed, fit
-from trimtab.runtime.inputs import Noise, NoiseTape, Request
+from trimtab.runtime.inputs import Noise, NoiseTape, Request, make_input
 
 
 @pytest.fixture
@@ -73,6 +73,15 @@ def test_the_largest_batch_that_is_not_too_large_is_taken(contents: Contents) ->
     assert [part.batch for part in fit(request(contents, batch=3), built, contents)] == [2, 2]
     assert [part.batch for part in fit(request(contents, batch=4), built, contents)] == [4]
     assert [part.batch for part in fit(request(contents), built[1:], contents)] == [2]
+
+
+def test_parts_move_attention_windows_as_the_whole_does(contents: Contents) -> None:
+    spec = TensorSpec("shifts", "int64", (50,), {"kind": "window_shifts", "shifts": 4})
+    asked = request(contents, batch=3)
+    parts = fit(asked, (Fixed(1, 2, latent(contents)),), contents)
+    assert len(parts) == 3
+    for part in parts:
+        assert np.array_equal(make_input(spec, part), make_input(spec, asked))
 
 
 @pytest.mark.parametrize("seeds", [(3,), (3, 4, 5)])

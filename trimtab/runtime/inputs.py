@@ -95,9 +95,13 @@ class NoiseTape:
     Args:
         noise: The batch's.
         batch: How many pictures it has.
+
+    Attributes:
+        seeds: The batch's.
     """
 
     def __init__(self, noise: Noise, batch: int) -> None:
+        self.seeds = noise.seeds
         self._noise, self._batch = noise, batch
         self._drawn: list[Array] = []
 
@@ -117,6 +121,7 @@ class _Part(Noise):
     """The rows of some pictures on a tape."""
 
     def __init__(self, tape: NoiseTape, pictures: tuple[int, ...]) -> None:
+        self.seeds = tape.seeds
         self._tape, self._pictures, self._count = tape, pictures, 0
 
     def normal(self, shape: tuple[int, ...], shared: bool = False) -> Array:
