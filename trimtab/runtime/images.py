@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,7 +43,8 @@ def read_image(
     """A picture as (1, height, width, 3) float32 in 0..1, resized by Lanczos where the size differs.
 
     Args:
-        image: A file, a PIL image, or an array (height, width, channels) in 0..1 that has the right size.
+        image: A file, a PIL image, or an array (height, width, channels) in 0..1 that has the right size. A file is
+            turned the way that its camera says it was held, as diffusers' ``load_image`` does.
         size: (width, height).
         gray: One channel, for masks.
         crop: Cut the largest middle of the size's shape out first, in the place of stretching.
@@ -62,7 +64,10 @@ def read_image(
     if isinstance(image, str | Path):
         try:
             with PIL.Image.open(image) as file:
-                image = file.convert("L" if gray else "RGB")
+                upright: Image = file
+                with contextlib.suppress(SyntaxError):  # of what is said to be Exif and is not
+                    upright = PIL.ImageOps.exif_transpose(file)
+                image = upright.convert("L" if gray else "RGB")
         except FileNotFoundError:
             raise InputError(f"{image} does not exist: give a picture") from None
         except (PIL.UnidentifiedImageError, OSError, ValueError, PIL.Image.DecompressionBombError) as error:
