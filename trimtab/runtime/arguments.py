@@ -155,13 +155,15 @@ def all_texts(
     return tuple(text for text in texts for _ in range(count))
 
 
-def all_negatives(kinds: Mapping[str, TensorSpec], value: str | Sequence[str], batch: int) -> tuple[str, ...]:
-    """A negative prompt for each picture."""
+def all_negatives(
+    kinds: Mapping[str, TensorSpec], value: str | Sequence[str], batch: int, count: int
+) -> tuple[str, ...]:
+    """A negative prompt for each of ``batch`` pictures, ``count`` of which share a prompt."""
     if "tokens" not in kinds:
         raise InputError("a negative prompt was given and this model does not read any: leave it out")
     if isinstance(value, str):
         return (value,) * batch
-    if not value or batch % len(value):
+    if len(value) not in (1, batch // count, batch):
         raise InputError(
             f"{len(value)} negative prompts were given for {batch} pictures: give one, or one for each prompt"
         )

@@ -258,7 +258,7 @@ class Pipeline:
             size=size,
             noise=Noise(seeds),
             prompts=prompts,
-            negatives=None if negative is None else all_negatives(kinds, negative, batch),
+            negatives=None if negative is None else all_negatives(kinds, negative, batch, asked.count),
             labels=labels,
             guidance=scale,
             image=None if asked.image is None else read_image(asked.image, size),
