@@ -186,6 +186,25 @@ def test_image_to_image_equals_diffusers(
     assert_equal(ours, reference(pipeline, 4, prompt=PROMPT, image=picture(), **options, **sizes))
 
 
+@families("sd15", "sdxl", "flux")
+def test_pictures_from_one_picture_each_with_a_seed_of_its_own_equal_diffusers(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    from diffusers import AutoPipelineForImage2Image
+
+    pipeline = AutoPipelineForImage2Image.from_pipe(diffusers_pipeline(family))
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        ["a red cat", "two dogs"],
+        image=[picture()],
+        num_inference_steps=STEPS,
+        generator=[torch.Generator("cpu").manual_seed(s) for s in (7, 8)],
+        output_type="np",
+        **({"width": 64, "height": 64} if family == "flux" else {}),
+    ).images
+    assert_equal(load(family)(["a red cat", "two dogs"], seed=[7, 8], image=picture(), size=(64, 64)), theirs)
+
+
 @families(*INPAINTING)
 @pytest.mark.parametrize("strength", [None, 0.55, 1.0])
 def test_inpainting_equals_diffusers(

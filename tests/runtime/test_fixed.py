@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -73,6 +75,21 @@ def test_the_largest_batch_that_is_not_too_large_is_taken(contents: Contents) ->
     assert [part.batch for part in fit(request(contents, batch=3), built, contents)] == [2, 2]
     assert [part.batch for part in fit(request(contents, batch=4), built, contents)] == [4]
     assert [part.batch for part in fit(request(contents), built[1:], contents)] == [2]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "own", "distinct"), [((3,), True, 1), ((3, 4, 5), True, 3), ((3, 4, 5), False, 1)]
+)
+def test_pictures_share_a_draw_from_the_posterior_unless_each_has_a_seed_and_the_model_wants_it(
+    contents: Contents, seeds: tuple[int, ...], own: bool, distinct: int
+) -> None:
+    source = {"kind": "posterior_noise", "own": own}
+    spec = TensorSpec("noise", "float32", ("batch", 4, "height//8", "width//8"), source)
+    asked = dataclasses.replace(request(contents, batch=3), noise=Noise(seeds))
+    whole = make_input(spec, asked)
+    assert len(np.unique(whole, axis=0)) == distinct
+    parts = fit(dataclasses.replace(asked, noise=Noise(seeds)), (Fixed(1, 2, latent(contents)),), contents)
+    assert np.array_equal(np.concatenate([make_input(spec, part) for part in parts]), whole)
 
 
 def test_parts_move_attention_windows_as_the_whole_does(contents: Contents) -> None:

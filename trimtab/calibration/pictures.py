@@ -157,7 +157,6 @@ def _encoded(pipeline: Pipeline, path: Path, shape: tuple[int, ...], generator: 
     inputs = {
         "image": read_image(path, pipeline.bundle.contents.size, crop=True),
         "posterior_noise": generator.standard_normal(shape, np.float32),
-        "like": np.zeros(shape, np.float32),
     }
     pipeline.session(ENCODER).bind(inputs, {"latents": latents})()
     if not np.isfinite(latents).all():

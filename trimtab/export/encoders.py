@@ -156,11 +156,7 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Picture (1, H, W, 3) in 0..1 and noise (1, C, h, w) -> a draw from the posterior, scaled as by `latent_scale`.
-
-    One picture is encoded and drawn from once, whatever the batch, as diffusers does; ``like`` (batch, C, h, w)
-    only says how many copies are wanted.
-    """
+    """Picture (1, H, W, 3) in 0..1 and noise (batch, C, h, w) -> draws from its posterior, scaled as by `latent_scale`."""
 
     model: Any
 
@@ -169,11 +165,9 @@ class VaeEncoder(nn.Module):
         self.model = model
         self.scale, self.shift = scale, shift
 
-    def forward(self, image: Tensor, posterior_noise: Tensor, like: Tensor) -> Tensor:
+    def forward(self, image: Tensor, posterior_noise: Tensor) -> Tensor:
         posterior = self.model.encode((image * 2 - 1).permute(0, 3, 1, 2), return_dict=False)[0]
-        latents = posterior.mean + posterior.std * posterior_noise
-        latents = (latents - self.shift) * self.scale
-        return latents.expand(like.shape[0], -1, -1, -1)
+        return (posterior.mean + posterior.std * posterior_noise - self.shift) * self.scale
 
 
 class PixelDecoder(nn.Module):

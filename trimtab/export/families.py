@@ -128,6 +128,7 @@ def stable_diffusion(parts: PipelineParts) -> None:
     }
     parts.conditioning = {"encoder_hidden_states": "hidden"}
     strength = {"image-to-image": 0.8, "inpainting": 1.0}
+    parts.own_posteriors = True
     if isinstance(wrapper, modules.GuidedUNet):
         strength = _read_guidance(parts, inputs)
         if source.pipeline_class == "LatentConsistencyModelPipeline":
@@ -177,6 +178,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
     parts.guidance = 5.0
     strength = {"image-to-image": 0.3, "inpainting": 0.9999}
+    parts.own_posteriors = True
     parts.task_guidance = {"inpainting": 7.5}
     if isinstance(wrapper, modules.XLGuidedUNet):
         strength = _read_guidance(parts, inputs)

@@ -54,6 +54,8 @@ class Parts:
         no_pictures: Why no picture can be given to start from, or None.
         strength: Task that starts from a picture -> its default strength; what is not here cannot be done.
         strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
+        own_posteriors: In image-to-image, pictures with seeds of their own also draw for themselves from the
+            posterior of the picture that they start from.
         inpainting_channels: The denoiser reads mask and masked picture itself.
         step_options: What the family's pipeline hands to the scheduler's ``step``.
     """
@@ -78,6 +80,7 @@ class Parts:
     no_pictures: str | None = None
     strength: dict[str, float] = field(default_factory=dict)
     strength_rounds_up: bool = False
+    own_posteriors: bool = False
     inpainting_channels: bool = False
     step_options: dict[str, float] = field(default_factory=lambda: {"eta": 0.0})
 
@@ -180,13 +183,10 @@ class PipelineParts(Parts):
             # The encoder's sizes are counted in latents, so that no size is asked for that it would cut off.
             unit = self.factor
             image = Example(torch.rand(1, height * unit, width * unit, 3), (None, "height", "width", None))
-            posterior = Example(
-                torch.randn(1, self.channels, height, width), (None, None, "latent_height", "latent_width")
-            )
             self.add(
                 "vae_encoder",
                 VaeEncoder(vae, scale, shift),
-                {"image": image, "posterior_noise": posterior, "like": latents},
+                {"image": image, "posterior_noise": latents},
                 ["latents"],
             )
         self.add("vae_decoder", VaeDecoder(vae, scale, shift), {"latents": latents}, ["image"])

@@ -230,6 +230,14 @@ def _noise(spec: TensorSpec, request: Request) -> Array:
     return request.noise.normal(sizes, shared="batch" not in spec.shape)
 
 
+def _posterior_noise(spec: TensorSpec, request: Request) -> Array:
+    """One draw for all pictures, or where the model wants it one for each that has a seed of its own."""
+    sizes = shape(spec.shape, request.symbols)
+    if spec.source.get("own") and len(request.noise.seeds) > 1:
+        return request.noise.normal(sizes)
+    return np.broadcast_to(request.noise.normal((1, *sizes[1:]), shared=True), sizes)
+
+
 def _image(spec: TensorSpec, request: Request) -> Array:
     if request.image is None:
         raise InputError("this task needs a picture and none was given: give image= (--image FILE)")
@@ -256,6 +264,7 @@ SOURCES: Mapping[str, Callable[[TensorSpec, Request], Array]] = {
     "mix": _mix,
     "guidance": _guidance,
     "noise": _noise,
+    "posterior_noise": _posterior_noise,
     "image": _image,
     "mask": _mask,
     "window_shifts": _window_shifts,

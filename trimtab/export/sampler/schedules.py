@@ -25,7 +25,7 @@ DISCARD = "discard"
 
 _ENCODE = Call(
     "vae_encoder",
-    {"image": "image", "posterior_noise": "posterior_noise", "like": f"{STATE}[0]"},
+    {"image": "image", "posterior_noise": "posterior_noise"},
     {"latents": f"{STATE}[1]"},
 )
 """The picture's latents, into the slot where sampler tables look for them."""
@@ -186,7 +186,8 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
         return [*inputs, noise], prologue, conditioning
 
     inputs.append(TensorSpec("image", "float32", (1, "height", "width", 3), {"kind": "image"}))
-    posterior = TensorSpec("posterior_noise", "float32", (1, *latent), {"kind": "noise"})
+    own = name == "image-to-image" and parts.own_posteriors
+    posterior = replace(noise, name="posterior_noise", source={"kind": "posterior_noise", "own": own})
     inputs += [posterior, noise]
     if name == "inpainting":
         inputs.append(TensorSpec("mask", "float32", (1, "height", "width", 1), {"kind": "mask"}))
@@ -199,18 +200,13 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
         )
         # diffusers encodes the masked picture for plain U-Nets too and does not use it: its draw comes all
         # the same.
-        inputs.append(
-            replace(posterior, name="masked_posterior_noise", source={"kind": "noise", "always": True})
-        )
+        source = {**posterior.source, "always": True}
+        inputs.append(replace(posterior, name="masked_posterior_noise", source=source))
         if parts.inpainting_channels:
             prologue.append(
                 Call(
                     "vae_encoder",
-                    {
-                        "image": "masked_image",
-                        "posterior_noise": "masked_posterior_noise",
-                        "like": f"{STATE}[0]",
-                    },
+                    {"image": "masked_image", "posterior_noise": "masked_posterior_noise"},
                     {"latents": "masked_latents"},
                 )
             )
