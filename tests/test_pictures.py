@@ -267,6 +267,22 @@ def test_the_compiled_denoiser_takes_the_torch_one_s_place(
     assert np.abs(ours - theirs).max() <= TOLERANCE
 
 
+@families("sd15")
+def test_what_a_compiled_denoiser_cannot_heed_is_refused(
+    family: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
+) -> None:
+    denoiser = trimtab.Denoiser(bundle_folder(family), diffusers_pipeline(family).unet)
+    sample, hidden = torch.zeros(2, 4, 8, 8), torch.zeros(2, 5, 16)
+    assert denoiser(sample, 5, hidden, cross_attention_kwargs=None).sample.shape == sample.shape
+    with pytest.raises(trimtab.TrimtabError, match="mid_block_additional_residual was given"):
+        denoiser(sample, 5, hidden, mid_block_additional_residual=sample)
+    with pytest.raises(trimtab.TrimtabError, match="2 different time steps were given"):
+        denoiser(sample, torch.tensor([5, 6]), hidden)
+    ids = torch.tensor([[64, 64, 0, 8, 64, 64]] * 2)
+    with pytest.raises(trimtab.TrimtabError, match="crops_coords_top_left"):
+        denoiser(sample, 5, hidden, added_cond_kwargs={"time_ids": ids})
+
+
 @families("lcm")
 def test_a_denoiser_that_reads_the_guidance_scale_is_no_drop_in(
     family: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any

@@ -21,6 +21,9 @@ from trimtab.shapes import bind, shape
 
 _SAMPLER = {"sample_weights", "next_weights", "clip_weights", "mix", "noise"}
 
+_OF_THE_SHAPE = {"time_ids", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
+"""What pipelines hand over and the graph makes itself, of the latents' shape."""
+
 
 class Denoiser(torch.nn.Module):
     """Stands where ``pipe.unet`` or ``pipe.transformer`` stood; diffusers keeps its own sampler and guidance.
@@ -78,11 +81,20 @@ class Denoiser(torch.nn.Module):
             args: (sample[, timestep[, encoder_hidden_states]]).
             return_dict: Give an object with ``sample`` or a tuple.
             kwargs: As diffusers' pipelines pass them. What the graph does not read must be None.
+
+        Raises:
+            InputError: The graph lacks an argument, or was given one that it cannot heed: a ControlNet's residuals, a
+                time step for each row, a cropping.
         """
         given = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         given |= given.pop("added_cond_kwargs", None) or {}
         sample: Tensor = given.pop("sample", None) if "sample" in given else given.pop("hidden_states")
-        timestep = torch.as_tensor(given.pop("timestep"), dtype=torch.float32).reshape(-1)[0]
+        timesteps = torch.as_tensor(given.pop("timestep"), dtype=torch.float32).reshape(-1)
+        timestep = timesteps[0]
+        if (timesteps != timestep).any():
+            raise InputError(
+                f"{len(timesteps)} different time steps were given and the graph reads one: give one"
+            )
         packed = given.get("img_ids") is not None
         if packed:
             # Flux hands over 2x2 patches as channels and a time step from 0 to 1.
@@ -94,6 +106,7 @@ class Denoiser(torch.nn.Module):
             given["mask"] = sample[:1, channels : channels + 1]
             given["masked_latents"] = sample[:, channels + 1 :]
             sample = sample[:, :channels]
+        self._check(sample, given)
         prediction = torch.from_numpy(self._predict(sample, float(timestep), given))
         if packed:
             prediction = _pack(prediction)
@@ -102,6 +115,25 @@ class Denoiser(torch.nn.Module):
             if missing > 0:  # a learned variance, which no pipeline reads
                 prediction = torch.nn.functional.pad(prediction, (0, 0, 0, 0, 0, missing))
         return SimpleNamespace(sample=prediction) if return_dict else (prediction,)
+
+    def _check(self, sample: Tensor, given: dict[str, Any]) -> None:
+        """Raises InputError for an argument that would be passed over and count for something."""
+        heeded = {spec.name for spec in self._segment.inputs} | _OF_THE_SHAPE
+        unheeded = [n for n, v in given.items() if n not in heeded and v is not None and v != {}]
+        if unheeded:
+            raise InputError(
+                f"{unheeded[0]} was given and the compiled denoiser does not read it: leave it out, or keep the "
+                "torch model"
+            )
+        if (ids := given.get("time_ids")) is None:
+            return
+        height, width, *crop, target_height, target_width = (float(number) for number in ids[0])
+        drawn = (height, width) == (target_height, target_width) and not any(crop)
+        if not drawn or height * sample.shape[3] != width * sample.shape[2] or (ids != ids[0]).any():
+            raise InputError(
+                f"the time ids {[int(number) for number in ids[0]]} were given and the compiled denoiser reads a "
+                "picture that is drawn whole: leave original_size, target_size and crops_coords_top_left out"
+            )
 
     @property
     def _channels(self) -> int:
