@@ -156,7 +156,7 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Picture (1, H, W, 3) in 0..1 and noise (batch, C, h, w) -> draws from its posterior, scaled as by `latent_scale`."""
+    """Picture (1, H, W, 3) in 0..1 and noise (batch, C, h, w) -> draws from its posterior, by `latent_scale`."""
 
     model: Any
 

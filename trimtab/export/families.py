@@ -104,16 +104,12 @@ def _known_examples(parts: PipelineParts) -> dict[str, Example]:
     }
 
 
-def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> dict[str, float]:
-    """An LCM's denoiser reads the guidance scale itself, in the place of a second, negative row.
-
-    Its time steps depend on the strength, not only on where a schedule starts: no task that starts from a picture.
-    """
+def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> None:
+    """An LCM's denoiser reads the guidance scale itself, in the place of a second, negative row."""
     inputs["guidance"] = Example(torch.tensor(7.5))
     parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
     parts.conditioning["guidance"] = "guidance"
     parts.classifier_free = False
-    return {}
 
 
 def stable_diffusion(parts: PipelineParts) -> None:
@@ -130,7 +126,8 @@ def stable_diffusion(parts: PipelineParts) -> None:
     strength = {"image-to-image": 0.8, "inpainting": 1.0}
     parts.own_posteriors = True
     if isinstance(wrapper, modules.GuidedUNet):
-        strength = _read_guidance(parts, inputs)
+        _read_guidance(parts, inputs)
+        strength = {}  # an LCM's time steps depend on the strength, not only on where a schedule starts
         if source.pipeline_class == "LatentConsistencyModelPipeline":
             parts.guidance = 8.5
     elif isinstance(wrapper, modules.InpaintingUNet):
@@ -181,7 +178,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.own_posteriors = True
     parts.task_guidance = {"inpainting": 7.5}
     if isinstance(wrapper, modules.XLGuidedUNet):
-        strength = _read_guidance(parts, inputs)
+        _read_guidance(parts, inputs)
     elif isinstance(wrapper, modules.XLInpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
