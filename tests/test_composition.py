@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 
@@ -25,7 +26,7 @@ from trimtab.calibration.drift import Effort, candidates
 from trimtab.calibration.trajectories import Sample, own_requests, record
 from trimtab.comparison import relative_error
 from trimtab.compiler import export_model
-from trimtab.errors import InputError
+from trimtab.errors import InputError, PassError
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.hidiffusion import hidiffusion
 from trimtab.passes.inherit import inherit
@@ -186,6 +187,50 @@ def test_inheritance_of_nothing_changes_nothing_of_the_rest(
         parts = [name for name in cut.bundle.contents.segments if name.startswith("denoiser")]
         # Both are the same denoiser, which stands once where it is cut.
         assert parts == ["denoiser.0"] and "denoiser-small" in one.bundle.contents.segments
+
+
+LEVEL = "down_blocks.1.downsamplers.0.conv:up_blocks.0.upsamplers.0.conv"
+
+
+@pytest.mark.parametrize(
+    ("removed", "silent"),
+    [
+        (["up_blocks.1.attentions.0"], ["up_blocks.1.attentions.0"]),
+        (["down_blocks.1.attentions.0"], ["down_blocks.1.attentions.0"]),
+        ([LEVEL], []),
+    ],
+)
+def test_hidiffusion_pools_a_pruned_u_net_where_it_pools_the_whole_one(
+    removed: list[str], silent: list[str], bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    folder = bundle_folder("sd15")
+    program = plain(folder)
+    candidates = Candidates(program.segments["denoiser"].model)
+    RemovalPlan(candidates.fingerprint, tuple(removed), "by hand").save(tmp_path / "small.json")
+    for module in silent:  # what is removed, multiplied by 0
+        for part in ("weight", "bias"):
+            value = program.segments["denoiser"].model.graph.initializers[f"{module}.proj_out.{part}"]
+            assert value.const_value is not None
+            value.const_value = ir.tensor(np.zeros_like(value.const_value.numpy()), name=value.name)
+    recipe: dict[str, Any] = {"removal_plan": str(tmp_path / "small.json"), "hidiffusion": True}
+    with (
+        made(plain(folder), tmp_path / "small", **recipe) as small,
+        made(program, tmp_path / "whole", hidiffusion=True) as whole,
+    ):
+        options = PROMPT | {"size": (256, 256)}  # four times the side: its first steps pool
+        (ours,), (expected,) = walk(small, 0, 1, **options)[0], walk(whole, 0, 1, **options)[0]
+    assert np.isfinite(ours).all() and ours.shape == expected.shape
+    if silent:
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_hidiffusion_refuses_a_u_net_that_lacks_what_it_scales_back(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    program = plain(bundle_folder("sd15"))
+    RemoveLayers(["up_blocks.1.resnets.0+attentions.0+skip"])(program.segments["denoiser"].model)
+    with pytest.raises(PassError, match=r"no layer there reads a skip of down_blocks\.1: keep one of up_bl"):
+        hidiffusion(program)
 
 
 def test_a_search_measures_schedules_of_larger_pictures_at_a_size_that_walks_them(

@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.alternatives import Alternatives, behind, relabel
+from trimtab.passes.partition import reach
 from trimtab.passes.scopes import Module, module_tree, scopes
 from trimtab.passes.window_attention import window_attention
 
@@ -86,8 +87,11 @@ def find_places(model: ir.Model) -> Places:
         PassError: It is no U-Net, or one of too few levels.
     """
     tree = module_tree(model.graph)
-    blocks = sum(path.startswith("down_blocks.") and path.count(".") == 1 for path in tree)
-    if blocks == 0:
+    # By the outermost one, which every level's removal leaves: those on the way up keep their numbers.
+    blocks = 1 + max(
+        (_level(p) for p in tree if p.startswith("up_blocks.") and p.count(".") == 1), default=-1
+    )
+    if blocks == 0 or "down_blocks.0" not in tree:
         raise PassError("HiDiffusion rewrites U-Nets, and this denoiser has no down_blocks: leave it out")
     pool = ("down_blocks.1", f"up_blocks.{blocks - 2}")
     if "down_blocks.0.attentions.0" in tree:
@@ -119,8 +123,9 @@ def add_alternatives(model: ir.Model, places: Places) -> tuple[Swaps, int]:
     """
     graph, tree = model.graph, module_tree(model.graph)
     swaps: Swaps = {CONV: {}, POOL: {}}
-    blocks = _add_windows(graph, tree, places, swaps)
-    _add_pool(graph, tree, places, swaps)
+    pooled = _pooled(tree, places)
+    blocks = _add_windows(graph, tree, places, pooled, swaps)
+    _add_pool(graph, places, pooled, swaps)
     _add_conv(tree, places, swaps)
     return swaps, blocks
 
@@ -159,11 +164,10 @@ def _part(side: int | ir.SymbolicDim, divisor: int) -> int | str:
     return -(-side // divisor) if isinstance(side, int) else f"(({side.value}) - 1)//{divisor} + 1"
 
 
-def _add_pool(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
+def _add_pool(graph: ir.Graph, places: Places, pooled_part: tuple[ir.Value, ir.Value], swaps: Swaps) -> None:
     """Pooling behind the first pair, and bicubic scaling back to the size that the features had before."""
     down, up = places.pool
-    pairs = _pairs(tree, down)
-    first, last = _feature(tree[pairs[0]]), _feature(tree[_pairs(tree, up)[len(pairs) - 1]])
+    first, last = pooled_part
     assert first.shape is not None and last.shape is not None
     assert first.dtype is not None and last.dtype is not None
     read = behind(graph, first, f"{SCOPE}/{down}/first")
@@ -194,25 +198,59 @@ def _add_pool(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps
     swaps[POOL] |= {str(read.name): str(pooled.name), str(back.name): str(resized.name)}
 
 
-def _pairs(tree: Mapping[str, Module], block: str) -> list[str]:
-    """The modules that end each pair of ResNet and attention of a block."""
-    kind = "attentions" if f"{block}.attentions.0" in tree else "resnets"
-    return [path for index in range(len(tree)) if (path := f"{block}.{kind}.{index}") in tree]
+def _pooled(tree: Mapping[str, Module], places: Places) -> tuple[ir.Value, ir.Value]:
+    """What is pooled, behind the first pair of ResNet and attention, and what is scaled back: the running features that
+    meet the first skip which is not pooled, or leave the block. So layers may be missing.
+
+    Raises:
+        PassError: The first pair is missing, or no pooled skip is read where the features are to be scaled back.
+    """
+    down, up = places.pool
+    ends = (
+        _feature(tree[path]) for kind in ("attentions", "resnets") if (path := f"{down}.{kind}.0") in tree
+    )
+    first = next((value for value in ends if value is not None), None)
+    if first is None:
+        raise PassError(
+            f"HiDiffusion pools behind {down}.resnets.0 and {down}.attentions.0, and this denoiser has neither: keep "
+            "one of them, or leave HiDiffusion out"
+        )
+    joins = [n for n in tree[up].nodes if n.op_type == "Concat" and _is_feature(n.outputs[0])]
+    plain = [node for node in joins if not _needs(node.inputs[1], first)]
+    # An upsampler may read another feature map too, for its sizes.
+    leaving = [node for node in tree[f"{up}.upsamplers.0"].nodes if node.op_type == "Resize"]
+    last = next((node.inputs[0] for node in (*plain, *leaving)), None)
+    if len(plain) == len(joins) or last is None or not _needs(last, first):
+        raise PassError(
+            f"HiDiffusion scales features back in {up}, and no layer there reads a skip of {down}: keep one of "
+            f"{up}.resnets, or leave HiDiffusion out"
+        )
+    return first, last
 
 
-def _feature(module: Module) -> ir.Value:
-    """A module's result: (rows, channels, height, width)."""
-    found = [
-        v
-        for v in module.outputs
-        if v.dtype is not None and v.dtype.is_floating_point() and v.shape is not None and v.shape.rank() == 4
-    ]
-    if not found:
-        raise PassError(f"{module.path} gives no feature map, which HiDiffusion rewrites")
-    return found[-1]
+def _needs(value: ir.Value | None, other: ir.Value) -> bool:
+    """Whether a value is another one, or is computed from it."""
+    return value is other or (value is not None and other.producer() in reach([value], {}, set()))
 
 
-def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, swaps: Swaps) -> int:
+def _is_feature(value: ir.Value) -> bool:
+    """Whether it is a feature map: (rows, channels, height, width)."""
+    floating = value.dtype is not None and value.dtype.is_floating_point()
+    return floating and value.shape is not None and value.shape.rank() == 4
+
+
+def _feature(module: Module) -> ir.Value | None:
+    """A module's result; None where the layer was removed, and at most sizes are left that others read."""
+    return next((value for value in reversed(module.outputs) if _is_feature(value)), None)
+
+
+def _add_windows(
+    graph: ir.Graph,
+    tree: Mapping[str, Module],
+    places: Places,
+    pooled: tuple[ir.Value, ir.Value],
+    swaps: Swaps,
+) -> int:
     """Window attention in the windowed blocks, and the inputs that steer it. Gives their number."""
     attentions = {
         path: attention
@@ -233,11 +271,17 @@ def _add_windows(graph: ir.Graph, tree: Mapping[str, Module], places: Places, sw
         inside = _grid(graph, places.window_level, "pooled_grid")
         half = _grid(graph, places.window_level + 1, "half_grid")
         swaps[POOL] |= {str(a.name): str(b.name) for a, b in zip(inside, half, strict=True)}
+    first, last = pooled
+    between = {
+        path
+        for path, attention in attentions.items()
+        if _needs(attention.outputs[0], first) and _needs(last, attention.outputs[0])
+    }
     for index, (path, attention) in enumerate(attentions.items()):
         # A part of the attention: whoever skips the module skips its windows.
         nodes = Alternatives(graph, _before(attention), f"{SCOPE}/{path}", scopes(attention))
         shift = nodes.int_node("Gather", [shifts, nodes.ints(index)], [], axis=0)
-        grid = inside if _is_pooled(tree, places, path) else whole
+        grid = inside if path in between else whole
         window_attention(nodes, attention, grid, windows, shift)
     return len(attentions)
 
@@ -261,14 +305,6 @@ def _before(node: ir.Node) -> ir.Node:
     assert node.graph is not None
     nodes = list(node.graph)
     return nodes[nodes.index(node) - 1]
-
-
-def _is_pooled(tree: Mapping[str, Module], places: Places, path: str) -> bool:
-    """Whether a module lies between the pooling and the way back."""
-    down, up = places.pool
-    block, _, rest = path.partition(".attentions.")
-    index = int(rest.partition(".")[0])
-    return (block == down and index > 0) or (block == up and index < len(_pairs(tree, down)))
 
 
 def _grid(graph: ir.Graph, level: int, name: str) -> tuple[ir.Value, ir.Value]:
