@@ -25,8 +25,9 @@ def plan(model: ir.Model, *names: str) -> RemovalPlan:
     return RemovalPlan(Candidates(model).fingerprint, names, "by hand")
 
 
-def samples(count: int = 12) -> list[Sample]:
-    return [Sample(i % 3, "denoiser", residual.inputs(seed=i), np.zeros((1, 6, 5))) for i in range(count)]
+def samples(count: int = 12, seed: int = 0) -> list[Sample]:
+    numbers = range(seed, seed + count)
+    return [Sample(i % 3, "denoiser", residual.inputs(seed=i), np.zeros((1, 6, 5))) for i in numbers]
 
 
 def distill(
@@ -88,6 +89,12 @@ def test_a_checkpoint_cut_short_or_of_another_run_is_refused(tmp_path: Path) -> 
     distill(teacher, plan(teacher, "blocks.1"), samples(), Budget(steps=2, batch=4), checkpoint=path)
     with pytest.raises(CalibrationError, match="of another plan"):
         distill(teacher, plan(teacher, "blocks.2"), samples(), Budget(steps=4, batch=4), checkpoint=path)
+    with pytest.raises(
+        CalibrationError, match="of another plan"
+    ):  # as many, of other prompts or another guidance
+        distill(
+            teacher, plan(teacher, "blocks.1"), samples(seed=1), Budget(steps=4, batch=4), checkpoint=path
+        )
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(CalibrationError, match="no whole checkpoint"):
         distill(teacher, plan(teacher, "blocks.1"), samples(), Budget(steps=4, batch=4), checkpoint=path)

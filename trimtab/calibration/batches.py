@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -63,7 +64,11 @@ class Trajectories:
         if not self._rows:
             raise InputError("there is nothing to train on: record at least one evaluation")
         self._axes = batch_axes(model)
-        self.identity = f"{len(samples)} evaluations"
+        digest = hashlib.sha256()
+        for row in (row for rows in self._rows for row in rows):
+            for name, array in sorted(row.items()):
+                digest.update(name.encode() + array.tobytes())
+        self.identity = f"{len(samples)} evaluations {digest.hexdigest()[:16]}"
 
     def of(self, seed: int, step: int, size: int) -> Batch:
         """See `Batches`."""

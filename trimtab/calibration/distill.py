@@ -289,7 +289,7 @@ class _Student:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
             if entry["header"] != json.loads(json.dumps(header)):
                 raise CalibrationError(
-                    f"{path} is the checkpoint of another plan, model or kind of training: remove it"
+                    f"{path} is the checkpoint of another plan, model, data or kind of training: remove it"
                 )
             for name, weight in self.weights.items():
                 with torch.no_grad():
