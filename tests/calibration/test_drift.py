@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,7 @@ def test_a_search_that_was_cut_off_goes_on_and_finds_the_same(
         ({"program": "ddim-20"}, "holds drifts on other trajectories or skips"),
         ({"text": "{}\n"}, "holds drifts of another model"),
         ({"text": "no drifts\n"}, "holds no drifts"),
+        ({"drift": "NaN"}, "holds no drifts"),
     ],
 )
 def test_a_file_of_other_drifts_is_refused(
@@ -180,6 +182,8 @@ def test_a_file_of_other_drifts_is_refused(
     search(only(folder), plan, tmp_path, Effort(trajectories=1, moves=0, log=log))
     if "text" in change:
         log.write_text(change["text"])
+    if "drift" in change:
+        log.write_text(re.sub(r'"drift": [^}]*', f'"drift": {change["drift"]}', log.read_text()))
     before = log.read_text()
     plan = dataclasses.replace(plan, skip=change.get("skip", plan.skip))
     with pytest.raises(CalibrationError, match=message):

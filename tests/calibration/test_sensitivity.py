@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 from pathlib import Path
 
@@ -13,10 +14,10 @@ import pytest
 import residual
 
 from trimtab.calibration.gates import GatedDenoiser
-from trimtab.calibration.sensitivity import GatedGraph
+from trimtab.calibration.sensitivity import GatedGraph, kept_losses
 from trimtab.calibration.trajectories import Sample
 from trimtab.calibration.workers import Workers
-from trimtab.errors import CalibrationError, MissingDependency
+from trimtab.errors import CalibrationError, InputError, MissingDependency
 from trimtab.passes.removal import RemoveLayers
 
 
@@ -92,6 +93,22 @@ def test_a_file_of_something_else_is_refused(text: str, tmp_path: Path) -> None:
     log.write_text(text)
     with pytest.raises(CalibrationError, match="name another file"):
         graph(tmp_path).score(Workers(), log=log)
+
+
+def test_a_loss_in_the_file_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    gated, log = graph(tmp_path), tmp_path / "losses"
+    gated.score(Workers(), log=log)
+    *lines, last = log.read_text().splitlines()
+    log.write_text("\n".join([*lines, json.dumps(json.loads(last) | {"loss": "nan"})]) + "\n")
+    with pytest.raises(CalibrationError, match="a loss that is not finite"):
+        gated.score(Workers(), log=log)
+
+
+def test_a_folder_in_the_place_of_the_file_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        kept_losses(tmp_path, "")
+    with pytest.raises(InputError, match="cannot be read"):
+        graph(tmp_path / "a").score(Workers(), log=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,7 +271,8 @@ class _Scale:
         if (number, choices) not in self._known:
             if number not in self._full:
                 self._full[number] = self._draw(number, (FULL,) * self.evaluations)
-            self._known[number, choices] = relative_error(self._draw(number, choices), self._full[number])
+            drift = relative_error(self._draw(number, choices), self._full[number])
+            self._known[number, choices] = math.inf if math.isnan(drift) else drift  # so that nothing is below it
             if self._journal is not None:
                 self._journal.add_drift(self.name, number, choices, self._known[number, choices])
         return self._known[number, choices]
@@ -310,7 +312,10 @@ class _Journal:
             self.errors[schedule, number] = np.where(np.isnan(errors), np.inf, errors)
         else:
             choices = tuple(int(choice) for choice in entry["choices"])
-            self.drifts.setdefault(schedule, {})[number, choices] = float(entry["drift"])
+            drift = float(entry["drift"])
+            if math.isnan(drift):
+                raise ValueError("a drift that is no number")
+            self.drifts.setdefault(schedule, {})[number, choices] = drift
 
 
 def _header(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trimtab.errors import CalibrationError
+from trimtab.errors import CalibrationError, InputError
 from trimtab.staging import write_file
 
 logger = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ def resume(
 
     Raises:
         CalibrationError: It is no such file, or one of another model or of other samples.
+        InputError: It cannot be read or written.
     """
-    if not path.exists() or path.stat().st_size == 0:
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
         write_file(path, _line(header).encode())
         return []
     first, known, cut = _read(path, parse, holds)
@@ -54,8 +55,9 @@ def peek(path: Path, fingerprint: str, parse: Callable[[Any], T], *, holds: str)
 
     Raises:
         CalibrationError: It is no such file, or one of another model.
+        InputError: It cannot be read.
     """
-    if not path.exists() or path.stat().st_size == 0:
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
         return []
     first, known, _ = _read(path, parse, holds)
     if first["fingerprint"] != fingerprint:
@@ -65,11 +67,13 @@ def peek(path: Path, fingerprint: str, parse: Callable[[Any], T], *, holds: str)
 
 def _read(path: Path, parse: Callable[[Any], T], holds: str) -> tuple[dict[str, object], list[T], str | None]:
     """The header, the measurements, and the whole lines of a file whose last one was cut short."""
-    whole, _, cut = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
     try:
+        whole, _, cut = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")
         first, *entries = [json.loads(line) for line in whole.splitlines()]
         first = {"fingerprint": None, **first}
         known = [parse(entry) for entry in entries]
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): name another file") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CalibrationError(
             f"{path} holds no {holds} ({error}): name another file, or remove it"

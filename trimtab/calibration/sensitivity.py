@@ -204,7 +204,10 @@ def kept_losses(log: Path, fingerprint: str) -> int:
 def _parse(entry: Mapping[str, Any]) -> tuple[Job, float]:
     removed = entry["removed"]  # a name, or several that went together
     names = (removed,) if isinstance(removed, str) else tuple(map(str, removed))
-    return (int(entry["sample"]), names), float.fromhex(entry["loss"])
+    loss = float.fromhex(entry["loss"])
+    if not math.isfinite(loss):
+        raise ValueError("a loss that is not finite")
+    return (int(entry["sample"]), names), loss
 
 
 def _hash(sample: Mapping[str, Array]) -> str:
