@@ -272,7 +272,9 @@ class _Scale:
             if number not in self._full:
                 self._full[number] = self._draw(number, (FULL,) * self.evaluations)
             drift = relative_error(self._draw(number, choices), self._full[number])
-            self._known[number, choices] = math.inf if math.isnan(drift) else drift  # so that nothing is below it
+            self._known[number, choices] = (
+                math.inf if math.isnan(drift) else drift
+            )  # so that nothing is below it
             if self._journal is not None:
                 self._journal.add_drift(self.name, number, choices, self._known[number, choices])
         return self._known[number, choices]
