@@ -5,10 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from chains import Tensors, add, call, chain, program, run_model, run_step
 
 from trimtab.errors import PassError
+from trimtab.export.trace import Example, trace
 from trimtab.passes.partition import partition, reach
+from trimtab.passes.scopes import SCOPES
 from trimtab.program import Program
 
 
@@ -199,3 +202,52 @@ def test_the_sizes_of_a_part_follow_from_its_own_inputs() -> None:
         assert [str(v.shape) for v in segment.model.graph.outputs] == ["[size_0,8]"] * len(
             segment.model.graph.outputs
         )
+
+
+class Patches(torch.nn.Module):
+    """2x2 patches, two layers with positions, and patches back: what a transformer does with open sizes.
+
+    Args:
+        positions: "computed" from the sizes, in every layer (Flux), or "cropped" once from a table (SD3).
+    """
+
+    def __init__(self, positions: str) -> None:
+        super().__init__()
+        self.positions = positions
+        self.table = torch.nn.Parameter(torch.randn(1, 16, 16, 12))
+        self.blocks = torch.nn.ModuleList(torch.nn.Linear(12, 12) for _ in range(2))
+
+    def forward(self, x0: torch.Tensor) -> torch.Tensor:
+        rows, channels, height, width = x0.shape
+        x = x0.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        x = x.reshape(rows, (height // 2) * (width // 2), 12)
+        down = torch.arange(height // 2)[:, None].expand(-1, width // 2)
+        computed = down.reshape(-1, 1).to(x.dtype).sin()
+        if self.positions == "cropped":
+            x = x + self.table[:, : height // 2, : width // 2].reshape(1, -1, 12)
+        for block in self.blocks:
+            x = x + block(x * computed if self.positions == "computed" else x)
+        x = x.reshape(rows, height // 2, width // 2, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return x.reshape(rows, channels, height, width)
+
+
+@pytest.mark.parametrize("positions", ["computed", "cropped"])
+def test_a_transformer_s_tail_without_a_tensor_of_its_sizes_takes_them_from_the_sample(
+    positions: str,
+) -> None:
+    torch.manual_seed(0)
+    module = Patches(positions).eval()
+    example = Example(torch.randn(2, 3, 12, 10), ("n", None, "h", "w"))
+    model = trace(module, {"x0": example}, ["x"])
+    layer = [node for node in model.graph if "blocks.0" in node.metadata_props.get(SCOPES, "")]
+    kept = {str(layer[-1].outputs[0].name): "f"}
+    cut = partition(program(model, call(model, kept=kept), call(model, kept)))
+    full, tail = cut.tasks["t"].schedules["s"].steps
+    assert [len(full.calls), len(tail.calls)] == [3, 2]
+    tensors: Tensors = {"x": np.random.default_rng(0).standard_normal((1, 3, 8, 14)).astype(np.float32)}
+    expected = module(torch.from_numpy(tensors["x"])).detach().numpy()
+    for step in (full, tail):
+        run_step(cut, step, tensors)
+        np.testing.assert_allclose(tensors.pop("y"), expected, atol=1e-5)
+    holders = [name for name, s in cut.segments.items() if "table" in s.model.graph.initializers]
+    assert len(holders) == (positions == "cropped")

@@ -42,7 +42,7 @@ def partition(program: Program) -> Program:
     are needed; a weight stands in one segment, unless several read it.
 
     Args:
-        program: The graphs that are cut are edited (`LocalizeSizes`) before.
+        program: The graphs that are cut are edited (`LocalizeSizes`) before, where the parts then know their sizes.
 
     Returns:
         A program whose calls name inputs and outputs only.
@@ -181,11 +181,20 @@ class _Cut:
     def run(self) -> dict[str, ir.Model]:
         """The parts, in running order; none where nothing asks for a cut."""
         own = self._differences(_Sources(set(), {}))
-        sharing = bool(own) and len(own) < len(self.models[self.name].graph)
-        if not self.inner and not sharing:
+        if not (sharing := 0 < len(own) < len(self.models[self.name].graph)) and not self.inner:
             return {}
+        computed = {name: model.clone() for name, model in self.models.items()}
         for model in self.models.values():
             LocalizeSizes()(model)
+        try:
+            return self._cut_at(sharing)
+        except PassError:
+            if any(other for kind in self.kinds for _, other in kind.given):
+                raise  # what stands for a value may have another size than the sample's says
+        self.models = computed  # a transformer's tail has no tensor with the sample's height but the sample
+        return self._cut_at(sharing)
+
+    def _cut_at(self, sharing: bool) -> dict[str, ir.Model]:
         try:
             return self._cut(shared=True)
         except PassError:

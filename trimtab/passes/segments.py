@@ -83,7 +83,7 @@ def build_segment(
     for value in (*inputs, *outputs):
         _check_known(name, value)
 
-    copies = _Copies(inputs, made, graph)
+    copies = _Copies(inputs, made, graph, local)
     for node in nodes:
         copies.add(node)
     part = ir.Graph(
@@ -112,6 +112,7 @@ class _Copies:
         inputs: What the part reads of others.
         made: What it makes.
         graph: The whole.
+        local: Nodes that are repeated where they are needed.
 
     Attributes:
         inputs: The same, and inputs of the whole graph that turn out to be read for their sizes.
@@ -119,11 +120,14 @@ class _Copies:
         initializers: Copied ones, by name.
     """
 
-    def __init__(self, inputs: Sequence[ir.Value], made: Iterable[ir.Value], graph: ir.Graph) -> None:
+    def __init__(
+        self, inputs: Sequence[ir.Value], made: Iterable[ir.Value], graph: ir.Graph, local: Container[ir.Node]
+    ) -> None:
         self.inputs = list(inputs)
         self.body: list[ir.Node] = []
         self.initializers: dict[str, ir.Value] = {}
         self._graph = graph
+        self._local = local
         self._new: dict[ir.Value, ir.Value] = {value: _copy(value) for value in inputs}
         self._sizes = _Sizes([*inputs, *made, *graph.inputs])
 
@@ -144,7 +148,10 @@ class _Copies:
     def add(self, node: ir.Node) -> None:
         """Copies a node; a Shape may read another tensor of the same size."""
         sizes = self._sizes
-        given = [_shape_source(node, value, self._new, sizes, self._graph.inputs) for value in node.inputs]
+        given = [
+            _shape_source(node, value, self._new, sizes, self._graph.inputs, self._local)
+            for value in node.inputs
+        ]
         copied = [None if value is None else self.get(value) for value in given]
         attributes = dict(node.attributes)
         if node.op_type == "Shape" and given[0] is not node.inputs[0]:
@@ -220,18 +227,35 @@ def _shape_source(
     ready: Container[ir.Value],
     sizes: _Sizes,
     inputs: Container[ir.Value],
+    local: Container[ir.Node],
 ) -> ir.Value | None:
     """What a repeated Shape reads: its own tensor where that is at hand, else another of the same size, else an input
-    of the whole graph that has it."""
+    of the whole graph that has it, else its own tensor once more where it may be repeated (Flux's positions)."""
     if node.op_type != "Shape" or value is None or value in ready or value.is_initializer():
         return value
     other = sizes.substitute(node, ready) or sizes.substitute(node, inputs)
+    if other is None and value.producer() in local and not _reads_table(value):
+        return value
     if other is None:
         raise PassError(
             f"a part of the graph needs a size of {value.name}, which another part makes, and has no tensor of "
             "that size itself: cut elsewhere"
         )
     return other
+
+
+def _reads_table(value: ir.Value) -> bool:
+    """Whether a value comes of a weight of two axes or more (SD3's positions), which nobody copies for its size."""
+    stack, known = [value], set[ir.Value]()
+    while stack:
+        item = stack.pop()
+        node = item.producer()
+        if item.is_initializer() and item.shape is not None and item.shape.rank() > 1:
+            return True
+        if node is not None and node.op_type != "Shape" and item not in known:
+            known.add(item)
+            stack.extend(read for read in node.inputs if read is not None)
+    return False
 
 
 def _copy(value: ir.Value) -> ir.Value:
