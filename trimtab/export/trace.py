@@ -101,13 +101,21 @@ def _quiet() -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
+    # It logs the traceback of what fails, which becomes an ExportError of one line.
+    fake = logging.getLogger("torch._subclasses.fake_tensor")
+    fake.addFilter(_nothing)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
+        fake.removeFilter(_nothing)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+def _nothing(_: logging.LogRecord) -> bool:
+    return False
 
 
 def _drop_idle_squeezes(graph: ir.Graph) -> None:

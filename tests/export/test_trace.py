@@ -1,0 +1,28 @@
+"""Tracing: what is said of a module that torch cannot export."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import torch
+from trimtab.errors import ExportError
+from trimtab.export.trace import Example, trace
+
+class Misfit(torch.nn.Module):
+    def forward(self, x):
+        return x.reshape(x.shape[0], -1) @ torch.zeros(7, 3)
+
+try:
+    trace(Misfit(), {"x": Example(torch.randn(2, 4, 5), ("n", None, None))}, ["y"])
+except ExportError as error:
+    print(error)
+"""
+"""In a process of its own: torch's handler writes to the stderr that it found when it was imported."""
+
+
+def test_a_module_that_cannot_be_traced_is_refused_in_one_line_and_torch_logs_nothing() -> None:
+    ran = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("torch could not export Misfit: a and b must have same reduction dim")
+    assert ran.stdout.count("\n") == 1 and ran.stderr == ""
