@@ -319,25 +319,29 @@ def test_a_full_disk_leaves_nothing_and_the_old_bundle_stays(
     assert main(["inspect", str(copied_bundle)]) == 0
 
 
-@pytest.mark.parametrize("moment", ["while it starts", "while it writes"])
+@pytest.mark.parametrize("moment", ["while it starts", "while it writes", "while another process exports"])
 def test_ctrl_c_leaves_nothing(damaged: Path, tmp_path: Path, moment: str) -> None:
     place = tmp_path / "place"
     place.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-m", "trimtab", "compile", str(damaged), "-o", str(place / "b.bundle")],
+        [sys.executable, "-m", "trimtab", "compile", str(damaged), "-o", str(place / "b.bundle")]
+        + (["--remove", "0.3"] if "exports" in moment else []),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         # A shell starts what runs in its background deaf to Ctrl-C, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        start_new_session=True,
     )
     maps = Path(f"/proc/{process.pid}/maps")
     while process.poll() is None and maps.exists() and "numpy" not in maps.read_text():
         time.sleep(0.02)  # until then it is Python that starts, and on a busy machine that may take long
     time.sleep(0.5)
-    while moment == "while it writes" and process.poll() is None and not list(place.iterdir()):
+    while moment != "while it starts" and process.poll() is None and not list(place.iterdir()):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    if "exports" in moment:
+        time.sleep(1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
     assert err.strip() == "trimtab: error: interrupted: nothing was written"

@@ -16,12 +16,15 @@ from trimtab.storage import GRAPHS, read_program
 from trimtab.weights import WeightStore
 
 _CODE = """
+import signal
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
 from trimtab.apart import main
 main()
 """
-# multiprocessing would import the caller's script anew.
+# multiprocessing would import the caller's script anew. Ctrl-C reaches both processes: the parent kills this one, and
+# says so in one line.
 
 
 def export_apart(model: Path, options: Mapping[str, Any], folder: Path) -> Program:
