@@ -71,7 +71,7 @@ class OnnxRuntimeSession:
 
     Raises:
         MissingDependency: onnxruntime is not installed.
-        TargetError: The provider cannot be used on this machine.
+        TargetError: It is, and cannot be loaded; or the provider cannot be used on this machine.
         BundleError: The graph cannot be loaded.
     """
 
@@ -87,8 +87,10 @@ class OnnxRuntimeSession:
     ) -> None:
         try:
             import onnxruntime
-        except ImportError as error:
+        except ModuleNotFoundError as error:
             raise MissingDependency("onnxruntime", "", "run pip install onnxruntime") from error
+        except (ImportError, OSError) as error:  # a library of its own that is not there
+            raise TargetError(f"onnxruntime cannot be loaded ({error}): install it again") from error
         name = provider if isinstance(provider, str) else provider[0]
         if name not in onnxruntime.get_available_providers():
             raise TargetError(f"onnxruntime {onnxruntime.__version__} has no {name}: {GPU_PACKAGE}")
