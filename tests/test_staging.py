@@ -72,3 +72,52 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     write_file(tmp_path / "x", b"old")
     write_file(tmp_path / "x", b"new")
     assert (tmp_path / "x").read_bytes() == b"new" and names(tmp_path) == ["x"]
+
+
+def _written(target: Path) -> str:
+    with staged_folder(target, "marker") as stage:
+        (stage / "marker").write_text("new")
+    return (target / "marker").read_text()
+
+
+def test_a_link_stays_one_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "marker").write_text("old")
+    for name, to in (("link", "real"), ("dangling", "other")):
+        (tmp_path / name).symlink_to(to)
+        assert _written(tmp_path / name) == (tmp_path / to / "marker").read_text() == "new"
+        assert (tmp_path / name).is_symlink()
+    assert {p.name for p in tmp_path.iterdir()} == {"real", "link", "other", "dangling"}
+
+
+def test_a_path_through_the_folder_itself_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "marker").write_text("old")
+    assert _written(tmp_path / "a" / ".." / "a") == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_links_that_go_round_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "x").symlink_to("y")
+    (tmp_path / "y").symlink_to("x")
+    with pytest.raises(InputError):
+        _written(tmp_path / "x")
+
+
+def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "marker").write_text("old")
+    with pytest.raises(OSError), staged_folder(tmp_path / "a", "marker") as stage:
+        replace = Path.replace
+
+        def fails(self: Path, target: Path) -> Path:
+            if self == stage:
+                raise OSError("no")
+            return replace(self, target)
+
+        (stage / "marker").write_text("new")
+        patch = pytest.MonkeyPatch()
+        patch.setattr(Path, "replace", fails)
+    patch.undo()
+    assert (tmp_path / "a" / "marker").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]

@@ -20,7 +20,8 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 def staged_folder(target: Path, marker: str) -> Iterator[Path]:
     """Yields an empty folder beside ``target`` that takes its name when the block ends well.
 
-    On any error, Ctrl-C included, the folder is removed and whatever stood at ``target`` is untouched.
+    On any error, Ctrl-C included, the folder is removed and whatever stood at ``target`` is untouched. Where ``target``
+    is a link, the folder that it leads to is replaced.
 
     Args:
         target: The final path; a folder there is replaced only if it holds ``marker``.
@@ -31,8 +32,11 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
     """
     check_replaceable(target, marker)
     try:
+        target = target.resolve()  # a link stays one, and .. is none of a folder that is moved away
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except RuntimeError as error:  # what Python before 3.13 says of links that go round
+        raise InputError(f"{target} leads nowhere: choose another place") from error
     except OSError as error:
         raise InputError(
             f"{target.parent} cannot be written ({error.strerror}): choose another place"
@@ -44,7 +48,12 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
             target.replace(old)
-        stage.replace(target)
+        try:
+            stage.replace(target)
+        except BaseException:
+            if old is not None:
+                old.replace(target)
+            raise
         if old is not None:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
