@@ -101,6 +101,7 @@ def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.
         (["--remove", 1.5], "not between 0 and 1"),
         (["--remove", 0.3, "--remove-by", "luck"], "no method luck"),
         (["--remove", 0.3, "--remove-by", "bk-sdm-small"], "made for the U-Net of Stable Diffusion 1"),
+        (["--remove", 0.3, "--remove-by", "bk-sdm-small", "--keep", "h0->h1"], "is a choice of its own"),
         (["--remove", 0.3, "--removal-plan", "x"], "give one of them"),
         (["--removal-plan", "none.json"], "none.json cannot be read"),
         (["--keep", "h0->h1"], "give remove as well"),

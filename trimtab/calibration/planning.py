@@ -161,12 +161,17 @@ def plan_removal(
         progress: Told how far it is.
 
     Raises:
-        InputError: The share cannot be reached, which is found before anything is measured; no such method; a share
-            of time on a device whose peaks are not known.
+        InputError: The share cannot be reached, which is found before anything is measured; no such method, or a
+            handcrafted one with modules to keep or drop; a share of time on a device whose peaks are not known.
         PassError: Nothing can be removed from the model; a glob matches nothing.
     """
     if method not in METHODS:
         raise InputError(f"there is no method {method}: choose one of {', '.join(METHODS)}")
+    if method in choice.HANDCRAFTED and (wish.keep or wish.drop):
+        raise InputError(
+            f"{method} is a choice of its own, and modules to keep or drop are given: leave them out, or choose by "
+            f"{METHODS[0]}"
+        )
     if DENOISER not in program.segments:
         raise PassError(f"the program has no segment {DENOISER}: choose before anything cuts it")
     if folder is None:
