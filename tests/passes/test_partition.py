@@ -13,6 +13,7 @@ from trimtab.export.trace import Example, trace
 from trimtab.passes.partition import partition, reach
 from trimtab.passes.scopes import SCOPES
 from trimtab.program import Program
+from trimtab.shapes import evaluate
 
 
 def inputs(rows: int = 3) -> Tensors:
@@ -251,3 +252,19 @@ def test_a_transformer_s_tail_without_a_tensor_of_its_sizes_takes_them_from_the_
         np.testing.assert_allclose(tensors.pop("y"), expected, atol=1e-5)
     holders = [name for name, s in cut.segments.items() if "table" in s.model.graph.initializers]
     assert len(holders) == (positions == "cropped")
+
+
+def test_a_size_that_was_doubled_and_multiplied_out_follows_from_the_one_that_it_is_twice() -> None:
+    model = chain(3)
+    sizes = {
+        "x0": "(n - 1)//2 + 1",
+        "x3": "2*((n - 1)//2) + 2",
+    }  # as the exporter writes one behind an upsampler
+    for value in (model.graph.inputs[0], *(v for node in model.graph for v in node.outputs)):
+        value.shape = ir.Shape([sizes.get(str(value.name), sizes["x0"]), 1, 8])
+    cut = partition(program(model, call(model, kept={"branch1": "f"}), call(model, {"branch1": "f"})))
+    last = list(cut.segments.values())[-1].model.graph
+    (read, *_), (given,) = ([str(v.shape) for v in values] for values in (last.inputs, last.outputs))
+    assert read == "[size_0,1,8]"
+    size = given.removeprefix("[").removesuffix(",1,8]")
+    assert [evaluate(size, {"size_0": half}) for half in (3, 8)] == [6, 16]

@@ -297,6 +297,7 @@ def _own_symbols(name: str, graph: ir.Graph) -> None:
                 if key not in known:
                     known[key] = ast.Name(next(fresh), ast.Load())
     names = {name.id for name in known.values() if isinstance(name, ast.Name)}
+    _learn_sums(known, graph.inputs)
     rename = _Rename(known)
     for value in graph.inputs:
         rename.apply(value)
@@ -327,6 +328,23 @@ def _symbols(values: Iterable[ir.Value]) -> set[str]:
 
 def _key(expression: str) -> str:
     return ast.dump(ast.parse(expression, mode="eval").body)
+
+
+def _learn_sums(known: dict[str, ast.expr], inputs: Iterable[ir.Value]) -> None:
+    """Adds what is one less: a size of ``n//4 + 1`` is ``2*(n//4) + 2`` once it is doubled and multiplied out."""
+    for dim in (dim for value in inputs for dim in value.shape or ()):
+        if not isinstance(dim, ir.SymbolicDim) or dim.value is None:
+            continue
+        whole = ast.parse(dim.value, mode="eval").body
+        if (
+            isinstance(whole, ast.BinOp)
+            and isinstance(whole.op, ast.Add)
+            and isinstance(whole.right, ast.Constant)
+            and not isinstance(
+                whole.left, ast.Name
+            )  # n + 0 is another size than n: see `alternatives.relabel`
+        ):
+            known.setdefault(ast.dump(whole.left), ast.BinOp(known[ast.dump(whole)], ast.Sub(), whole.right))
 
 
 def _learn_strides(node: ir.Node, known: dict[str, ast.expr]) -> None:
