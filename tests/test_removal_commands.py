@@ -6,14 +6,20 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import foreign
 import numpy as np
 import onnx_ir as ir
 import pytest
 
+from trimtab.bundle import open_bundle
 from trimtab.cli import main
+from trimtab.passes.partition import map_calls
+from trimtab.program import Program, Segment
+from trimtab.transforms import transform
 
 
 def denoiser(folder: Path, branches: int = 3) -> Path:
@@ -90,6 +96,26 @@ def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().err
     assert "losses of another model" in said and "trajectories" not in said  # before anything was measured
     assert not (tmp_path / "x").exists() and losses.read_text() == known
+
+
+def test_graphs_that_were_measured_and_then_cut_stay_in_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut(program: Program, *arguments: Any, **options: Any) -> Program:
+        """Stands for what gives a denoiser's parts other names."""
+        removed = transform(program, *arguments, **options)
+        part = Segment("denoiser.0", removed.segments["denoiser"].model)
+        segments = {n: s for n, s in removed.segments.items() if n != "denoiser"} | {part.name: part}
+        tasks = map_calls(removed.tasks, lambda calls: tuple(replace(c, segment=part.name) for c in calls))
+        return replace(removed, segments=segments, tasks=tasks)
+
+    monkeypatch.setattr("trimtab.compiler.transform", cut)
+    bundle = tmp_path / "small.bundle"
+    options = ("--steps", 3, "--remove", 0.3, "--remove-by", "random")
+    assert run("compile", denoiser(tmp_path / "model"), *options, "-o", bundle) == 0
+    assert {path.stem for path in (bundle / "graphs").glob("*.onnx")} == open_bundle(
+        bundle
+    ).contents.segments.keys()
 
 
 @pytest.mark.parametrize(

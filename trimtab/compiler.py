@@ -107,6 +107,8 @@ def compile(
             _check_larger(program, (program.size, *chosen.buckets), devices)
         program = transform(program, chosen, stage, progress, device=device)
         store.compact({name: segment.model for name, segment in program.segments.items()})
+        for path in (stage / GRAPHS).glob("*.onnx"):  # of drafts: what was cut since has no place in a bundle
+            path.unlink()
 
         write_graphs(program, stage, store)
         sizes = (program.size, *chosen.buckets)
