@@ -189,3 +189,15 @@ def test_names() -> None:
         make_scheduler("dpm++", FLOW)
     with pytest.raises(InputError, match="for flow-matching models"):
         make_scheduler("flow-euler", {"_class_name": "PNDMScheduler", **SD})
+
+
+@pytest.mark.parametrize("name", ["UnCLIPScheduler", "VQDiffusionScheduler"])
+def test_a_class_that_does_not_take_the_configuration_is_refused_in_one_line(name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} cannot be made from the pipeline's scheduler") as caught:
+        make_scheduler(name, {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"})
+    assert "\n" not in str(caught.value) and "choose one of ddim" in str(caught.value)
+
+
+def test_a_scheduler_without_an_order_is_refused_as_any_other_that_does_not_run() -> None:
+    with pytest.raises(ExportError, match="DDPMWuerstchenScheduler failed while it was probed"):
+        probe(make_scheduler("DDPMWuerstchenScheduler", {"_class_name": "DDIMScheduler"}), 4)

@@ -82,7 +82,14 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
             f"{class_name} is for {needed} models and the pipeline's scheduler is for {found} ones: "
             f"choose one of {', '.join(fitting)}"
         )
-    return scheduler_class.from_config(config)
+    try:
+        return scheduler_class.from_config(config)
+    except Exception as error:  # a constructor raises what it likes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{class_name} cannot be made from the pipeline's scheduler ({reason[0]}): "
+            f"choose one of {', '.join(SCHEDULERS)}"
+        ) from error
 
 
 def check_supported(class_name: str) -> None:

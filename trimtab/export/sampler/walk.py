@@ -52,7 +52,7 @@ class Walk:
             raise InputError(
                 f"{self.owner} does not take {self.steps} steps with {options}: {_line(error)}"
             ) from error
-        begin = self.start * scheduler.order
+        begin = self.start * getattr(scheduler, "order", 1)
         timesteps: torch.Tensor = scheduler.timesteps[begin:]
         if not len(timesteps):
             raise InputError(f"start={self.start} leaves none of {self.steps} steps: start earlier")
