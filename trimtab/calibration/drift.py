@@ -272,9 +272,8 @@ class _Scale:
             if number not in self._full:
                 self._full[number] = self._draw(number, (FULL,) * self.evaluations)
             drift = relative_error(self._draw(number, choices), self._full[number])
-            self._known[number, choices] = (
-                math.inf if math.isnan(drift) else drift
-            )  # so that nothing is below it
+            # A NaN compares with nothing, and would stay the least.
+            self._known[number, choices] = math.inf if math.isnan(drift) else drift
             if self._journal is not None:
                 self._journal.add_drift(self.name, number, choices, self._known[number, choices])
         return self._known[number, choices]
