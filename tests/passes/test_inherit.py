@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains import WIDTH, chain
+from chains import WIDTH, chain, run_model
 
 import trimtab
 from trimtab.bundle import open_bundle
@@ -18,9 +18,9 @@ from trimtab.calibration.draft import draft
 from trimtab.errors import InputError, PassError
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan, make_plan, save_plan
-from trimtab.passes.partition import partition
+from trimtab.passes.partition import partition, reach
 from trimtab.passes.regions import branches, find_region, skipped_modules
-from trimtab.passes.scopes import module_tree
+from trimtab.passes.scopes import SCOPES, module_tree
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
 from trimtab.storage import read_program
 
@@ -248,6 +248,26 @@ def test_several_blocks_are_inherited_by_what_they_add_together_and_only_once_re
 
 
 # ---- numbers ----
+
+
+@pytest.mark.parametrize(
+    "regions", [("1-3", "1-2"), ("1-3", "2-4"), ("2-4", "1-3"), ("1-3", "2-3"), ("2-3", "1-3", "3-3", "1-3")]
+)
+def test_regions_that_share_blocks_skip_the_blocks_that_they_name(regions: tuple[str, ...]) -> None:
+    model = chain(6)
+    for node in model.graph:
+        node.metadata_props[SCOPES] = node.metadata_props[SCOPES].replace("blocks", "transformer_blocks")
+    feeds = {"x0": np.random.default_rng(1).standard_normal((3, 1, 8)).astype(np.float32)}
+    (expected,) = run_model(model, feeds).values()
+    found = [find_region(model, f"blocks {region}") for region in regions]
+    (result,) = run_model(model, feeds).values()
+    np.testing.assert_allclose(result, expected, rtol=1e-5)
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    for region, name in zip(found, regions, strict=True):
+        running = reach(model.graph.outputs, {values[v]: None for v in region.values}, set())
+        first, last = map(int, name.split("-"))
+        products = {node.name for node in model.graph if node.op_type == "MatMul" and node not in running}
+        assert products == {f"product{index}" for index in range(first, last + 1)}
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,9 @@ UNITS = {
 }
 """Unit -> the last part of its modules' names in diffusers."""
 
+_OURS = repr(["", "inherit"])
+"""The scopes of nodes that are added here: no module's, or they would count to other regions of the same blocks."""
+
 _LAYER = re.compile(r"^(?:.*\.)?(?:resnets|attentions|transformer_blocks|single_transformer_blocks)\.\d+$")
 _RESNET = re.compile(r"^(?:.*\.)?resnets\.\d+$")
 _BLOCK = re.compile(r"^(?:single_)?transformer_blocks\.\d+$")
@@ -92,8 +95,8 @@ def find_region(model: ir.Model, name: str) -> Region:
             raise PassError(
                 f"{name} are to be inherited and the denoiser has the blocks {_span(len(blocks))}"
             )
-        return Region(name, _stands_for(graph, blocks[first : last + 1], blocks[first]))
-    values = [v for path in _modules(graph, name) for v in _stands_for(graph, [path], path)]
+        return Region(name, _stands_for(graph, blocks[first : last + 1]))
+    values = [v for path in _modules(graph, name) for v in _stands_for(graph, [path])]
     if not values:
         raise PassError(f"{name} is to be inherited, and nothing outside of it reads what it makes")
     return Region(name, tuple(values))
@@ -155,7 +158,7 @@ def _modules(graph: ir.Graph, name: str) -> list[str]:
     return found
 
 
-def _stands_for(graph: ir.Graph, paths: Iterable[str], name: str) -> tuple[str, ...]:
+def _stands_for(graph: ir.Graph, paths: Iterable[str]) -> tuple[str, ...]:
     """The tensors that, if they are known, leave some modules nothing to do; none where layers were removed whole."""
     tree = module_tree(graph)
     nodes = {node for path in paths for node in tree[path].nodes}
@@ -167,10 +170,10 @@ def _stands_for(graph: ir.Graph, paths: Iterable[str], name: str) -> tuple[str, 
         for value in node.outputs
         if _is_map(value) and any(user not in inside for user, _ in value.uses())
     ]
-    return tuple(_contribution(graph, value, inside, name) for value in outputs)
+    return tuple(_contribution(graph, value, inside) for value in outputs)
 
 
-def _contribution(graph: ir.Graph, value: ir.Value, inside: set[ir.Node], name: str) -> str:
+def _contribution(graph: ir.Graph, value: ir.Value, inside: set[ir.Node]) -> str:
     node = value.producer()
     assert node is not None
     for here, other in ((0, 1), (1, 0)):
@@ -179,7 +182,7 @@ def _contribution(graph: ir.Graph, value: ir.Value, inside: set[ir.Node], name: 
     source = _residual(value, inside)
     if source is None:
         return str(value.name)
-    return _as_difference(graph, value, source, name)
+    return _as_difference(graph, value, source)
 
 
 def _is_sum(node: ir.Node) -> bool:
@@ -206,17 +209,17 @@ def _residual(value: ir.Value, inside: set[ir.Node]) -> ir.Value | None:
     return None
 
 
-def _as_difference(graph: ir.Graph, value: ir.Value, source: ir.Value, name: str) -> str:
+def _as_difference(graph: ir.Graph, value: ir.Value, source: ir.Value) -> str:
     """Rewrites ``value`` to ``source + (value - source)``, and gives the name of the difference."""
-    difference = f"{value.name}/added"
+    earlier = _differences(value)
+    if source in earlier:
+        return str(earlier[source].name)
+    difference = f"{value.name}/added" + (f"/{source.name}" if earlier else "")
     users = list(value.uses())
-    for user, _ in users:  # of an earlier call
-        if user.op_type == "Sub" and user.outputs[0].name == difference:
-            return difference
     sub = ir.node("Sub", [value, source], name=difference)
-    add = ir.node("Add", [source, sub.outputs[0]], name=f"{value.name}/restored")
+    add = ir.node("Add", [source, sub.outputs[0]], name=difference.replace("/added", "/restored"))
     for node in (sub, add):
-        node.metadata_props[SCOPES] = repr(["", name, "inherit"])
+        node.metadata_props[SCOPES] = _OURS
         output = node.outputs[0]
         output.name, output.type, output.shape = node.name, value.type, value.shape
     maker = value.producer()
@@ -225,6 +228,18 @@ def _as_difference(graph: ir.Graph, value: ir.Value, source: ir.Value, name: str
     for user, index in users:
         user.replace_input_with(index, add.outputs[0])
     return difference
+
+
+def _differences(value: ir.Value) -> dict[ir.Value, ir.Value]:
+    """Source -> the difference, of earlier rewrites of a value: one behind the other."""
+    found: dict[ir.Value, ir.Value] = {}
+    stack = [value]
+    while stack:
+        for sub in (user for user, _ in stack.pop().uses() if user.metadata_props.get(SCOPES) == _OURS):
+            if sub.op_type == "Sub":
+                found[_not_none(sub.inputs[1])] = sub.outputs[0]
+                stack += [add.outputs[0] for add, _ in sub.outputs[0].uses()]
+    return found
 
 
 def _not_none(value: ir.Value | None) -> ir.Value:
