@@ -302,7 +302,8 @@ def test_inheriting_from_the_same_step_equals_the_full_pass(
         dataclasses.replace(first, calls=(apart(second.calls[0], "again"),)),
     )
     task = dataclasses.replace(task, schedules={key: Schedule(steps, schedule.prologue)})
-    program = partition(dataclasses.replace(program, tasks={name: task}, epilogue=(), outputs=()))
+    epilogue = tuple(dataclasses.replace(c, inputs={"latents": "aside"}) for c in program.epilogue)
+    program = partition(dataclasses.replace(program, tasks={name: task}, epilogue=epilogue))
     options = {"label": 1} if family == "dit" else {"prompt": "a"}
     with draft(program, tmp_path) as pipe:
         request, plan, _ = pipe.prepare(seed=0, **options)
