@@ -12,6 +12,7 @@ import numpy.typing as npt
 from trimtab.bundle import Bundle
 from trimtab.errors import InputError
 from trimtab.program import STATE
+from trimtab.runtime.inputs import stand_ins
 from trimtab.runtime.load import Pipeline, load
 
 _SAMPLER = ("state", "sample_weights", "next_weights", "clip_weights")
@@ -47,7 +48,10 @@ def compare(reference: Path, other: Path, *, seed: int = 0, **options: Any) -> d
     with load(reference) as ours, load(other) as theirs:
         wanted = {name: value for name, value in options.items() if value is not None} | {"seed": seed}
         for pipe in (ours, theirs):
-            kinds = {s.source.get("kind") for s in pipe.bundle.contents.tasks[pipe.tasks[0]].inputs}
+            contents = pipe.bundle.contents
+            inputs = contents.tasks[pipe.tasks[0]].inputs
+            wanted |= stand_ins(inputs, contents.size)
+            kinds = {spec.source.get("kind") for spec in inputs}
             if "tokens" in kinds:
                 wanted.setdefault("prompt", "a picture")
             if "label" in kinds:

@@ -11,7 +11,9 @@ import pytest
 import trimtab
 from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
+from trimtab.calibration.packing import _together
 from trimtab.calibration.trajectories import PROMPTS, own_requests, record
+from trimtab.comparison import compare
 from trimtab.errors import InputError
 from trimtab.program import STATE
 from trimtab.storage import read_program
@@ -75,6 +77,19 @@ def test_requests_ask_for_prompts_or_named_classes(bundle_folder: BundleFolder) 
         assert [r["prompt"] for r in own_requests(pipe, 2)] == list(PROMPTS[:2])
         with pytest.raises(InputError, match="no prompts"):
             own_requests(pipe, 1, prompts=())
+
+
+@pytest.mark.xdist_group("inpaint9")
+def test_a_model_that_only_inpaints_is_recorded_and_compared_on_a_grey_picture(
+    bundle_folder: BundleFolder,
+) -> None:
+    folder = bundle_folder("inpaint9")
+    with trimtab.load(folder) as pipe:
+        together = _together(own_requests(pipe, 2, schedule=3))
+        for requests, rows in ((own_requests(pipe, 1, schedule=3), 1), (together, 2)):
+            (sample,) = record(pipe, requests, steps=[1])
+            assert (sample.inputs["mask"] == 1).all() and len(sample.output) == rows
+    assert compare(folder, folder, schedule=3)["picture"] == 0
 
 
 def test_a_step_that_the_schedule_lacks_is_refused(bundle_folder: BundleFolder) -> None:

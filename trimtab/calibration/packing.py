@@ -143,5 +143,8 @@ def _merged(models: Mapping[str, ir.Model], segment: str, books: Codebooks, made
 def _together(requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Requests of one picture as requests of several; where nothing is asked for, their number says how many."""
     groups = [requests[k : k + TOGETHER] for k in range(0, len(requests), TOGETHER)]
-    merged: list[dict[str, Any]] = [{n: [request[n] for request in g] for n in g[0]} for g in groups]
+    merged: list[dict[str, Any]] = [
+        {n: [r[n] for r in g] if n in ("prompt", "label", "seed") else value for n, value in g[0].items()}
+        for g in groups
+    ]
     return [m if {"prompt", "label"} & m.keys() else {**m, "count": len(m["seed"])} for m in merged]

@@ -138,15 +138,9 @@ def measure_ranges(
 
 def _requests(pipeline: Pipeline) -> list[dict[str, Any]]:
     task = pipeline.bundle.contents.tasks[pipeline.tasks[0]]
-    sources = {str(spec.source.get("kind")) for spec in task.inputs}
     plain = {name: len(s.steps) for name, s in task.schedules.items() if "/" not in name}
     options: dict[str, Any] = {"schedule": min(plain, key=plain.__getitem__)} if plain else {}
     pictures = math.ceil(EVALUATIONS / max(1, min(plain.values(), default=EVALUATIONS)))
-    width, height = pipeline.bundle.contents.size
-    if "image" in sources:
-        options["image"] = np.full((height, width, 3), 0.5, np.float32)
-    if "mask" in sources:
-        options["mask"] = np.ones((height, width, 1), np.float32)
     return own_requests(pipeline, min(pictures, PICTURES), **options)
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from trimtab.errors import CalibrationError, InputError
 from trimtab.program import STATE
-from trimtab.runtime.inputs import class_names
+from trimtab.runtime.inputs import class_names, stand_ins
 from trimtab.runtime.load import Pipeline
 
 Array = npt.NDArray[Any]
@@ -146,6 +146,8 @@ def own_requests(
 ) -> list[dict[str, Any]]:
     """Requests for trajectories of any model: its own prompts or classes, one seed each.
 
+    A model that only inpaints draws a grey picture anew as a whole (`stand_ins`).
+
     Args:
         pipeline: Says what the model needs.
         count: How many.
@@ -158,6 +160,7 @@ def own_requests(
     """
     task = pipeline.bundle.contents.tasks[pipeline.tasks[0]]
     inputs = {str(spec.source.get("kind")): spec for spec in task.inputs}
+    needed = stand_ins(task.inputs, options.get("size") or pipeline.bundle.contents.size)
     texts = PROMPTS if prompts is None else tuple(prompts)
     if not texts:
         raise InputError("no prompts were given: give at least one")
@@ -169,7 +172,7 @@ def own_requests(
     generator = np.random.default_rng(seed)
     requests = []
     for index in range(count):
-        request: dict[str, Any] = dict(options) | {"seed": seed + index}
+        request: dict[str, Any] = needed | options | {"seed": seed + index}
         if "tokens" in inputs:
             request["prompt"] = texts[index % len(texts)]
         if classes:

@@ -99,23 +99,19 @@ def _work(
     connection: Connection, bundle: str, target: str | None, provider: str | None, threads: int
 ) -> None:
     """Draws a picture for every message, and answers with the times of its parts."""
+    from trimtab.runtime.inputs import stand_ins
     from trimtab.runtime.load import load
 
     try:
         with load(bundle, target=target, provider=provider, threads=threads) as pipe:
-            sources = [spec.source.get("kind") for spec in pipe.bundle.contents.tasks[pipe.tasks[0]].inputs]
-            options: dict[str, Any] = {"seed": 0}
+            contents = pipe.bundle.contents
+            inputs = contents.tasks[pipe.tasks[0]].inputs
+            sources = [spec.source.get("kind") for spec in inputs]
+            options: dict[str, Any] = {"seed": 0, **stand_ins(inputs, contents.size)}
             if "tokens" in sources:
                 options["prompt"] = "a picture"
             if "label" in sources:
                 options["label"] = 0
-            if "image" in sources:
-                import numpy as np
-
-                width, height = pipe.bundle.contents.size
-                options["image"] = np.full((height, width, 3), 0.5, np.float32)
-                if "mask" in sources:
-                    options["mask"] = np.ones((height, width, 1), np.float32)
             while True:
                 connection.recv()
                 connection.send(_picture(pipe, options))

@@ -7,7 +7,7 @@ is in the options beside the kind.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -248,6 +248,25 @@ def _mask(spec: TensorSpec, request: Request) -> Array:
     if request.mask is None:
         raise InputError("this task needs a mask and none was given: give mask= (--mask FILE)")
     return request.mask
+
+
+def stand_ins(inputs: Iterable[TensorSpec], size: tuple[int, int]) -> dict[str, Array]:
+    """What stands in for a user's picture and mask in the tasks that need them: grey, to be drawn anew as a whole.
+
+    Args:
+        inputs: The task's.
+        size: (width, height) in pixels.
+
+    Returns:
+        ``image`` and ``mask`` as `trimtab.runtime.load.Pipeline.prepare` takes them, as far as the task has them.
+    """
+    kinds = {spec.source.get("kind") for spec in inputs}
+    width, height = size
+    made = {
+        "image": np.full((height, width, 3), 0.5, np.float32),
+        "mask": np.ones((height, width, 1), np.float32),
+    }
+    return {name: array for name, array in made.items() if name in kinds}
 
 
 def _window_shifts(spec: TensorSpec, request: Request) -> Array:
