@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+
+from trimtab.cli import _parser
+from trimtab.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("samples/*/README.md")])
@@ -21,3 +26,22 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 @pytest.mark.parametrize("command", ["compile", "build", "run", "bench", "compare", "inspect", "devices"])
 def test_every_command_is_in_the_changelog(command: str) -> None:
     assert re.search(rf"`(trimtab )?{command}`", (ROOT / "CHANGELOG.md").read_text())
+
+
+def test_every_option_is_in_the_documentation() -> None:
+    text = "\n".join(page.read_text() for page in PAGES)
+    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    options = {
+        option
+        for command in commands.values()
+        for action in command._actions
+        for option in action.option_strings
+        if option.startswith("--")
+    }
+    assert [option for option in sorted(options) if not re.search(rf"{option}(?![\w-])", text)] == []
+
+
+def test_every_key_of_a_recipe_is_on_its_page() -> None:
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "recipe.md").read_text(), re.MULTILINE)
+    keys = [key for row in rows for key in re.findall(r"`(\w+)`", row)]
+    assert sorted(keys) == sorted(field.name for field in dataclasses.fields(Recipe))
