@@ -195,6 +195,14 @@ def test_what_somebody_has_is_not_evicted(
     assert versions(cache) == {"5"} and not list((cache.folder / "leases").iterdir())
 
 
+def test_a_stray_file_among_the_entries_is_passed_over(cache: EngineCache, builder: FakeBuilder) -> None:
+    stray = cache.folder / "entries" / ".DS_Store"
+    stray.write_bytes(b"what a file manager leaves")
+    assert get(cache, builder).source == "built"
+    assert cache.stats().engines == 1
+    assert cache.clear() > 0 and stray.exists()
+
+
 def test_an_engine_over_the_limit_is_still_given(cache: EngineCache, builder: FakeBuilder) -> None:
     cache.limit_bytes = 0
     with get(cache, builder) as entry:

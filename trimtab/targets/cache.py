@@ -350,10 +350,10 @@ class EngineCache:
         return leased
 
     def _sizes(self) -> dict[Path, int]:
-        """Bytes of every entry. Entries may go while they are counted."""
+        """Bytes of every entry. Entries may go while they are counted, and a stray file is none."""
         sizes = {}
         for folder in (self.folder / "entries").iterdir():
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 sizes[folder] = sum(path.stat().st_size for path in folder.iterdir())
         return sizes
 
