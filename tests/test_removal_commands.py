@@ -19,6 +19,7 @@ from trimtab.bundle import open_bundle
 from trimtab.cli import main
 from trimtab.passes.partition import map_calls
 from trimtab.program import Program, Segment
+from trimtab.render import as_json
 from trimtab.transforms import transform
 
 
@@ -46,10 +47,46 @@ def run(*arguments: object) -> int:
     return main([str(a) for a in arguments])
 
 
+def strict(text: str) -> Any:
+    """JSON as its standard has it, without NaN and Infinity, which Python takes."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 def weights(bundle: Path) -> dict[str, np.ndarray]:
     model = ir.load(bundle / "graphs" / "denoiser.onnx")
     arrays = {str(v.name): v.const_value.numpy() for v in model.graph.initializers.values() if v.const_value}
     return {name: array for name, array in arrays.items() if array.shape == (8, 8)}
+
+
+def test_one_sample_has_no_error_and_its_scores_are_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, losses = denoiser(tmp_path / "model"), tmp_path / "losses"
+    arguments = (
+        "score",
+        model,
+        "--samples",
+        2,
+        "--steps",
+        1,
+        "-o",
+        losses,
+    )  # one step: both draws are the same
+    assert run(*arguments, "--json") == 0
+    scored = strict(capsys.readouterr().out)
+    assert scored["samples"] == 1 and [c["error"] for c in scored["candidates"]] == [None] * 3
+    assert run(*arguments) == 0
+    assert "3 layers on 1 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_what_json_has_no_number_for_is_printed_as_null(number: float) -> None:
+    result = {"steps": [0.5, number], "modules": ({"error": number},)}
+    assert strict(as_json(result)) == {"steps": [0.5, None], "modules": [{"error": None}]}
 
 
 def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

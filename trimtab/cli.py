@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
 import time
@@ -63,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = arguments.command(arguments)
         if arguments.json:
-            print(json.dumps(result))
+            print(render.as_json(result))
         else:
             for line in arguments.show(result):
                 print(line)

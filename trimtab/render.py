@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +29,22 @@ class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = f"trimtab: {record.levelname.lower()}: {record.getMessage()}"
         return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+
+
+def as_json(result: Result) -> str:
+    """One line of JSON, which knows neither NaN nor infinity: null stands in their place."""
+    try:
+        return json.dumps(result, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(result), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def compile(result: Result) -> Iterator[str]:
@@ -60,7 +78,13 @@ def run(result: Result) -> Iterator[str]:
 def score(result: Result) -> Iterator[str]:
     """Candidates, the cheapest first."""
     rows = [
-        [c["name"], c["kind"], f"{c['parameters']:,}", f"{c['loss']:.3e}", f"{c['error']:.1e}"]
+        [
+            c["name"],
+            c["kind"],
+            f"{c['parameters']:,}",
+            f"{c['loss']:.3e}",
+            "" if c["error"] is None else f"{c['error']:.1e}",
+        ]
         for c in sorted(result["candidates"], key=lambda c: c["loss"])
     ]
     yield _table(["layer", "kind", "parameters", "output loss", "error"], rows)

@@ -28,7 +28,8 @@ def score(
 
     Returns:
         ``scores``: the file; ``samples``; ``seconds``; ``candidates``: each with ``name``, ``kind``,
-        ``parameters``, ``loss`` (mean squared error of the prediction) and its standard ``error``.
+        ``parameters``, ``loss`` (mean squared error of the prediction) and its standard ``error``, None where
+        the schedule is so short that all samples are one.
 
     Raises:
         CalibrationError: The file holds the losses of another model or of other samples.

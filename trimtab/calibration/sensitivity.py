@@ -56,10 +56,10 @@ class Scores:
         """The score D_i."""
         return float(np.mean(self.losses[name]))
 
-    def error(self, name: str) -> float:
-        """The standard error of the mean over samples; infinite for a single one."""
+    def error(self, name: str) -> float | None:
+        """The standard error of the mean over samples; None for a single one, which says nothing of it."""
         values = self.losses[name]
-        return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else math.inf
+        return float(np.std(values, ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
 class GatedGraph:
