@@ -110,6 +110,8 @@ def test_choices_say_for_every_evaluation_what_is_skipped() -> None:
         ({"every": 2, "branch": 1}, "has no 'branch'"),
         ({"choices": {"s": ["x"]}}, "name 'x', which is not in skip"),
         ({"every": 2, "skip": 3}, "cannot be understood"),
+        ({"every": 2, "skip": [5]}, r"skip = \[5\]: texts are needed"),
+        ({"speed": 2, "prompts": ["a cat", 7]}, "prompts = .*: texts are needed"),
         (True, "not a number, a file or a table"),
     ],
 )

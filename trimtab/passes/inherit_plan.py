@@ -54,6 +54,9 @@ class InheritPlan:
                 "a plan of inheritance says one of every = N, full = [...], speed = S and [choices]; "
                 f"this one says {sum(modes)} of them"
             )
+        for name, texts in (("skip", self.skip), ("prompts", self.prompts)):
+            if any(not isinstance(text, str) for text in texts):
+                raise InputError(f"{name} = {list(texts)!r:.60}: texts are needed")
         if self.every is not None and (type(self.every) is not int or self.every < 1):
             raise InputError(f"every {self.every!r} evaluations: a whole number from 1 is needed")
         if any(type(step) is not int or step < 0 for step in self.full):
