@@ -283,7 +283,10 @@ def test_absent_cut_and_pickled_weights(
         (["--steps", "4", "--steps", "4"], "twice"),
         (["--size", "15x16"], "multiples of 2"),
         (["--precision", "fp4"], "fp4"),
-        (["--recipe", "nothing.toml"], "cannot be read"),
+        (["--recipe", "nothing.toml"], "nothing.toml does not exist: give a TOML file"),
+        (["--inherit", "nothing.json"], "nothing.json: the file does not exist"),
+        (["--inherit", "0"], "inherit 0: a whole number from 1, or a TOML or JSON file"),
+        (["--inherit", "-1"], "inherit -1: a whole number from 1, or a TOML or JSON file"),
     ],
 )
 def test_options_that_cannot_be_met(

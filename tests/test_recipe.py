@@ -72,6 +72,13 @@ def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
         read_toml(tmp_path / "x.toml")
 
 
+def test_a_file_that_is_not_there_needs_no_mending(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.toml does not exist: give a TOML file"):
+        read_toml(tmp_path / "none.toml")
+    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\): give a TOML file"):
+        read_toml(tmp_path)
+
+
 def test_further_sizes_are_buckets() -> None:
     recipe = make_recipe({"size": "64x64", "buckets": ["128x64", [64, 128]]})
     assert recipe.size == (64, 64) and recipe.buckets == ((128, 64), (64, 128))

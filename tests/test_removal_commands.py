@@ -166,7 +166,7 @@ def test_graphs_that_were_measured_and_then_cut_stay_in_no_bundle(
         (["--remove", 0.3, "--remove-by", "bk-sdm-small"], "made for the U-Net of Stable Diffusion 1"),
         (["--remove", 0.3, "--remove-by", "bk-sdm-small", "--keep", "h0->h1"], "is a choice of its own"),
         (["--remove", 0.3, "--removal-plan", "x"], "give one of them"),
-        (["--removal-plan", "none.json"], "none.json cannot be read"),
+        (["--removal-plan", "none.json"], "none.json does not exist"),
         (["--keep", "h0->h1"], "give remove as well"),
         (["--remove-of", "time"], "give remove as well"),
         (["--remove", 0.3, "--remove-of", "luck"], "'luck' is not one of parameters, bytes, time"),
@@ -180,6 +180,15 @@ def test_a_removal_that_cannot_be_done_says_why(
     assert run("compile", model, "--steps", 3, *options, "-o", tmp_path / "x") == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_plan_that_is_not_there_is_said_before_the_model_is_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = denoiser(tmp_path / "model")
+    (tmp_path / "model" / "denoiser.onnx").unlink()
+    assert run("compile", model, "--removal-plan", tmp_path / "none", "-o", tmp_path / "x") == 1
+    assert "none does not exist: give a removal plan" in capsys.readouterr().err
 
 
 def test_a_share_of_time_is_of_the_device_and_the_plan_says_how_far_it_got(

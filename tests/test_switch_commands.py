@@ -109,7 +109,7 @@ def test_what_cannot_be_switched_to_is_refused_in_one_line(
     ("options", "message"),
     [
         (["none@0.4"], "none is not there: give a bundle, a removal plan or a student's folder"),
-        (["model@0.4"], "removal.json cannot be read"),
+        (["model@0.4"], "removal.json does not exist"),
         (["model/model.toml@0.4"], "is no removal plan"),
         (
             ["few@0.4"],

@@ -20,6 +20,7 @@ from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
 from trimtab.passes.hidiffusion import scale_of
+from trimtab.passes.removal import load_plan
 from trimtab.program import Program, check_size
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
@@ -79,6 +80,8 @@ def compile(
     halves = [device for precision, those in groups.items() if precision != "fp32" for device in those]
     check_targets(devices, kernels=halves if chosen.vq is not None else ())
     device = timed_device(chosen, devices)
+    if chosen.removal_plan is not None:
+        load_plan(Path(chosen.removal_plan))  # what is no plan is said before the export
     check_switches(chosen.switch, chosen.steps, chosen.scheduler)
     output = Path(output)
     check_replaceable(output, MANIFEST)

@@ -229,11 +229,15 @@ def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file as plain data.
 
     Raises:
-        InputError: The file cannot be read, or is not TOML.
+        InputError: There is no such file, it cannot be read, or it is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give a TOML file that does") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): give a TOML file that can") from None
+    except ValueError as error:
         raise InputError(f"{path} cannot be read as TOML ({error}): mend it") from None
 
 

@@ -126,8 +126,21 @@ def test_a_plan_is_read_from_toml_and_from_json(tmp_path: Path) -> None:
     assert plan == InheritPlan(skip=("branch 3",), every=3, dense_start=2)
     save_plan(plan, tmp_path / "plan.json")
     assert make_plan(str(tmp_path / "plan.json")) == plan
+    (tmp_path / "plan.json").write_text("{")
     with pytest.raises(InputError, match="cannot be read as JSON"):
-        make_plan(tmp_path / "none.json")
+        make_plan(tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("name", ["none.json", "none.toml", "none"])
+def test_a_plan_that_is_not_there_is_said_to_be_missing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{name}: the file does not exist: a whole number from 1"):
+        make_plan(tmp_path / name)
+
+
+@pytest.mark.parametrize("number", [0, "0", -1, "-1"])
+def test_a_number_below_1_is_no_plan(number: int | str) -> None:
+    with pytest.raises(InputError, match=f"inherit {number}: a whole number from 1, or a TOML or JSON file"):
+        make_plan(number)
 
 
 # ---- regions ----

@@ -17,6 +17,8 @@ FILE = "inherit.json"
 FULL = ""
 """Stands for a step that inherits nothing."""
 
+_NEEDED = "a whole number from 1, or a TOML or JSON file with a plan, is needed"
+
 
 @dataclass(frozen=True)
 class InheritPlan:
@@ -96,11 +98,15 @@ def make_plan(value: Any) -> InheritPlan:
     """
     if isinstance(value, InheritPlan):
         return value
-    if isinstance(value, str) and value.isdecimal():
+    if isinstance(value, str) and value.removeprefix("-").isdecimal():
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool):
+        if value < 1:
+            raise InputError(f"inherit {value}: {_NEEDED}")
         return InheritPlan(every=value)
     if isinstance(value, str | Path):
+        if not Path(value).exists():
+            raise InputError(f"inherit {value}: the file does not exist: {_NEEDED}")
         value = _read(Path(value))
     if not isinstance(value, Mapping):
         raise InputError(f"the plan of inheritance {value!r} is not a number, a file or a table")

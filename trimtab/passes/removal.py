@@ -92,6 +92,8 @@ def load_plan(path: Path) -> RemovalPlan:
                 before, after = data[name]
                 data[name] = (int(before), int(after))
         return RemovalPlan(**data)
+    except FileNotFoundError as error:
+        raise InputError(f"{file} does not exist: give a removal plan that does") from error
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror}): give a removal plan") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
