@@ -71,6 +71,13 @@ def test_a_folder_that_cannot_be_used_says_why(folder: Path, tmp_path: Path) -> 
         captioned(folder)
 
 
+@pytest.mark.parametrize("name", ["b.txt", "metadata.jsonl"])
+def test_captions_that_are_not_utf_8_are_refused_by_the_name_of_their_file(name: str, folder: Path) -> None:
+    (folder / name).write_bytes("ein r\xf6ter Kreis".encode("latin-1"))
+    with pytest.raises(InputError, match=f"{name} is not UTF-8 .* at byte 5.: save it as UTF-8"):
+        captioned(folder)
+
+
 # ---- noise ----
 
 

@@ -32,7 +32,7 @@ def captioned(folder: Path) -> list[tuple[Path, str]]:
     """Pictures of a folder and their captions, by name: from `METADATA`, or from NAME.txt beside NAME.png.
 
     Raises:
-        InputError: No such folder; no pictures; one without a caption; a line that cannot be read.
+        InputError: No such folder; no pictures; one without a caption; a line that cannot be read, or is not UTF-8.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: give one of pictures with captions")
@@ -46,14 +46,23 @@ def captioned(folder: Path) -> list[tuple[Path, str]]:
                 f"{folder}: {len(bare)} of {len(files)} pictures have no caption, {bare[0]} first: write "
                 f"{Path(bare[0]).stem}.txt beside it, or {METADATA}"
             )
-        pairs = [(path, path.with_suffix(".txt").read_text(encoding="utf-8").strip()) for path in files]
+        pairs = [(path, _text(path.with_suffix(".txt")).strip()) for path in files]
     if not pairs:
         raise InputError(f"{folder} holds no pictures ({', '.join(_SUFFIXES)}): give some, with captions")
     return sorted(pairs)
 
 
 def _lines(metadata: Path) -> list[tuple[int, str]]:
-    return list(enumerate(metadata.read_text(encoding="utf-8").splitlines(), 1))
+    return list(enumerate(_text(metadata).splitlines(), 1))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from None
 
 
 def _line(metadata: Path, number: int, line: str) -> tuple[Path, str]:
