@@ -13,8 +13,10 @@ import pytest
 
 import trimtab
 from trimtab.bundle import DIGEST, MANIFEST, open_bundle
+from trimtab.cli import main
 from trimtab.errors import BundleError, InputError, TargetError, WrongDevice
-from trimtab.manifest import SCHEMA
+from trimtab.inspection import inspect
+from trimtab.manifest import REMOVAL_PLAN, SCHEMA
 from trimtab.storage import read_program
 
 pytestmark = pytest.mark.xdist_group("dit")
@@ -53,6 +55,54 @@ def _constants(data: dict[str, Any]) -> dict[str, Any]:
 def _source(data: dict[str, Any], kind: str) -> dict[str, Any]:
     sources = [spec.get("source", {}) for spec in data["tasks"][0]["inputs"]]
     return next(source for source in sources if source.get("kind") == kind)
+
+
+_PLAN = {
+    "removed": ["a"],
+    "method": "random",
+    "measure": "time",
+    "reached": 0.3,
+    "joint_loss": 1e-3,
+    "predicted_loss": 1e-3,
+    "rank_correlation": 0.5,
+    "details": {"device": "rtx-4090", "random_sets": 16},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"removed": 3}, "removed is 3 and must be a list"),
+        ({"removed": ["a", 3]}, "removed.1. is 3 and must be a text"),
+        ({"method": None}, "method is None and must be a text"),
+        ({"reached": "much"}, "reached is 'much' and must be a number"),
+        ({"joint_loss": [1]}, "joint_loss is .1. and must be a number"),
+        ({"predicted_loss": None}, "one is missing"),
+        ({"details": {"device": "rtx-4090"}}, "details.random_sets is None and must be a whole number"),
+        ({"details": {"random_sets": 16}}, "details.device is None and must be a text"),
+    ],
+)
+def test_a_removal_plan_of_other_keys_or_types_is_one_line(
+    changes: dict[str, Any], message: str, copied_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copied_bundle / REMOVAL_PLAN
+
+    def add(data: dict[str, Any]) -> None:
+        content = path.read_bytes()
+        digest = hashlib.sha256(content).hexdigest()
+        data["files"] = [
+            *(file for file in data["files"] if file["path"] != REMOVAL_PLAN),
+            {"path": REMOVAL_PLAN, "bytes": len(content), "sha256": digest},
+        ]
+
+    path.write_text(json.dumps(_PLAN))
+    rewrite(copied_bundle, add)
+    assert main(["inspect", str(copied_bundle)]) == 0
+    assert "removed 1 layers by random: 30.0% of time on rtx-4090" in capsys.readouterr().out
+    path.write_text(json.dumps(_PLAN | changes))
+    rewrite(copied_bundle, add)
+    with pytest.raises(BundleError, match=message):
+        inspect(open_bundle(copied_bundle))
 
 
 def test_an_untouched_copy_draws_the_same_picture(

@@ -65,6 +65,32 @@ def _removal(bundle: Bundle) -> dict[str, Any] | None:
     if all(file.path != REMOVAL_PLAN for file in bundle.contents.files):
         return None
     try:
-        return dict(json.loads(bundle.path(REMOVAL_PLAN).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        plan = dict(json.loads(bundle.path(REMOVAL_PLAN).read_text(encoding="utf-8")))
+        _check_removal(plan)
+        return plan
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise BundleError(f"{bundle.folder / REMOVAL_PLAN} cannot be read ({error}): compile again") from None
+
+
+def _check_removal(plan: dict[str, Any]) -> None:
+    """Raises TypeError for what is missing or of another type: whoever made the bundle may have written anything."""
+
+    def need(name: str, value: object, *kinds: type, what: str) -> None:
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r:.60} and must be {what}")
+
+    need("removed", plan.get("removed"), list, what="a list")
+    need("details", plan.get("details"), dict, what="a table")
+    texts = {f"removed[{index}]": name for index, name in enumerate(plan["removed"])}
+    texts |= {name: plan.get(name) for name in ("method", "measure")}
+    if plan.get("measure") == "time":
+        texts["details.device"] = plan["details"].get("device")
+    for name, value in texts.items():
+        need(name, value, str, what="a text")
+    for name in ("share", "reached", "predicted_loss", "joint_loss", "rank_correlation"):
+        need(name, plan.setdefault(name, None), int, float, type(None), what="a number or null")
+        float(plan[name] or 0)  # a whole number of JSON may be larger than any
+    if (plan["joint_loss"] is None) != (plan["predicted_loss"] is None):
+        raise TypeError("of joint_loss and predicted_loss one is missing")
+    if plan["rank_correlation"] is not None:
+        need("details.random_sets", plan["details"].get("random_sets"), int, what="a whole number")
