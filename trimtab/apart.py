@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -51,11 +52,16 @@ def export_apart(model: Path, options: Mapping[str, Any], folder: Path) -> Progr
         kind = getattr(errors, answer["kind"])
         raise (errors.TrimtabError if kind is errors.MissingDependency else kind)(answer["failed"])
     if done.returncode:
-        raise errors.ExportError(
-            f"the process that exports {model} ended with {done.returncode}, as the system ends one when memory runs "
-            "out: see what it said above"
-        )
+        raise errors.ExportError(f"the process that exports {model} {_ended(done.returncode)}")
     return read_program(open_bundle(folder))
+
+
+def _ended(code: int) -> str:
+    """How a process ended that gave no answer, and what to do; below 0 are signals."""
+    if code == -signal.SIGKILL:
+        return "was killed, as the system does when memory runs out: make room, or choose a smaller size"
+    how = f"failed with exit code {code}" if code > 0 else f"was ended by signal {-code}"
+    return f"{how}: see what it said above, and run it with --debug"
 
 
 def main() -> None:
