@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, UNet2DModel
+from diffusers import LatentConsistencyModelPipeline, PixArtTransformer2DModel, UNet2DModel
 from tiny import TWO_LEVELS, clip_text, unet, vae
 
 from trimtab.errors import ExportError
-from trimtab.export.denoisers import _WRAPPERS, check_conditions, denoiser_module, latent_space
+from trimtab.export.denoisers import _WRAPPERS, caption_width, check_conditions, denoiser_module, latent_space
 from trimtab.export.families import FAMILIES
-from trimtab.export.modules import PixelUNet
+from trimtab.export.modules import PixArtTransformer, PixelUNet
 from trimtab.export.source import Source
 
 PipelineFolder = Callable[[str], Path]
@@ -112,6 +112,46 @@ def test_a_learned_time_embedding_is_looked_up(tmp_path: Path) -> None:
     sample = torch.randn(1, 3, 8, 8)
     with torch.no_grad():
         assert torch.equal(PixelUNet(model)(sample, torch.tensor(7.0)), model(sample, 7).sample)
+
+
+@pytest.mark.parametrize(
+    "config", [{"num_class_embeds": 10}, {"class_embed_type": "timestep"}, {"class_embed_type": "identity"}]
+)
+@pytest.mark.parametrize("pipeline", ["DDPMPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+def test_a_unet_that_reads_classes_is_refused_by_name(pipeline: str, config: dict[str, Any]) -> None:
+    levels = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    if pipeline == "DDPMPipeline":
+        blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        model: Any = UNet2DModel(sample_size=8, **levels, **blocks, **config)
+    else:
+        model = unet(**TWO_LEVELS, **config)
+    ((name, value),) = config.items()
+    with pytest.raises(ExportError, match=f"the U-Net reads a class .{name} {value!r}.*: give another"):
+        _WRAPPERS[pipeline](None, model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("caption_channels", "width"), [(32, 32), (None, 24)])
+def test_the_text_of_a_pixart_is_as_wide_as_its_transformer_reads_it(
+    caption_channels: int | None, width: int
+) -> None:
+    model = pixart_transformer(caption_channels=caption_channels)
+    assert caption_width(model) == width
+    sample, text, mask = torch.randn(2, 4, 8, 8), torch.randn(2, 5, width), torch.ones(2, 5)
+    module = PixArtTransformer(model, 8)
+    with torch.no_grad():
+        assert module(sample, torch.tensor(7.0), text, mask).shape == sample.shape
+
+
+def test_a_pixart_that_reads_no_text_is_refused_by_name() -> None:
+    with pytest.raises(ExportError, match="no cross_attention_dim, so that it reads no text"):
+        caption_width(pixart_transformer(cross_attention_dim=None))
+
+
+def pixart_transformer(**config: Any) -> PixArtTransformer2DModel:
+    """The smallest, over latents of 8x8."""
+    small = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "sample_size": 8}
+    sizes = {"in_channels": 4, "out_channels": 8, "patch_size": 2, "use_additional_conditions": False}
+    return PixArtTransformer2DModel(**small | sizes | {"cross_attention_dim": 24} | config).eval()
 
 
 def test_other_pipelines_and_channels_are_refused(pipeline_folder: PipelineFolder, tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ def denoiser_module(source: Source) -> modules.Denoiser:
 
     Raises:
         InputError: The component is missing or damaged.
-        ExportError: The pipeline's class is not supported, or its U-Net takes other channels.
+        ExportError: The pipeline's class is not supported, or its U-Net takes other channels or reads classes.
     """
     wrap = _WRAPPERS.get(source.pipeline_class)
     if wrap is None:
@@ -64,7 +64,40 @@ def denoiser_module(source: Source) -> modules.Denoiser:
     return wrap(source, source.load(denoiser_name(source)))
 
 
+def caption_width(transformer: Any) -> int:
+    """The width of the text that a PixArt transformer reads: before its projection, or as its attention takes it.
+
+    Raises:
+        ExportError: It reads no text.
+    """
+    config = transformer.config
+    width = config.cross_attention_dim if config.caption_channels is None else config.caption_channels
+    if width is None or config.cross_attention_dim is None:
+        raise ExportError(
+            "the transformer has no cross_attention_dim, so that it reads no text, and PixArt's pipeline draws from "
+            "one: give another pipeline"
+        )
+    return int(width)
+
+
+def _pixel_unet(source: Source, unet: Any) -> modules.Denoiser:
+    _check_classes(unet)
+    return modules.PixelUNet(unet)
+
+
+def _check_classes(unet: Any) -> None:
+    """Raises ExportError for a U-Net that reads classes, which no supported pipeline of U-Nets gives."""
+    if unet.class_embedding is not None:
+        found = {name: unet.config.get(name) for name in ("class_embed_type", "num_class_embeds")}
+        told = ", ".join(f"{name} {value!r}" for name, value in found.items() if value is not None)
+        raise ExportError(
+            f"the U-Net reads a class ({told}), and U-Nets without classes are supported: give another pipeline, or a "
+            "DiT for classes"
+        )
+
+
 def _unet(source: Source, unet: Any) -> modules.Denoiser:
+    _check_classes(unet)
     inpainting = _reads_mask(source, unet)
     if unet.config.time_cond_proj_dim is not None:
         return modules.GuidedUNet(unet)
@@ -72,6 +105,7 @@ def _unet(source: Source, unet: Any) -> modules.Denoiser:
 
 
 def _xl_unet(source: Source, unet: Any) -> modules.Denoiser:
+    _check_classes(unet)
     inpainting = _reads_mask(source, unet)
     wrapper = modules.XLInpaintingUNet if inpainting else modules.XLUNet
     if unet.config.time_cond_proj_dim is not None:
@@ -137,7 +171,7 @@ _WRAPPERS: Mapping[str, Callable[[Source, Any], modules.Denoiser]] = {
     "PixArtAlphaPipeline": lambda source, model: modules.PixArtTransformer(model, latent_space(source)[1]),
     "PixArtSigmaPipeline": lambda source, model: modules.PixArtTransformer(model, latent_space(source)[1]),
     "DiTPipeline": lambda source, model: modules.ClassTransformer(model),
-    "DDPMPipeline": lambda source, model: modules.PixelUNet(model),
-    "DDIMPipeline": lambda source, model: modules.PixelUNet(model),
+    "DDPMPipeline": _pixel_unet,
+    "DDIMPipeline": _pixel_unet,
 }
 """Pipeline class -> its wrapper."""

@@ -14,7 +14,13 @@ import torch
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export import encoders, modules
-from trimtab.export.denoisers import check_conditions, denoiser_module, denoiser_name, latent_space
+from trimtab.export.denoisers import (
+    caption_width,
+    check_conditions,
+    denoiser_module,
+    denoiser_name,
+    latent_space,
+)
 from trimtab.export.parts import (
     ROWS,
     TOKENS,
@@ -284,7 +290,7 @@ def pixart(parts: PipelineParts) -> None:
         {
             "sample": sample_example(parts.channels, even=True),
             "timestep": timestep_example(),
-            "encoder_hidden_states": hidden_example(wrapper.model.config.caption_channels),
+            "encoder_hidden_states": hidden_example(caption_width(wrapper.model)),
             "encoder_attention_mask": Example(_example_mask().float(), ("prompts", "tokens")),
         },
     )
