@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +21,8 @@ from trimtab.calibration.ranges import Ranges, fingerprint, load_ranges, measure
 from trimtab.calibration.trajectories import record
 from trimtab.errors import CalibrationError, InputError, TargetError
 from trimtab.passes.precision import SCORES
-from trimtab.program import Program, Segment
+from trimtab.program import Call, Program, Schedule, Segment, Step, Task
+from trimtab.runtime.load import Pipeline
 from trimtab.storage import read_program
 from trimtab.targets.precision import in_precision
 
@@ -102,14 +105,42 @@ def test_a_tensor_is_measured_as_soon_as_it_is_there(tmp_path: Path) -> None:
         assert measured < later, f"x{number + 1} waits for its measurement"
 
 
-def test_few_steps_are_measured_on_more_pictures(
-    bundle_folder: BundleFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with trimtab.load(bundle_folder("dit")) as pipe:
-        steps = min(len(s.steps) for s in pipe.bundle.contents.tasks[pipe.tasks[0]].schedules.values())
-        for evaluations, pictures in ((steps, 1), (steps + 1, 2), (100 * steps, module.PICTURES)):
-            monkeypatch.setattr(module, "EVALUATIONS", evaluations)
-            assert len(module._requests(pipe)) == pictures
+def with_schedules(**calls: list[str]) -> Pipeline:
+    """As much of a pipeline as says what to draw: schedule -> the segment that each of its steps calls."""
+    schedules = {
+        name: Schedule(tuple(Step((Call(segment, {}, {}),)) for segment in segments))
+        for name, segments in calls.items()
+    }
+    task = Task((), (), schedules)
+    contents = SimpleNamespace(tasks={"text-to-image": task}, size=(8, 8))
+    return cast(
+        "Pipeline", SimpleNamespace(bundle=SimpleNamespace(contents=contents), tasks=("text-to-image",))
+    )
+
+
+def schedules(requests: list[dict[str, Any]]) -> list[str]:
+    return [request["schedule"] for request in requests]
+
+
+def test_few_steps_are_measured_on_more_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = with_schedules(only=3 * ["denoiser"])
+    for evaluations, pictures in ((3, 1), (4, 2), (300, module.PICTURES)):
+        monkeypatch.setattr(module, "EVALUATIONS", evaluations)
+        assert schedules(module._requests(pipe)) == pictures * ["only"]
+
+
+def test_the_longest_schedule_within_the_budget_is_measured_and_else_the_shortest() -> None:
+    denoiser = ["denoiser"]
+    of = {"one": denoiser, "most": 20 * denoiser, "few": 4 * denoiser, "more": 50 * denoiser}
+    assert schedules(module._requests(with_schedules(**of))) == ["most"]
+    assert schedules(module._requests(with_schedules(one=denoiser, more=50 * denoiser))) == 4 * ["one"]
+    long = with_schedules(longer=80 * denoiser, more=50 * denoiser)
+    assert schedules(module._requests(long)) == ["more"]
+
+
+def test_segments_that_a_shorter_schedule_alone_calls_are_measured_too() -> None:
+    pipe = with_schedules(most=20 * ["denoiser"], few=["denoiser.full"], fewer=["denoiser"])
+    assert schedules(module._requests(pipe)) == ["most", "few"]
 
 
 def test_ranges_are_saved_and_taken_again_for_the_same_program_alone(

@@ -105,7 +105,8 @@ def measure_ranges(
     Args:
         program: As it will be converted; stays as it was.
         folder: Where its draft is written (see `trimtab.calibration.draft.draft`).
-        requests: Arguments of `Pipeline.prepare`; None for `EVALUATIONS` on the schedule with the fewest steps.
+        requests: Arguments of `Pipeline.prepare`; None for `EVALUATIONS` on the longest schedule of as many
+            steps at most, or else on the shortest.
         earlier: A file of `Ranges.save`, taken in place of a measurement if it is of the same program.
         threads: As `draft` takes them.
         progress: Told every step.
@@ -137,11 +138,28 @@ def measure_ranges(
 
 
 def _requests(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """Whole trajectories of `EVALUATIONS`, and one of every shorter schedule that calls what they do not."""
     task = pipeline.bundle.contents.tasks[pipeline.tasks[0]]
-    plain = {name: len(s.steps) for name, s in task.schedules.items() if "/" not in name}
-    options: dict[str, Any] = {"schedule": min(plain, key=plain.__getitem__)} if plain else {}
-    pictures = math.ceil(EVALUATIONS / max(1, min(plain.values(), default=EVALUATIONS)))
-    return own_requests(pipeline, min(pictures, PICTURES), **options)
+    plain = {name: s for name, s in task.schedules.items() if "/" not in name}
+    if not plain:
+        return own_requests(pipeline, 1)
+    # A schedule of one step sees the first time step alone, where a model is asked for noise.
+    rising = sorted(plain, key=lambda name: len(plain[name].steps))
+    fitting = [name for name in rising if len(plain[name].steps) <= EVALUATIONS]
+    chosen = fitting[-1] if fitting else rising[0]
+    pictures = math.ceil(EVALUATIONS / max(1, len(plain[chosen].steps)))
+    requests = own_requests(pipeline, min(pictures, PICTURES), schedule=chosen)
+    called = _called(plain[chosen])
+    for name in fitting:
+        if not _called(plain[name]) <= called:
+            requests += own_requests(pipeline, 1, schedule=name)
+            called |= _called(plain[name])
+    return requests
+
+
+def _called(schedule: Schedule) -> set[str]:
+    calls = (schedule.prologue, *(step.calls for step in schedule.steps))
+    return {call.segment for some in calls for call in some}
 
 
 def _draw(
