@@ -17,6 +17,8 @@ from trimtab.export.modules import ConditionalUNet, XLUNet
 from trimtab.export.parts import hidden_example, pooled_example, sample_example, timestep_example
 from trimtab.export.trace import Example, trace
 from trimtab.passes.candidates import Candidates
+from trimtab.passes.removal import RemoveLayers
+from trimtab.passes.scopes import SCOPES
 
 
 def test_branches_carry_the_names_of_their_modules() -> None:
@@ -44,6 +46,34 @@ def test_the_fingerprint_is_of_the_architecture_and_not_of_the_weights() -> None
     assert value.const_value is not None
     value.const_value = ir.tensor(2 * value.const_value.numpy(), name=value.name)
     assert Candidates(model).fingerprint == before != Candidates(other).fingerprint
+
+
+def wrapped() -> ir.Model:
+    """Two branches with a weight in common, in a module that another one holds and adds nothing to."""
+    model = residual.denoiser((4, 4))
+    nodes = list(model.graph)
+    shared = model.graph.initializers["blocks.0.second.weight"]
+    for node in nodes:
+        for index, value in enumerate(node.inputs):
+            if value is not None and value.name == "blocks.1.second.weight":
+                node.replace_input_with(index, shared)
+        text = node.metadata_props.get(SCOPES, "")
+        if "blocks" in text:
+            node.metadata_props[SCOPES] = text.replace("'blocks'", "'outer', 'blocks'", 1)
+    return model
+
+
+def test_of_two_candidates_with_one_bypass_one_lies_inside_of_the_other() -> None:
+    candidates = Candidates(wrapped())
+    inside = {name: c.inside for name, c in candidates.items() if c.kind == "block"}
+    assert inside == {"outer": ("blocks.0", "blocks.1", "blocks"), "blocks": ("blocks.0", "blocks.1")}
+    assert candidates.freed(inside) == candidates.freed(["outer"]) == candidates.freed(["blocks"]) > (0, 0)
+
+
+def test_removing_both_of_two_candidates_with_one_bypass_removes_them() -> None:
+    model = wrapped()
+    assert RemoveLayers(["blocks", "outer"])(model).applied == ("outer",)
+    assert not model.graph.initializers.keys() & {"blocks.0.first.weight", "blocks.1.first.weight"}
 
 
 def test_a_dit_block_frees_its_modulation_only_as_a_whole(bundle_folder: Callable[[str], Path]) -> None:

@@ -43,7 +43,7 @@ class Candidate:
         kind: "branch", "block", "pair" or "level".
         parameters: Elements of the weights that nothing else reads.
         bytes: Their bytes.
-        inside: Names of the candidates that go with this one.
+        inside: Names of the candidates that go with this one. Of two that are equal, the second lies in the first.
     """
 
     name: str
@@ -83,8 +83,14 @@ class Candidates(Mapping[str, Candidate]):
             if parameters:
                 self._bypass[name] = bypass
                 sizes[name] = (kind, parameters, count)
+        inside = {name: list(self._inside(name, size[1], sizes)) for name, size in sizes.items()}
+        for number, (name, others) in enumerate(inside.items()):
+            # A module that another one holds and adds nothing to is its equal: each lies inside of the other, and
+            # removing both would be refused twice. The first one stays around.
+            before = list(inside)[:number]
+            inside[name] = [other for other in others if other not in before or name not in inside[other]]
         self._members = {
-            name: Candidate(name, kind, parameters, count, tuple(self._inside(name, parameters, sizes)))
+            name: Candidate(name, kind, parameters, count, tuple(inside[name]))
             for name, (kind, parameters, count) in sizes.items()
         }
 
