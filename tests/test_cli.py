@@ -180,6 +180,7 @@ def test_bench_measures_two_bundles_in_turn(bundle: Path, capsys: pytest.Capture
         (["--class", "1", "--strength", "0.5"], "without a picture"),
         (["--class", "1", "--target", "orin-nano-8gb"], "no engines for orin-nano-8gb"),
         (["--class", "1", "-n", "0"], "one or more"),
+        (["--class", "1", "-n", str(10**15)], "ask for fewer at a time"),
         (["--class", "1", "--seed", str(2**64)], "seed"),
         ([], "give label="),
     ],

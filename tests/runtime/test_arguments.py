@@ -6,7 +6,7 @@ import pytest
 
 from trimtab.errors import InputError
 from trimtab.program import TensorSpec
-from trimtab.runtime.arguments import all_negatives
+from trimtab.runtime.arguments import all_negatives, check_count
 
 KINDS = {"tokens": TensorSpec("tokens", "int64", ("rows*batch", 77), {"kind": "tokens"})}
 
@@ -15,6 +15,16 @@ def test_negative_prompts_follow_their_prompts() -> None:
     assert all_negatives(KINDS, "x", 6, 2) == all_negatives(KINDS, ["x"], 6, 2) == ("x",) * 6
     assert all_negatives(KINDS, ["x", "y", "z"], 6, 2) == ("x", "x", "y", "y", "z", "z")
     assert all_negatives(KINDS, list("uvwxyz"), 6, 2) == tuple("uvwxyz")
+
+
+def test_pictures_that_are_more_than_memory_are_refused_by_arithmetic(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 1_000_000, "SC_PAGE_SIZE": 4096}.__getitem__)
+    check_count(1000, (512, 512))
+    message = "1000000000 pictures of 512x512 take 3,145,728 GB, and this machine has 4: ask for fewer"
+    with pytest.raises(InputError, match=message):
+        check_count(10**9, (512, 512))
 
 
 @pytest.mark.parametrize("negatives", [[], ["x", "y"], ["x"] * 4])

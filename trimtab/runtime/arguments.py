@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import os
 import re
 import secrets
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,27 @@ class Asked:
     image: str | Path | Image | Pixels | None
     mask: str | Path | Image | Pixels | None
     strength: float | None
+
+
+def check_count(count: int, size: tuple[int, int]) -> None:
+    """Refuses a number of pictures whose pixels alone are more than the machine's memory, before lists are made of it.
+
+    Args:
+        count: Pictures for each prompt or label.
+        size: (width, height) in pixels.
+
+    Raises:
+        InputError: Fewer than one, or too many.
+    """
+    if count < 1:
+        raise InputError(f"{count} pictures were asked for: ask for one or more")
+    each = size[0] * size[1] * 3 * 4  # float32, as a result holds them
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if count * each > memory:
+        raise InputError(
+            f"{count} pictures of {size[0]}x{size[1]} take {count * each / 1e9:,.0f} GB, and this machine has "
+            f"{memory / 1e9:,.0f}: ask for fewer at a time"
+        )
 
 
 def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | None) -> tuple[float, int]:

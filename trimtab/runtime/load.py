@@ -19,6 +19,7 @@ from trimtab.runtime.arguments import (
     all_negatives,
     all_seeds,
     all_texts,
+    check_count,
     choose_schedule,
     for_size,
     guidance_scale,
@@ -244,8 +245,7 @@ class Pipeline:
             check_size(asked.size, contents.size, contents.size_multiple, contents.fixed_size)
         size = asked.size or contents.size
         kinds = {str(spec.source.get("kind")): spec for spec in task.inputs}
-        if asked.count < 1:
-            raise InputError(f"{asked.count} pictures were asked for: ask for one or more")
+        check_count(asked.count, size)
         prompts = all_texts(kinds, asked.prompt, asked.count)
         labels = all_labels(kinds, asked.label, asked.count)
         batch = len(prompts) or len(labels) or asked.count
