@@ -53,12 +53,20 @@ def check_count(count: int, size: tuple[int, int]) -> None:
     if count < 1:
         raise InputError(f"{count} pictures were asked for: ask for one or more")
     each = size[0] * size[1] * 3 * 4  # float32, as a result holds them
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = _memory_bytes()
     if count * each > memory:
         raise InputError(
             f"{count} pictures of {size[0]}x{size[1]} take {count * each / 1e9:,.0f} GB, and this machine has "
             f"{memory / 1e9:,.0f}: ask for fewer at a time"
         )
+
+
+def _memory_bytes() -> float:
+    """The machine's memory; infinite where the system does not say, as Windows."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return np.inf
 
 
 def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | None) -> tuple[float, int]:
