@@ -94,10 +94,7 @@ def _scheduler(files: OnnxFiles) -> Any:
         for option in files.scheduler_options:
             if option not in names:
                 raise InputError(f"{files.path}: {name} has no option {option!r}: {nearest(option, names)}")
-    try:
-        return make_scheduler(name, {"_class_name": name, **files.scheduler, **files.scheduler_options})
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{files.path}: {name} does not take these options ({error})") from None
+    return make_scheduler(name, {"_class_name": name, **files.scheduler, **files.scheduler_options})
 
 
 def _check_references(files: OnnxFiles, opened: Mapping[str, Foreign]) -> None:

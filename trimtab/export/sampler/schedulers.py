@@ -87,8 +87,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     except Exception as error:  # a constructor raises what it likes
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{class_name} cannot be made from the pipeline's scheduler ({reason[0]}): "
-            f"choose one of {', '.join(SCHEDULERS)}"
+            f"{class_name} does not take these options ({reason[0]}): mend the scheduler's configuration, or choose "
+            f"one of {', '.join(SCHEDULERS)}"
         ) from error
 
 
