@@ -14,10 +14,11 @@ import pytest
 import residual
 
 from trimtab.calibration.gates import GatedDenoiser
-from trimtab.calibration.sensitivity import GatedGraph, kept_losses
+from trimtab.calibration.sensitivity import GatedGraph, kept_losses, mark_of
 from trimtab.calibration.trajectories import Sample
 from trimtab.calibration.workers import Workers
 from trimtab.errors import CalibrationError, InputError, MissingDependency
+from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import RemoveLayers
 
 
@@ -85,6 +86,26 @@ def test_a_file_of_another_model_or_of_other_samples_is_refused(tmp_path: Path) 
         graph(tmp_path / "b", widths=(4, 8, 13)).score(Workers(), log=log)
     with pytest.raises(CalibrationError, match="losses on other samples"):
         graph(tmp_path / "c", count=4).score(Workers(), log=log)
+
+
+def test_a_file_of_the_same_architecture_with_other_weights_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "losses"
+    gated = graph(tmp_path / "a")
+    gated.score(Workers(), log=log)
+    assert kept_losses(log, mark_of(gated.candidates)) == 9
+    other = residual.denoiser()
+    value = other.graph.initializers["blocks.0.first.weight"]
+    assert value.const_value is not None
+    value.const_value = ir.tensor(2 * value.const_value.numpy(), name=value.name)
+    trained = Candidates(other)
+    assert trained.fingerprint == gated.candidates.fingerprint
+    with pytest.raises(CalibrationError, match="losses of another model"):
+        kept_losses(log, mark_of(trained))
+    samples = [
+        Sample(i, "denoiser", residual.inputs(seed=i), np.zeros((1, 6, 5), np.float32)) for i in range(3)
+    ]
+    with pytest.raises(CalibrationError, match="losses of another model"):
+        GatedGraph(other, samples, tmp_path / "b").score(Workers(), log=log)
 
 
 @pytest.mark.parametrize("text", ["what\n", "[1]\n", "{}\n{}\n"])

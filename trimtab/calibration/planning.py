@@ -15,7 +15,7 @@ from trimtab.calibration.choice import Wish
 from trimtab.calibration.draft import draft
 from trimtab.calibration.forecast import least_seconds
 from trimtab.calibration.measures import Measure
-from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores, clock, kept_losses
+from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores, clock, kept_losses, mark_of
 from trimtab.calibration.trajectories import record_each, stratified
 from trimtab.calibration.workers import Workers
 from trimtab.errors import InputError, PassError
@@ -84,7 +84,10 @@ def score_layers(
     model = program.segments[DENOISER].model
     candidates = Candidates(model)
     names = tuple(candidates if names is None else names)
-    kept = 0 if calibration.log is None else kept_losses(calibration.log, candidates.fingerprint)
+    mark, kept = None, 0
+    if calibration.log is not None:
+        mark = mark_of(candidates)
+        kept = kept_losses(calibration.log, mark)
     thrifty, workers = _thrifty(program, folder), calibration.workers
     with draft(thrifty, folder, threads=workers.threads, lean=True) as pipeline:
         walk = stratified(
@@ -118,7 +121,7 @@ def score_layers(
         if progress is not None:
             progress(0, steps + jobs)
         samples = record_each(pipeline, walk, on_step=on_step)
-    graph = GatedGraph(model, samples, folder)
+    graph = GatedGraph(model, samples, folder, mark)
 
     def on_loss(done: int, total: int) -> None:
         if progress is not None:

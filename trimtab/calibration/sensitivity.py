@@ -27,6 +27,7 @@ from trimtab.errors import CalibrationError
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.split_attention import SplitAttention
 from trimtab.storage import GRAPHS
+from trimtab.targets.key import weights_digest
 from trimtab.weights import WeightStore
 
 logger = logging.getLogger(__name__)
@@ -69,10 +70,14 @@ class GatedGraph:
         model: The denoiser with its sampler; its large weights lie in ``folder / "graphs"`` or are written there.
         samples: See `trimtab.calibration.trajectories.record`.
         folder: Of a draft.
+        mark: The model's `mark_of`, where it is known already.
     """
 
-    def __init__(self, model: ir.Model, samples: Sequence[Sample], folder: Path) -> None:
+    def __init__(
+        self, model: ir.Model, samples: Sequence[Sample], folder: Path, mark: str | None = None
+    ) -> None:
         self.candidates = Candidates(model)
+        self._mark = mark
         self.samples = [row_of(sample, model, number) for number, sample in enumerate(samples)]
         self.path = folder / GRAPHS / "denoiser.gated.onnx"
         gated = add_gates(model, self.candidates)
@@ -162,7 +167,20 @@ class GatedGraph:
 
     def _header(self) -> dict[str, object]:
         samples = [_hash(sample) for sample in self.samples]
-        return {"schema": _SCHEMA, "fingerprint": self.candidates.fingerprint, "samples": samples}
+        if self._mark is None:
+            self._mark = mark_of(self.candidates)
+        return {"schema": _SCHEMA, "fingerprint": self._mark, "samples": samples}
+
+
+def mark_of(candidates: Candidates) -> str:
+    """A hash of a denoiser that losses are of: its architecture and the values of its weights.
+
+    `Candidates.fingerprint` leaves the values out, for a plan may be carried out on a model that was trained further.
+    The sampler's own constants are scalars or whole numbers, and are left out.
+    """
+    values = (v for v in candidates.all_weights if v.dtype is not None and v.dtype.is_floating_point())
+    weights = weights_digest(v for v in values if v.const_value is not None and v.const_value.size > 1)
+    return hashlib.sha256(f"{candidates.fingerprint} {weights}".encode()).hexdigest()
 
 
 def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
@@ -192,13 +210,17 @@ def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
     return inputs
 
 
-def kept_losses(log: Path, fingerprint: str) -> int:
+def kept_losses(log: Path, mark: str) -> int:
     """How many losses of single layers a file holds, whatever the samples: found out before anything is measured.
+
+    Args:
+        log: The file.
+        mark: `mark_of` the model.
 
     Raises:
         CalibrationError: The file is of another model, or of something else.
     """
-    return sum(len(names) == 1 for (_, names), _ in peek(log, fingerprint, _parse, holds="losses"))
+    return sum(len(names) == 1 for (_, names), _ in peek(log, mark, _parse, holds="losses"))
 
 
 def _parse(entry: Mapping[str, Any]) -> tuple[Job, float]:

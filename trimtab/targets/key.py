@@ -110,6 +110,13 @@ def graph_digest(model: ir.Model) -> str:
     return hashlib.sha256(_canonical(described)).hexdigest()
 
 
+def weights_digest(weights: Iterable[ir.Value]) -> str:
+    """SHA-256 of the names, types, shapes and bytes of initializers, in hexadecimal; files are read in pieces."""
+    known = {str(value.name): value.const_value for value in weights}
+    described = dict(zip(known, on_all_cores(_tensor, known.values()), strict=True))
+    return hashlib.sha256(_canonical(described)).hexdigest()
+
+
 class _Walk:
     """Describes a graph and those inside it; values are known by where they come from, not by their names."""
 
