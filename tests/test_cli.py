@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import foreign
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trimtab.__main__ import main as command
 from trimtab.cli import main
 
 pytestmark = pytest.mark.xdist_group("dit")
@@ -323,6 +325,32 @@ def test_a_full_disk_leaves_nothing_and_the_old_bundle_stays(
     assert main(["inspect", str(copied_bundle)]) == 0
 
 
+INTERRUPTED = "trimtab: error: interrupted: nothing was written"
+
+
+def test_ctrl_c_while_modules_are_imported_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Importing(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "trimtab.cli", Importing("trimtab.cli"))
+    assert command() == 1
+    assert capsys.readouterr().err.strip() == INTERRUPTED
+
+
+def test_ctrl_c_while_a_text_is_executed_is_exit_code_1_and_no_signal(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(
+        "import sys, trimtab.cli as cli; from trimtab.__main__ import main\n"
+        "cli._devices = lambda arguments: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(main())\n"
+    )
+    arguments = [sys.executable, "-m", "module", "devices"]
+    done = subprocess.run(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr.strip()) == (1, INTERRUPTED)
+
+
 @pytest.mark.parametrize("moment", ["while it starts", "while it writes", "while another process exports"])
 def test_ctrl_c_leaves_nothing(damaged: Path, tmp_path: Path, moment: str) -> None:
     place = tmp_path / "place"
@@ -348,6 +376,6 @@ def test_ctrl_c_leaves_nothing(damaged: Path, tmp_path: Path, moment: str) -> No
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert err.strip() == "trimtab: error: interrupted: nothing was written"
+    assert err.strip() == INTERRUPTED
     assert out == ""
     assert not list(place.iterdir())

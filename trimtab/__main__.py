@@ -1,7 +1,25 @@
-"""``python -m trimtab``."""
+"""``python -m trimtab``, and the command ``trimtab``: Ctrl-C ends it in one line, from its first import on."""
 
 import sys
 
-from trimtab.cli import main
 
-sys.exit(main())
+def main() -> int:
+    """Runs the command line; gives its exit code."""
+    try:
+        from trimtab.cli import main as run
+
+        code = run()
+    except KeyboardInterrupt:  # before a command was known, and so before anything was written
+        if "--debug" in sys.argv:
+            raise
+        print("trimtab: error: interrupted: nothing was written", file=sys.stderr)
+        code = 1
+    # CPython ends `python -m` by SIGINT, whatever its exit code, where one came while a text was executed, as every
+    # dataclass is when it is imported, and though it was caught since; the next text makes it forget that
+    # (_Py_UnhandledKeyboardInterrupt in Python/pythonrun.c).
+    exec("")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
