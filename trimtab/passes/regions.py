@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -161,8 +161,7 @@ def _modules(graph: ir.Graph, name: str) -> list[str]:
 def _stands_for(graph: ir.Graph, paths: Iterable[str]) -> tuple[str, ...]:
     """The tensors that, if they are known, leave some modules nothing to do; none where layers were removed whole."""
     tree = module_tree(graph)
-    nodes = {node for path in paths for node in tree[path].nodes}
-    inside = set(nodes)
+    inside = _with_unnamed(graph, {node for path in paths for node in tree[path].nodes})
     outputs = [
         value
         for node in graph
@@ -170,7 +169,35 @@ def _stands_for(graph: ir.Graph, paths: Iterable[str]) -> tuple[str, ...]:
         for value in node.outputs
         if _is_map(value) and any(user not in inside for user, _ in value.uses())
     ]
-    return tuple(_contribution(graph, value, inside) for value in outputs)
+    return tuple(_contribution(graph, value, inside) for value in _features(graph, outputs))
+
+
+def _with_unnamed(graph: ir.Graph, nodes: set[ir.Node]) -> set[ir.Node]:
+    """Some nodes, and those between them that lost their module's name: an optimizer's Split in a layer's middle."""
+    inside = set(nodes)
+    for node in reversed(graph):
+        users = [user for value in node.outputs for user, _ in value.uses()]
+        if SCOPES not in node.metadata_props and users and inside.issuperset(users):
+            ends = any(value.is_graph_output() for value in node.outputs)
+            if not ends and any(value is not None and value.producer() in inside for value in node.inputs):
+                inside.add(node)
+    return inside
+
+
+def _features(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Value]:
+    """Those of a module's outputs that are its own, and no conditioning of other modules.
+
+    The first block that needs the time's embedding or the positions makes them for all (PixArt, Flux). They follow
+    from fewer of the model's inputs than what a block makes of the sample, and inherited they would tell the blocks
+    that run the time of an earlier step. Positions follow from none: a part repeats them, and no step keeps them.
+    """
+    reads: dict[ir.Value, frozenset[ir.Value]] = {value: frozenset({value}) for value in graph.inputs}
+    for node in graph:
+        given = () if node.op_type == "Shape" else node.inputs
+        read = frozenset[ir.Value]().union(*(reads.get(value, ()) for value in given if value is not None))
+        reads.update(dict.fromkeys(node.outputs, read))
+    most = [reads[value] for value in values]
+    return [v for v in values if reads[v] and not any(reads[v] < other for other in most)]
 
 
 def _contribution(graph: ir.Graph, value: ir.Value, inside: set[ir.Node]) -> str:

@@ -1,0 +1,73 @@
+"""What stands for a block of a transformer: what it adds to its streams, and nothing that other blocks read too."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+import torch
+from chains import program as program_of
+
+from trimtab.export.trace import Example, trace
+from trimtab.passes.inherit import inherit
+from trimtab.passes.inherit_plan import InheritPlan
+from trimtab.passes.regions import find_region
+from trimtab.program import Call
+
+WIDTH = 8
+TOKENS = 3
+
+
+class Block(torch.nn.Module):
+    """A layer on text and picture joined (Flux's single blocks), scaled by a time and turned by positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(
+        self, text: torch.Tensor, x: torch.Tensor, time: torch.Tensor, made: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not made:  # the exporter makes once, in the first block, what every block says alike
+            made.append(time[:, None].expand(-1, 2, -1).reshape(time.shape[0], 2, WIDTH).sin())
+            made.append(torch.arange(TOKENS + x.shape[1], dtype=x.dtype)[None, :, None].cos())
+        scale, shift = made[0].chunk(2, dim=1)
+        joined = torch.cat([text, x], dim=1)
+        joined = joined + self.layer(joined * made[1]) * scale + shift
+        return joined[:, :TOKENS], joined[:, TOKENS:]
+
+
+class Blocks(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.single_transformer_blocks = torch.nn.ModuleList(Block() for _ in range(4))
+
+    def forward(self, x0: torch.Tensor, text: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        x, made = x0, list[torch.Tensor]()
+        for block in self.single_transformer_blocks:
+            text, x = block(text, x, time, made)
+        return x + text.mean(dim=1, keepdim=True)
+
+
+def traced() -> ir.Model:
+    torch.manual_seed(0)
+    examples = {
+        "x0": Example(torch.randn(2, 6, WIDTH), ("n", "length", None)),
+        "text": Example(torch.randn(2, TOKENS, WIDTH), ("n", None, None)),
+        "time": Example(torch.randn(2, WIDTH), ("n", None)),
+    }
+    return trace(Blocks().eval(), examples, ["x"])
+
+
+def test_no_block_inherits_the_time_or_the_positions_that_it_makes_for_all() -> None:
+    model = traced()
+    region = find_region(model, "blocks 0-1")
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    lengths = {str(values[name].shape) for name in region.values}
+    assert len(region.values) == 2 and lengths == {f"[n,{TOKENS},{WIDTH}]", f"[n,length,{WIDTH}]"}
+
+
+def test_positions_that_no_step_keeps_do_not_make_every_step_a_full_one() -> None:
+    model = traced()
+    one = Call("denoiser", {name: name for name in ("x0", "text", "time")}, {"x": "y"})
+    program = inherit(program_of(model, one, one), InheritPlan(skip=("layers",), every=2))
+    full, inheriting = (step.calls[0] for step in program.tasks["t"].schedules["s"].steps)
+    assert full.inputs == one.inputs and len(inheriting.inputs) > len(one.inputs)
