@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from chains import program as program_of
+from chains import run_model
 
 from trimtab.export.trace import Example, trace
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
+from trimtab.passes.partition import reach
 from trimtab.passes.regions import find_region
+from trimtab.passes.scopes import scopes
 from trimtab.program import Call
 
 WIDTH = 8
@@ -55,6 +59,27 @@ def traced() -> ir.Model:
         "time": Example(torch.randn(2, WIDTH), ("n", None)),
     }
     return trace(Blocks().eval(), examples, ["x"])
+
+
+def given(seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    shapes = {"x0": (2, 5, WIDTH), "text": (2, TOKENS, WIDTH), "time": (2, WIDTH)}
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def test_streams_that_a_block_joins_and_parts_are_inherited_by_what_is_added_to_each() -> None:
+    model = traced()
+    (expected,) = run_model(model, given(0)).values()
+    region = find_region(model, "blocks 1-2")
+    assert len(region.values) == 2 and all(name.endswith("/added") for name in region.values)
+    np.testing.assert_allclose(run_model(model, given(0))["x"], expected, atol=1e-5)
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    running = reach(model.graph.outputs, {values[name]: None for name in region.values}, set())
+    paths = {path for node in running if node.op_type in ("MatMul", "Gemm") for path in scopes(node)}
+    assert {path for path in paths if path.endswith(".layer")} == {
+        "single_transformer_blocks.0.layer",
+        "single_transformer_blocks.3.layer",
+    }
 
 
 def test_no_block_inherits_the_time_or_the_positions_that_it_makes_for_all() -> None:

@@ -222,18 +222,39 @@ def _is_shortcut(value: ir.Value | None, inside: set[ir.Node]) -> bool:
 
 
 def _residual(value: ir.Value, inside: set[ir.Node]) -> ir.Value | None:
-    """The value from outside that reaches this one through Adds alone."""
+    """The value from outside that reaches this one through Adds alone, and what joins two streams and parts them."""
     stack, known = [value], {value}
     while stack:
         item = stack.pop()
         node = item.producer()
         if node not in inside or node is None:
             return item
-        if _is_sum(node):
-            nearer = [v for v in node.inputs if v is not None and v not in known and v.shape == value.shape]
-            stack += nearer
-            known.update(nearer)
+        nearer = _joined(node, inside) if node.op_type == "Slice" else _summands(node)
+        stack += (nearer := [v for v in nearer if v not in known and v.shape == value.shape])
+        known.update(nearer)
     return None
+
+
+def _summands(node: ir.Node) -> list[ir.Value]:
+    return [_not_none(value) for value in node.inputs] if _is_sum(node) else []
+
+
+def _joined(node: ir.Node, inside: set[ir.Node]) -> list[ir.Value]:
+    """What a Slice takes back of Concats that reach it through Adds: Flux's single blocks join text and picture."""
+    start = node.inputs[1]
+    constant = None if start is None else start.const_value
+    end = 0 if constant is not None and not constant.numpy().any() else -1
+    stack, known, found = [_not_none(node.inputs[0])], set[ir.Value](), list[ir.Value]()
+    while stack:
+        item = stack.pop()
+        maker = item.producer()
+        if maker is None or maker not in inside or item in known:
+            continue
+        known.add(item)
+        stack += _summands(maker)
+        if maker.op_type == "Concat":
+            found.append(_not_none(maker.inputs[end]))
+    return found
 
 
 def _as_difference(graph: ir.Graph, value: ir.Value, source: ir.Value) -> str:
