@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 import torch
+from chains import add, chain, run_model
 from chains import program as program_of
-from chains import run_model
 
 from trimtab.export.trace import Example, trace
 from trimtab.passes.inherit import inherit
@@ -96,3 +97,30 @@ def test_positions_that_no_step_keeps_do_not_make_every_step_a_full_one() -> Non
     program = inherit(program_of(model, one, one), InheritPlan(skip=("layers",), every=2))
     full, inheriting = (step.calls[0] for step in program.tasks["t"].schedules["s"].steps)
     assert full.inputs == one.inputs and len(inheriting.inputs) > len(one.inputs)
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("self-attention", ("joint", "second", "cross_reads")),
+        ("cross-attention", ("cross",)),
+        ("feed-forward", ("picture", "text", "single")),
+    ],
+)
+def test_units_are_those_of_every_transformer(unit: str, expected: tuple[str, ...]) -> None:
+    modules = {
+        "joint": "transformer_blocks.0.attn",
+        "second": "transformer_blocks.0.attn2",  # SD3.5: of the picture alone
+        "picture": "transformer_blocks.0.ff",
+        "text": "transformer_blocks.0.ff_context",
+        "cross_reads": "transformer_blocks.1.attn1",
+        "cross": "transformer_blocks.1.attn2",
+        "single": "single_transformer_blocks.0.act_mlp",
+    }
+    model = chain(1)
+    graph = model.graph
+    value = graph.outputs.pop()
+    for name, path in modules.items():
+        value = add(graph, path, "Relu", [value], name)
+    graph.outputs.append(add(graph, "norm_out", "Neg", [value], "out"))
+    assert find_region(model, unit).values == expected

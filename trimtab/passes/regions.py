@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -33,9 +33,10 @@ from trimtab.passes.scopes import SCOPES, module_tree, scopes
 UNITS = {
     "self-attention": ("attn1", "attn"),
     "cross-attention": ("attn2",),
-    "feed-forward": ("ff", "ff_context"),
+    "feed-forward": ("ff", "ff_context", "act_mlp"),
 }
-"""Unit -> the last part of its modules' names in diffusers."""
+"""Unit -> the last part of its modules' names in diffusers; `act_mlp` ends what Flux's single blocks have beside their
+attention. Beside a joint `attn`, which reads the text too, an `attn2` is a second self-attention (SD3.5)."""
 
 _OURS = repr(["", "inherit"])
 """The scopes of nodes that are added here: no module's, or they would count to other regions of the same blocks."""
@@ -142,13 +143,13 @@ def _blocks(graph: ir.Graph) -> list[str]:
 
 def _modules(graph: ir.Graph, name: str) -> list[str]:
     """Paths of the modules that a name means, outermost only."""
-    paths = list(module_tree(graph))
+    paths = dict.fromkeys(module_tree(graph))
     if name == "layers":
         found = [path for path in paths if _LAYER.match(path)]
     elif name == "convolution":
         found = [path for path in paths if _RESNET.match(path)]
     elif name in UNITS:
-        found = [path for path in paths if path.rpartition(".")[2] in UNITS[name]]
+        found = [path for path in paths if _unit(path, paths) == name]
     else:
         found = [path for path in paths if fnmatch.fnmatchcase(path, name)]
     found = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
@@ -156,6 +157,14 @@ def _modules(graph: ir.Graph, name: str) -> list[str]:
         hint = "it has no module names" if not paths else "trimtab compare lists its modules"
         raise PassError(f"{name} is to be inherited and the denoiser has no such module ({hint})")
     return found
+
+
+def _unit(path: str, paths: Container[str]) -> str | None:
+    """The unit that a module is."""
+    block, _, last = path.rpartition(".")
+    if last == "attn2" and f"{block}.attn" in paths:
+        return "self-attention"
+    return next((unit for unit, names in UNITS.items() if last in names), None)
 
 
 def _stands_for(graph: ir.Graph, paths: Iterable[str]) -> tuple[str, ...]:
