@@ -42,7 +42,7 @@ def partition(program: Program) -> Program:
     are needed; a weight stands in one segment, unless several read it.
 
     Args:
-        program: The graphs that are cut are edited (`LocalizeSizes`) before, where the parts then know their sizes.
+        program: It stays as it is, and can be cut again: the parts are of edited copies (`LocalizeSizes`) if they can.
 
     Returns:
         A program whose calls name inputs and outputs only.
@@ -183,7 +183,7 @@ class _Cut:
         own = self._differences(_Sources(set(), {}))
         if not (sharing := 0 < len(own) < len(self.models[self.name].graph)) and not self.inner:
             return {}
-        computed = {name: model.clone() for name, model in self.models.items()}
+        whole, self.models = self.models, {name: model.clone() for name, model in self.models.items()}
         for model in self.models.values():
             LocalizeSizes()(model)
         try:
@@ -191,7 +191,7 @@ class _Cut:
         except PassError:
             if any(other for kind in self.kinds for _, other in kind.given):
                 raise  # what stands for a value may have another size than the sample's says
-        self.models = computed  # a transformer's tail has no tensor with the sample's height but the sample
+        self.models = whole  # a transformer's tail has no tensor with the sample's height but the sample
         return self._cut_at(sharing)
 
     def _cut_at(self, sharing: bool) -> dict[str, ir.Model]:
