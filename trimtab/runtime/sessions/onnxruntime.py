@@ -210,6 +210,8 @@ class OnnxRuntimeCpu:
 
     def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
         """See `trimtab.runtime.sessions.Backend`."""
+        if self._fast and engine.packed:
+            _map_large_buffers()  # every stage of decoding is a copy of all weights, and none goes back otherwise
         return OnnxRuntimeSession(path, self._threads, fold=self._fast or not engine.packed, lean=self._lean)
 
     def fused(self, runs: Sequence[Run]) -> Run:
