@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,17 @@ SEED = 0
 
 def with_diffusers() -> dict[str, Any]:
     """Seconds to load, seconds a step, and the pictures, as diffusers does it."""
+    warnings.simplefilter("ignore", FutureWarning)  # of names that they are about to change
     start = time.perf_counter()
     import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # at its import diffusers asks it for what only other models need
+    transformers.logging.disable_progress_bar()
+    import diffusers
     from diffusers import StableDiffusionPipeline
 
+    diffusers.utils.logging.disable_progress_bar()
     pipe = StableDiffusionPipeline.from_pretrained(MODEL, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     loaded = time.perf_counter()
