@@ -106,10 +106,7 @@ def _unet(source: Source, unet: Any) -> modules.Denoiser:
 
 def _xl_unet(source: Source, unet: Any) -> modules.Denoiser:
     _check_classes(unet)
-    inpainting = _reads_mask(source, unet)
-    wrapper = modules.XLInpaintingUNet if inpainting else modules.XLUNet
-    if unet.config.time_cond_proj_dim is not None:
-        wrapper = modules.XLGuidedUNet
+    wrapper = modules.XLInpaintingUNet if _reads_mask(source, unet) else modules.XLUNet
     return wrapper(unet, latent_space(source)[1])
 
 
@@ -121,12 +118,13 @@ def _reads_mask(source: Source, unet: Any) -> bool:
             f"the U-Net takes {unet.config.in_channels} channels, and {channels} (plain) or {2 * channels + 1} "
             "(inpainting) are supported: depth, upscaling and instruction models are not"
         )
-    if unet.config.in_channels != channels and unet.config.time_cond_proj_dim is not None:
+    inpainting = bool(unet.config.in_channels != channels)
+    if inpainting and unet.config.time_cond_proj_dim is not None:
         raise ExportError(
             f"the U-Net reads a mask ({unet.config.in_channels} channels) and the guidance scale "
             "(time_cond_proj_dim), and one of both is supported: give a plain LCM or a plain inpainting model"
         )
-    return bool(unet.config.in_channels != channels)
+    return inpainting
 
 
 SIZE_CONDITIONS = 6
@@ -146,9 +144,8 @@ def check_conditions(source: Source) -> None:
             f"the U-Net has addition_embed_type {unet.get('addition_embed_type')!r}, and SDXL's has 'text_time': "
             "give another pipeline"
         )
-    found = (
-        projected - text.get("projection_dim", 512)
-    ) / width  # 512 is CLIP's default, and is left out then
+    pooled = text.get("projection_dim", 512)  # CLIP's default, which is left out
+    found = (projected - pooled) / width
     if found != SIZE_CONDITIONS:
         raise ExportError(
             f"the U-Net reads {found:g} conditions beside the text, and {SIZE_CONDITIONS} are supported, as SDXL's "

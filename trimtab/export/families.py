@@ -111,7 +111,7 @@ def _known_examples(parts: PipelineParts) -> dict[str, Example]:
 
 
 def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> None:
-    """An LCM's denoiser reads the guidance scale itself, in the place of a second, negative row."""
+    """The denoiser of an LCM or of Flux reads the guidance scale itself, in the place of a second, negative row."""
     inputs["guidance"] = Example(torch.tensor(7.5))
     parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
     parts.conditioning["guidance"] = "guidance"
@@ -183,7 +183,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     strength = {"image-to-image": 0.3, "inpainting": 0.9999}
     parts.own_posteriors = True
     parts.task_guidance = {"inpainting": 7.5}
-    if isinstance(wrapper, modules.XLGuidedUNet):
+    if config.time_cond_proj_dim is not None:
         _read_guidance(parts, inputs)
     elif isinstance(wrapper, modules.XLInpaintingUNet):
         inputs |= _known_examples(parts)
@@ -253,9 +253,7 @@ def flux(parts: PipelineParts) -> None:
     parts.classifier_free = False
     parts.guidance = None
     if config.guidance_embeds:
-        inputs["guidance"] = Example(torch.tensor(3.5))
-        parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
-        parts.conditioning["guidance"] = "guidance"
+        _read_guidance(parts, inputs)
         parts.guidance = 3.5
         parts.task_guidance = {"image-to-image": 7.0}
     parts.start_from_pictures({"image-to-image": 0.6})

@@ -95,7 +95,10 @@ class GuidedUNet(Denoiser):
 
 
 class XLUNet(Denoiser):
-    """SDXL's U-Net; the size conditioning says that the picture is drawn whole, at the size asked for."""
+    """SDXL's U-Net; the size conditioning says that the picture is drawn whole, at the size asked for.
+
+    Distilled into an LCM, it reads the guidance scale too.
+    """
 
     def __init__(self, model: nn.Module, factor: int) -> None:
         super().__init__(model)
@@ -107,34 +110,22 @@ class XLUNet(Denoiser):
         timestep: Tensor,
         encoder_hidden_states: Tensor,
         text_embeds: Tensor,
-        timestep_cond: Tensor | None = None,
+        guidance: Tensor | None = None,
     ) -> Tensor:
         height, width = _pixels(sample, self.factor)
         crop = torch.zeros_like(height)
         time_ids = torch.cat([height, width, crop, crop, height, width], dim=1)
+        embedding = None
+        if guidance is not None:
+            embedding = _guidance_embedding(guidance, sample, self.model.config.time_cond_proj_dim)
         return self.model(
             sample,
             timestep,
             encoder_hidden_states,
-            timestep_cond=timestep_cond,
+            timestep_cond=embedding,
             added_cond_kwargs={"text_embeds": text_embeds, "time_ids": time_ids},
             return_dict=False,
         )[0]
-
-
-class XLGuidedUNet(XLUNet):
-    """SDXL's U-Net distilled into an LCM: it reads the guidance scale."""
-
-    def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        text_embeds: Tensor,
-        guidance: Tensor,
-    ) -> Tensor:
-        embedding = _guidance_embedding(guidance, sample, self.model.config.time_cond_proj_dim)
-        return super().forward(sample, timestep, encoder_hidden_states, text_embeds, embedding)
 
 
 class XLInpaintingUNet(XLUNet):
