@@ -105,13 +105,7 @@ def _work(
     try:
         with load(bundle, target=target, provider=provider, threads=threads) as pipe:
             contents = pipe.bundle.contents
-            inputs = contents.tasks[pipe.tasks[0]].inputs
-            sources = [spec.source.get("kind") for spec in inputs]
-            options: dict[str, Any] = {"seed": 0, **stand_ins(inputs, contents.size)}
-            if "tokens" in sources:
-                options["prompt"] = "a picture"
-            if "label" in sources:
-                options["label"] = 0
+            options = {"seed": 0, **stand_ins(contents.tasks[pipe.tasks[0]].inputs, contents.size)}
             while True:
                 connection.recv()
                 connection.send(_picture(pipe, options))

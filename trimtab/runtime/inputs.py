@@ -250,23 +250,26 @@ def _mask(spec: TensorSpec, request: Request) -> Array:
     return request.mask
 
 
-def stand_ins(inputs: Iterable[TensorSpec], size: tuple[int, int]) -> dict[str, Array]:
-    """What stands in for a user's picture and mask in the tasks that need them: grey, to be drawn anew as a whole.
+def stand_ins(inputs: Iterable[TensorSpec], size: tuple[int, int]) -> dict[str, Any]:
+    """What stands in for a user's wishes in the tasks that need them: any picture; a grey one, to be drawn anew whole.
 
     Args:
         inputs: The task's.
         size: (width, height) in pixels.
 
     Returns:
-        ``image`` and ``mask`` as `trimtab.runtime.load.Pipeline.prepare` takes them, as far as the task has them.
+        ``prompt``, ``label``, ``image`` and ``mask`` as `trimtab.runtime.load.Pipeline.prepare` takes them, as far as
+        the task has them.
     """
     kinds = {spec.source.get("kind") for spec in inputs}
     width, height = size
     made = {
-        "image": np.full((height, width, 3), 0.5, np.float32),
-        "mask": np.ones((height, width, 1), np.float32),
+        "tokens": ("prompt", "a picture"),
+        "label": ("label", 0),
+        "image": ("image", np.full((height, width, 3), 0.5, np.float32)),
+        "mask": ("mask", np.ones((height, width, 1), np.float32)),
     }
-    return {name: array for name, array in made.items() if name in kinds}
+    return dict(made[kind] for kind in made if kind in kinds)
 
 
 def _window_shifts(spec: TensorSpec, request: Request) -> Array:
