@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.calibration.sensitivity import row_of
-from trimtab.calibration.trajectories import Array, Sample
+from trimtab.calibration.trajectories import Array, Sample, digest
 from trimtab.errors import InputError
 from trimtab.program import STATE
 
@@ -64,11 +63,7 @@ class Trajectories:
         if not self._rows:
             raise InputError("there is nothing to train on: record at least one evaluation")
         self._axes = batch_axes(model)
-        digest = hashlib.sha256()
-        for row in (row for rows in self._rows for row in rows):
-            for name, array in sorted(row.items()):
-                digest.update(name.encode() + array.tobytes())
-        self.identity = f"{len(samples)} evaluations {digest.hexdigest()[:16]}"
+        self.identity = f"{len(samples)} evaluations {digest(row for rows in self._rows for row in rows)}"
 
     def of(self, seed: int, step: int, size: int) -> Batch:
         """See `Batches`."""

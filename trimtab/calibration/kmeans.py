@@ -88,12 +88,16 @@ def choose(found: Iterable[Site], settings: Settings) -> dict[str, tuple[int, in
         InputError: A rule that fits no layer.
     """
     every = list(found)
+    _check_rules(every, settings)
+    return {site.name: _choice(site, settings) for site in every}
+
+
+def _check_rules(found: Iterable[Site], settings: Settings) -> None:
     idle = {pattern for pattern, _ in settings.rules} - {
-        own[0] for site in every if (own := _rule(site, settings)) is not None
+        own[0] for site in found if (own := _rule(site, settings)) is not None
     }
     if idle:
         raise InputError(f"the rule {min(idle)!r} fits no layer: see the layers with trimtab inspect")
-    return {site.name: _choice(site, settings) for site in every}
 
 
 def _rule(site: Site, settings: Settings) -> tuple[str, int | str] | None:
@@ -159,7 +163,7 @@ def make_codebooks(
         MissingDependency: faiss is not installed.
     """
     found = _distinct(models)
-    choose(found.values(), settings)  # a rule that fits nothing is said before anything is read
+    _check_rules(found.values(), settings)  # before anything is read
     choices = {name: _choice(site, settings) for name, site in found.items()}
     picked = {name: choice for name, choice in choices.items() if not isinstance(choice, str)}
     for name in picked:

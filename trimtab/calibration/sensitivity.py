@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from trimtab.calibration.gates import GATES, Array, add_gates
 from trimtab.calibration.journal import add, peek, resume
-from trimtab.calibration.trajectories import Sample
+from trimtab.calibration.trajectories import Sample, digest
 from trimtab.calibration.workers import CHUNK, Job, Workers
 from trimtab.errors import CalibrationError
 from trimtab.passes.candidates import Candidates
@@ -166,7 +166,7 @@ class GatedGraph:
         return [tuple(known[i, names] for i in numbers) for names in sets]
 
     def _header(self) -> dict[str, object]:
-        samples = [_hash(sample) for sample in self.samples]
+        samples = [digest([sample]) for sample in self.samples]
         if self._mark is None:
             self._mark = mark_of(self.candidates)
         return {"schema": _SCHEMA, "fingerprint": self._mark, "samples": samples}
@@ -230,13 +230,6 @@ def _parse(entry: Mapping[str, Any]) -> tuple[Job, float]:
     if not math.isfinite(loss):
         raise ValueError("a loss that is not finite")
     return (int(entry["sample"]), names), loss
-
-
-def _hash(sample: Mapping[str, Array]) -> str:
-    digest = hashlib.sha256()
-    for name, array in sorted(sample.items()):
-        digest.update(name.encode() + array.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def clock(seconds: float) -> str:
