@@ -19,6 +19,10 @@ OPERATORS_DOMAIN = "trimtab"
 OPERATORS = 1
 """Version of the operators in that domain. Goes up when what a node of a graph means changes."""
 
+VIEWS = "trimtab.view."
+"""Inputs and outputs of a graph whose names begin so lie in one buffer, which is the session's own: what an output has
+written, an input reads as numbers of another width. ONNX has no operator for that."""
+
 REMOVAL_PLAN = "removal.json"
 """File of a bundle: which layers were removed, and at what cost; there where some were."""
 

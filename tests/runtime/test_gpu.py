@@ -350,12 +350,15 @@ def test_onnx_runtime_on_cuda_takes_tf32_only_where_it_is_asked_to_be_fast(
 ) -> None:
     opened: list[Any] = []
     monkeypatch.setattr(
-        ort_sessions, "OnnxRuntimeSession", lambda path, threads, *given, fold: opened.append((*given, fold))
+        ort_sessions,
+        "OnnxRuntimeSession",
+        lambda path, threads, *given, fold, new: opened.append((*given, new, fold)),
     )
     backend = open_backend("onnxruntime", provider="cuda", fast=fast)
     for packed in (False, True):
         backend.load(Engine("cpu", "onnxruntime", "u.onnx", 1, "u.onnx", packed=packed), Path("u.onnx"))
-    ((name, options), device, fold) = opened[0]
+    ((name, options), device, new, fold) = opened[0]
+    assert new == backend.new  # what packed weights are decoded in lies on the device too
     assert (name, options["use_tf32"], device) == ("CUDAExecutionProvider", said, "cuda")
     assert fold and not opened[1][-1]  # what is packed stays packed
     backend.close()

@@ -12,7 +12,8 @@ the reader at once. Exact: nothing is computed with x.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -28,13 +29,12 @@ class DecodeOnDemand(Pass):
     def call(self, model: ir.Model) -> PassResult:
         """Puts three small nodes before each packed weight; a second run refuses them all."""
         applied, refused = [], []
-        order = {node: place for place, node in enumerate(model.graph)}
-        for node in [node for node in model.graph if vq_op.is_packed(node)]:
+        for node, reader in in_turn(model.graph):
             name = node.outputs[0].name or node.name or vq_op.NAME
-            codes, activation = node.inputs[0], _beside(node.outputs[0], order)
+            codes, activation = node.inputs[0], beside(reader)
             if codes is None or codes.const_value is None:
                 refused.append(Refusal(name, "its codes are computed: it waits for something already"))
-            elif activation is None or activation.const_value is not None:
+            elif activation is None:
                 refused.append(Refusal(name, "what reads it reads no activation"))
             else:
                 _wait(model.graph, node, codes, activation)
@@ -44,33 +44,81 @@ class DecodeOnDemand(Pass):
         return PassResult(model, bool(applied), tuple(applied), tuple(refused))
 
 
-def _beside(weight: ir.Value, order: Mapping[ir.Node, int]) -> ir.Value | None:
-    """What the first reader of a weight multiplies it with: nothing before that one can depend on the weight."""
-    reader, index = min(_readers(weight), key=lambda use: order[use[0]], default=(None, 0))
+class Use(NamedTuple):
+    """A node that multiplies with a weight, turned or not, and which of its inputs that is."""
+
+    node: ir.Node
+    input_index: int
+
+
+def in_turn(graph: ir.Graph) -> list[tuple[ir.Node, Use | None]]:
+    """The nodes of packed weights with their first readers, None where there is none, in the order of those."""
+    order = {node: place for place, node in enumerate(graph)}
+    packed = [node for node in graph if vq_op.is_packed(node)]
+    first = {
+        node: min(_uses(node.outputs[0]), key=lambda use: order[use.node], default=None) for node in packed
+    }
+
+    def place(node: ir.Node) -> int:
+        use = first[node]
+        return order[node if use is None else use.node]
+
+    return [(node, first[node]) for node in sorted(packed, key=place)]
+
+
+def beside(reader: Use | None) -> ir.Value | None:
+    """The activation that a weight's first reader multiplies it with: nothing before it can depend on the weight."""
     if reader is None:
         return None
-    return next((v for v in reader.inputs[:2] if v is not None and v is not reader.inputs[index]), None)
+    node, index = reader
+    other = next((v for v in node.inputs[:2] if v is not None and v is not node.inputs[index]), None)
+    return None if other is None or other.const_value is not None else other
 
 
-def _readers(weight: ir.Value) -> Iterator[tuple[ir.Node, int]]:
-    """Every node that multiplies with a weight, turned or not, and which of its inputs that is."""
+def _uses(weight: ir.Value) -> Iterator[Use]:
     for reader, index in weight.uses():
         if reader.op_type in ("Transpose", "Reshape", "Cast"):
-            yield from _readers(reader.outputs[0])
+            yield from _uses(reader.outputs[0])
         else:
-            yield reader, index
+            yield Use(reader, index)
+
+
+def waiting(
+    tape: ir.tape.Tape,
+    graph: ir.Graph,
+    value: ir.Value,
+    shape: Sequence[int],
+    others: Sequence[ir.Value],
+    name: str,
+) -> ir.Value:
+    """A value in another shape, once others are there.
+
+    Args:
+        tape: Takes the nodes.
+        graph: Takes the shape.
+        value: Of a static size.
+        shape: Of as many elements.
+        others: Of any type and shape; nothing of them is read.
+        name: What the names of the new values begin with.
+    """
+    sizes = add_constant(graph, f"{name}.shape", np.array(shape, np.int64))
+    nothing = [tape.op("Shape", [other], {"start": 0, "end": 0}) for other in others]
+    joined = tape.op("Concat", [*nothing, sizes], {"axis": 0})
+    same = tape.op("Reshape", [value, joined])
+    same.shape, same.type = ir.Shape(shape), value.type
+    for number, empty in enumerate(nothing):
+        empty.name = f"{name}.nothing_{number}"
+    joined.name, same.name = f"{name}.sizes", f"{name}.waited"
+    return same
 
 
 def _wait(graph: ir.Graph, node: ir.Node, codes: ir.Value, activation: ir.Value) -> None:
     assert codes.const_value is not None
-    sizes = np.array(codes.const_value.shape.numpy(), np.int64)
     tape = ir.tape.Tape()
-    nothing = tape.op("Shape", [activation], {"start": 0, "end": 0})
-    shape = tape.op("Concat", [nothing, add_constant(graph, f"{codes.name}.shape", sizes)], {"axis": 0})
-    same = tape.op("Reshape", [codes, shape])
-    same.shape, same.type = ir.Shape(sizes.tolist()), ir.TensorType(codes.const_value.dtype)
-    for part, made in zip(("nothing", "sizes", "waited"), tape.nodes, strict=True):
-        made.outputs[0].name = f"{codes.name}.{part}"
+    same = waiting(
+        tape, graph, codes, codes.const_value.shape.numpy(), [activation], f"{node.outputs[0].name}.codes"
+    )
+    for made in tape.nodes:
         made.metadata_props.update(node.metadata_props)
     graph.insert_before(node, tape.nodes)
     node.replace_input_with(0, same)

@@ -11,6 +11,8 @@ from trimtab.manifest import OPERATORS_DOMAIN
 from trimtab.passes.merge import MergeWeights
 from trimtab.passes.split_attention import SplitAttention
 from trimtab.passes.vq_on_demand import DecodeOnDemand
+from trimtab.passes.vq_pieces import SplitFewRows
+from trimtab.passes.vq_views import DecodeThroughViews
 from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.bindings import Shapes
 from trimtab.targets.device import Device
@@ -36,10 +38,11 @@ class OnnxRuntimeBuilder:
     def lower(self, model: ir.Model, device: Device) -> ir.Model:
         """The model itself: every operator of opset 23 that the exporter writes has a CPU kernel.
 
-        Three kinds of graph are changed, in a copy. Packed weights are decoded when they are needed. Attention whose
-        scores are large goes by parts of its queries: ONNX Runtime keeps them all. And where equal weights are a
-        hundredth of all or more, as the embedders of a DiT's blocks, they become one: ONNX Runtime lays out each
-        name's numbers anew in memory, and computes again what reads them.
+        Three kinds of graph are changed, in a copy. Packed weights are decoded when they are needed, through views
+        where that is faster (`trimtab.manifest.VIEWS`). Attention whose scores are large goes by parts of its queries:
+        ONNX Runtime keeps them all. And where equal weights are a hundredth of all or more, as the embedders of a
+        DiT's blocks, they become one: ONNX Runtime lays out each name's numbers anew in memory, and computes again
+        what reads them.
         """
         copy = model.clone()
         changed = False
@@ -50,7 +53,9 @@ class OnnxRuntimeBuilder:
             changed = True
             MergeWeights()(copy)
         if packed:
-            DecodeOnDemand()(copy)
+            SplitFewRows()(copy)
+            DecodeThroughViews()(copy)
+            DecodeOnDemand()(copy)  # the others
         return copy if changed else model
 
     def build(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from trimtab.manifest import Engine
 from trimtab.runtime.sessions.base import Buffer, Run, in_turn
 from trimtab.runtime.sessions.cuda import Driver
 from trimtab.runtime.sessions.device_array import DeviceArray
+from trimtab.runtime.sessions.views import Views
 
 Provider = str | tuple[str, Mapping[str, str]]
 
@@ -68,6 +69,7 @@ class OnnxRuntimeSession:
         fold: Compute once, at load, what depends on nothing but weights. Packed weights would be decoded then, and
             take the memory of dense ones.
         lean: Take less memory and more time: weights are used where they lie, and not laid out anew.
+        new: Makes a buffer in that memory; on the CPU, where it is left out.
 
     Raises:
         MissingDependency: onnxruntime is not installed.
@@ -84,6 +86,7 @@ class OnnxRuntimeSession:
         fold: bool = True,
         *,
         lean: bool = False,
+        new: Callable[[tuple[int, ...], str], Buffer] = np.zeros,
     ) -> None:
         try:
             import onnxruntime
@@ -133,6 +136,8 @@ class OnnxRuntimeSession:
                 "it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]')"
             )
         self._device = device
+        self._new = new
+        self._views = Views(self._session, graph)
 
     def bind(self, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> Run:
         """See `trimtab.runtime.sessions.Session`."""
@@ -141,7 +146,9 @@ class OnnxRuntimeSession:
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
                 bind(name, self._device, 0, buffer.dtype.type, buffer.shape, _address(buffer))
-        held = (tuple(inputs.values()), tuple(outputs.values()))  # the binding only knows addresses
+        shared = self._new((self._views.bytes,), "uint8")
+        self._views.bind(binding, self._device, _address(shared))
+        held = (tuple(inputs.values()), tuple(outputs.values()), shared)  # the binding only knows addresses
 
         def run(_held: Any = held) -> None:
             try:
@@ -212,7 +219,9 @@ class OnnxRuntimeCpu:
         """See `trimtab.runtime.sessions.Backend`."""
         if self._fast and engine.packed:
             _map_large_buffers()  # every stage of decoding is a copy of all weights, and none goes back otherwise
-        return OnnxRuntimeSession(path, self._threads, fold=self._fast or not engine.packed, lean=self._lean)
+        return OnnxRuntimeSession(
+            path, self._threads, fold=self._fast or not engine.packed, lean=self._lean, new=self.new
+        )
 
     def fused(self, runs: Sequence[Run]) -> Run:
         """See `trimtab.runtime.sessions.Backend`."""
@@ -262,7 +271,7 @@ class OnnxRuntimeCuda:
 
     def load(self, engine: Engine, path: Path, plugins: Sequence[Path] = ()) -> OnnxRuntimeSession:
         """See `trimtab.runtime.sessions.Backend`."""
-        return OnnxRuntimeSession(path, 0, self._provider, self._device, fold=not engine.packed)
+        return OnnxRuntimeSession(path, 0, self._provider, self._device, fold=not engine.packed, new=self.new)
 
     def fused(self, runs: Sequence[Run]) -> Run:
         """See `trimtab.runtime.sessions.Backend`."""
