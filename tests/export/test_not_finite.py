@@ -9,13 +9,20 @@ import pytest
 import torch
 
 from trimtab.export.encoders import PixelDecoder
+from trimtab.export.onnx.adapt import pixel_graph
 from trimtab.export.trace import Example, trace
 
 
-@pytest.fixture(scope="module")
-def graph() -> ir.Model:
+def traced() -> ir.Model:
+    """What ends the decoders that are traced."""
     latents = Example(torch.randn(2, 3, 12, 10), ("batch", None, "height", "width"))
     return trace(PixelDecoder(), {"latents": latents}, ["image"])
+
+
+@pytest.fixture(scope="module", params=[traced, lambda: pixel_graph(3)], ids=["traced", "of .onnx files"])
+def graph(request: pytest.FixtureRequest) -> ir.Model:
+    model: ir.Model = request.param()
+    return model
 
 
 def run(graph: ir.Model, latents: np.ndarray) -> np.ndarray:

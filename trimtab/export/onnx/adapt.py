@@ -220,7 +220,7 @@ def _plain(dim: int | ir.SymbolicDim) -> int | str:
 
 
 def picture_pixels(adapter: Adapter, picture: ir.Value, layout: str, levels: tuple[float, float]) -> None:
-    """Makes ``picture`` the output ``image``: float32 in 0..1, channels last."""
+    """Makes ``picture`` the output ``image``: float32 in 0..1 where it is finite, channels last."""
     assert picture.shape is not None
     float32, (black, white) = ir.DataType.FLOAT, levels
     value = adapter.cast(picture, float32, behind=True)
@@ -229,7 +229,11 @@ def picture_pixels(adapter: Adapter, picture: ir.Value, layout: str, levels: tup
         # x / 2 + 0.5 for -1..1, in diffusers' own order.
         value = adapter.node("Div", [value, adapter.floats(white - black)], float32, behind=True)
         value = adapter.node("Add", [value, adapter.floats(-black / (white - black))], float32, behind=True)
-    value = adapter.node("Clip", [value, adapter.floats(0.0), adapter.floats(1.0)], float32, behind=True)
+    # What is not finite stays so, whatever a Clip makes of it: see `trimtab.export.encoders.to_picture`.
+    clipped = adapter.node("Clip", [value, adapter.floats(0.0), adapter.floats(1.0)], float32, behind=True)
+    size = adapter.node("Abs", [value], float32, behind=True)
+    finite = adapter.node("Less", [size, adapter.floats(np.inf)], ir.DataType.BOOL, behind=True)
+    value = adapter.node("Where", [finite, clipped, value], float32, behind=True)
     if layout == "NCHW":
         value = adapter.node("Transpose", [value], float32, behind=True, perm=[0, 2, 3, 1])
         dims = [dims[0], dims[2], dims[3], dims[1]]
