@@ -154,6 +154,13 @@ def test_a_cut_file_is_found(copied_bundle: Path) -> None:
         draw(copied_bundle)
 
 
+def test_a_name_that_no_system_takes_is_refused(copied_bundle: Path) -> None:
+    rewrite(copied_bundle, lambda d: d["files"][0].update(path="a" * 300))
+    with pytest.raises(BundleError, match="cannot be read") as error:
+        open_bundle(copied_bundle).verify()
+    assert len(str(error.value)) < 1000
+
+
 def test_a_newer_schema_asks_for_a_newer_trimtab(copied_bundle: Path) -> None:
     rewrite(copied_bundle, lambda data: data.update(schema=SCHEMA + 1))
     with pytest.raises(BundleError, match="upgrade trimtab"):
@@ -254,6 +261,8 @@ def test_a_graph_that_is_none_is_refused_where_graphs_are_read(copied_bundle: Pa
         lambda d: d.update(files=[]),
         lambda d: d.update(size=[0, 64]),
         lambda d: d.update(size=[-8, 64]),
+        lambda d: d.update(trained_size=[]),
+        lambda d: d.update(trained_size=[64]),
         lambda d: d.update(size_multiple=0),
         lambda d: d.update(slots=-1),
         lambda d: d.update(slots=10**400),

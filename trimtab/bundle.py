@@ -71,7 +71,7 @@ class Bundle:
             paths: Which; None for all.
 
         Raises:
-            BundleError: A file is missing or was changed.
+            BundleError: A file is missing, cannot be read, or was changed.
         """
         listed = {entry.path: entry for entry in self.contents.files}
         wanted = list(listed) if paths is None else list(paths)
@@ -86,18 +86,25 @@ class Bundle:
 
     def _check(self, entry: FileEntry) -> None:
         path = self.folder / entry.path
-        if not path.is_file():
-            raise BundleError(f"{self.folder}: {entry.path} is missing: copy the bundle again, whole")
-        _check_inside(self.folder, path)
-        size = path.stat().st_size
-        if size != entry.bytes:
+        try:
+            if not path.is_file():
+                raise BundleError(f"{self.folder}: {entry.path} is missing: copy the bundle again, whole")
+            _check_inside(self.folder, path)
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise BundleError(
+                    f"{self.folder}: {entry.path} has {size} bytes and {entry.bytes} were written: copy the bundle "
+                    "again"
+                )
+            if file_hash(path) != entry.sha256:
+                raise BundleError(
+                    f"{self.folder}: {entry.path} was changed since it was written: copy the bundle again"
+                )
+        except OSError as error:  # a name that no system takes, a failing disk
             raise BundleError(
-                f"{self.folder}: {entry.path} has {size} bytes and {entry.bytes} were written: copy the bundle again"
-            )
-        if file_hash(path) != entry.sha256:
-            raise BundleError(
-                f"{self.folder}: {entry.path} was changed since it was written: copy the bundle again"
-            )
+                f"{self.folder}: {entry.path:.100} cannot be read ({error.strerror}): see who may read it, or copy the "
+                "bundle again"
+            ) from error
 
 
 def _check_inside(folder: Path, path: Path) -> None:

@@ -273,15 +273,14 @@ def from_json(data: Mapping[str, Any]) -> Contents:
             engines=tuple(_engine(engine) for engine in entry["engines"]),
             domains={_of(str, k): _of(int, v) for k, v in entry.get("domains", {}).items()},
         )
-    width, height = data["size"]
     trained = data.get("trained_size")
     return Contents(
         tasks=tasks,
         epilogue=chosen(data["epilogue"]),
         outputs=tuple(_spec(spec) for spec in data["outputs"]),
         segments=segments,
-        size=(_count(width, 1), _count(height, 1)),
-        trained_size=None if trained is None else (_count(trained[0], 1), _count(trained[1], 1)),
+        size=_size(data["size"]),
+        trained_size=None if trained is None else _size(trained),
         size_multiple=_count(data["size_multiple"], 1),
         fixed_size=None if data["fixed_size"] is None else _of(str, data["fixed_size"]),
         slots=_count(data["slots"], 1),
@@ -347,6 +346,11 @@ def _count(value: Any, least: int = 0) -> int:
     if not least <= _of(int, value) < 2**63:
         raise ValueError(f"{value!r:.60} is below {least} or beyond 64 bits")
     return int(value)
+
+
+def _size(data: Any) -> tuple[int, int]:
+    width, height = data
+    return _count(width, 1), _count(height, 1)
 
 
 def _finite(value: Any) -> float:
