@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -21,7 +22,11 @@ import pytest
 from PIL import Image
 
 from trimtab.__main__ import main as command
+from trimtab.bundle import open_bundle
+from trimtab.calibration.draft import draft
 from trimtab.cli import main
+from trimtab.program import Schedule
+from trimtab.storage import read_program
 
 pytestmark = pytest.mark.xdist_group("dit")
 
@@ -155,6 +160,31 @@ def test_compare_of_a_bundle_with_itself_is_zero(bundle: Path, capsys: pytest.Ca
     assert result["steps"] == [0, 0, 0] and result["picture"] == 0
     errors = {module["name"]: module["error"] for module in result["modules"]}
     assert errors["transformer_blocks.1.attn1"] == 0
+
+
+def test_compare_of_different_schedules_is_refused(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def other(name: str, change: Callable[[Schedule], Schedule], new: str) -> Path:
+        program = read_program(open_bundle(bundle))
+        task_name, task = next(iter(program.tasks.items()))
+        changed = dataclasses.replace(task, schedules={new: change(task.schedules["ddim-3"])})
+        draft(dataclasses.replace(program, tasks={task_name: changed}), tmp_path / name).close()
+        return tmp_path / name
+
+    def noisy(schedule: Schedule) -> Schedule:
+        steps = tuple(dataclasses.replace(step, draws=("discard",)) for step in schedule.steps)
+        return dataclasses.replace(schedule, steps=steps)
+
+    renamed = other("renamed", lambda schedule: schedule, "euler-3")
+    assert "ddim-3 and euler-3" in fails(capsys, "compare", bundle, renamed, "--schedule", "3")
+    drawing = other("drawing", noisy, "ddim-3")
+    assert "other noise" in fails(capsys, "compare", bundle, drawing, "--schedule", "3")
+
+
+def test_a_bundle_that_bench_cannot_load_is_said(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    absent = bundle.with_name("absent.bundle")
+    assert f"{absent} is not a folder" in fails(capsys, "bench", bundle, "--against", absent, "--rounds", 1)
 
 
 def test_bench_measures_two_bundles_in_turn(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,7 @@ def compare(reference: Path, other: Path, *, seed: int = 0, **options: Any) -> d
         ``picture``: the largest absolute difference of the pictures, 0..1.
 
     Raises:
-        InputError: The bundles do not draw the same kind of picture.
+        InputError: The bundles do not draw the same kind of picture, or not by the same schedule.
     """
     with load(reference) as ours, load(other) as theirs:
         wanted = {name: value for name, value in options.items() if value is not None} | {"seed": seed}
@@ -70,17 +70,22 @@ def compare(reference: Path, other: Path, *, seed: int = 0, **options: Any) -> d
 def _steps(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[float]:
     prepared = [pipe.prepare(**options) for pipe in (ours, theirs)]
     plans = [plan for _, plan, _ in prepared]
-    if len(plans[0].steps) != len(plans[1].steps):
+    names = [settings["schedule"].partition("/")[0] for _, _, settings in prepared]
+    if names[0] != names[1]:
+        raise InputError(f"the schedules are {names[0]} and {names[1]}: choose one that both bundles have")
+    state, twin_state = (plan.buffers[STATE] for plan in plans)
+    draws = [[len(step.draws) for step in plan.steps] for plan in plans]
+    if state.shape[1:] != twin_state.shape[1:] or draws[0] != draws[1]:
         raise InputError(
-            f"the schedules have {len(plans[0].steps)} and {len(plans[1].steps)} steps: choose one that both have"
+            f"the two draw other latents or other noise on {names[0]}: compare bundles of one pipeline, of one --eta"
         )
     for request, plan, _ in prepared:
         plan.begin(request)
     request, other = prepared[0][0], prepared[1][0]
+    slots = min(len(state), len(twin_state))
     errors = []
     for first, second in zip(plans[0].steps, plans[1].steps, strict=True):
-        slots = min(plan.buffers[STATE].shape[0] for plan in plans)
-        plans[1].buffers[STATE][:slots] = np.asarray(plans[0].buffers[STATE])[:slots]
+        twin_state[:slots] = np.asarray(state)[:slots]
         first.run(request)
         second.begin(other)
         for buffer, twin in zip(first.draws, second.draws, strict=True):

@@ -67,8 +67,7 @@ def bench(
                 progress(
                     f"{bundles[index]}: {'warming up' if number == 0 else f'picture {number} of {rounds}'}"
                 )
-                connection.send("picture")
-                measured[index].append(_receive(connection, bundles[index]))
+                measured[index].append(_next_picture(connection, bundles[index]))
     finally:
         for process, connection in workers:
             connection.close()
@@ -85,10 +84,12 @@ def bench(
     return result
 
 
-def _receive(connection: Connection, bundle: Path) -> dict[str, Any]:
+def _next_picture(connection: Connection, bundle: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError):  # it has ended; what it said last can still be read
+        connection.send("picture")
     try:
         answer: dict[str, Any] = connection.recv()
-    except EOFError:
+    except (EOFError, OSError):
         raise TrimtabError(f"the process that ran {bundle} died: is there enough memory?") from None
     if "error" in answer:
         raise TrimtabError(answer["error"])
