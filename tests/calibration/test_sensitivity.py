@@ -142,6 +142,12 @@ def test_a_loss_that_is_not_finite_names_the_layer(tmp_path: Path) -> None:
 # ---- several processes, several machines ----
 
 
+@pytest.mark.parametrize(("processes", "threads"), [(0, 1), (-1, 1), (1, -1), (1, 100_000)])
+def test_workers_that_cannot_be_are_refused(processes: int, threads: int) -> None:
+    with pytest.raises(InputError, match="1 process or more"):
+        Workers(processes, threads)
+
+
 def test_several_processes_give_the_same_bits(tmp_path: Path) -> None:
     gated = graph(tmp_path)
     assert gated.score(Workers(processes=2)) == gated.score(Workers())

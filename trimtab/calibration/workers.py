@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.calibration.gates import Array, GatedDenoiser
-from trimtab.errors import CalibrationError, MissingDependency
+from trimtab.errors import CalibrationError, InputError, MissingDependency
+from trimtab.runtime.engines import MAX_THREADS
 
 Job = tuple[int, tuple[str, ...]]
 """A sample's number, and the names of what is removed."""
@@ -30,14 +31,24 @@ class Workers:
 
     Attributes:
         processes: How many, here or in all on Ray's machines.
-        threads: CPU threads of each. The bits of a result may depend on it.
+        threads: CPU threads of each; 0 for one a core. The bits of a result may depend on it.
         ray: Address of a Ray cluster ("auto" for the one at hand, "local" for one made for the purpose); None
             for this machine without Ray.
+
+    Raises:
+        InputError: No such number of processes or threads.
     """
 
     processes: int = 1
     threads: int = 1
     ray: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes < 1 or not 0 <= self.threads <= MAX_THREADS:
+            raise InputError(
+                f"{self.processes} processes of {self.threads} threads were asked for: give 1 process or more, and 0 "
+                f"threads for one a core, or up to {MAX_THREADS}"
+            )
 
     def losses(
         self, graph: Path, names: Sequence[str], samples: Sequence[Mapping[str, Array]], jobs: Sequence[Job]
