@@ -92,14 +92,31 @@ def write_file(path: Path, data: bytes) -> None:
         temporary.replace(path)
         temporary = None
     except OSError as error:
-        if error.errno in FULL:
-            raise TrimtabError(
-                f"the disk of {path.parent} is full: make room, or choose another place"
-            ) from error
-        raise InputError(f"{path} cannot be written ({error.strerror}): choose another place") from error
+        raise _refusal(path, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def append_file(path: Path, data: bytes) -> None:
+    """Writes behind what a file holds. Where that fails, a part of it may stand there.
+
+    Raises:
+        InputError: The file cannot be written.
+        TrimtabError: The disk is full.
+    """
+    try:
+        with path.open("ab") as stream:
+            stream.write(data)
+    except OSError as error:
+        raise _refusal(path, error) from error
+
+
+def _refusal(path: Path, error: OSError) -> TrimtabError:
+    """Why a file cannot be written."""
+    if error.errno in FULL:
+        return TrimtabError(f"the disk of {path.parent} is full: make room, or choose another place")
+    return InputError(f"{path} cannot be written ({error.strerror}): choose another place")
 
 
 def _umask() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from trimtab.calibration.journal import add, resume
-from trimtab.errors import TrimtabError
+from trimtab.errors import InputError, TrimtabError
 
 HEADER = {"fingerprint": "f"}
 
@@ -37,3 +37,14 @@ def test_what_was_measured_outlives_a_mending_that_is_cut_off(
             known(path)
     assert path.read_bytes() == cut and [p.name for p in tmp_path.iterdir()] == ["losses"]
     assert known(path) == [{"loss": 1}, {"loss": 2}] == known(path)
+
+
+def test_a_measurement_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be written"):
+        add(tmp_path, {"loss": 1})
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_a_disk_that_fills_up_while_measuring_is_one_line() -> None:
+    with pytest.raises(TrimtabError, match="is full"):
+        add(Path("/dev/full"), {"loss": 1})

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trimtab.errors import CalibrationError, InputError
-from trimtab.staging import write_file
+from trimtab.staging import append_file, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -82,9 +82,13 @@ def _read(path: Path, parse: Callable[[Any], T], holds: str) -> tuple[dict[str, 
 
 
 def add(path: Path, measurement: Mapping[str, object]) -> None:
-    """Adds one measurement to a file that `resume` has read or begun."""
-    with path.open("a", encoding="utf-8") as stream:
-        stream.write(_line(measurement))
+    """Adds one measurement to a file that `resume` has read or begun.
+
+    Raises:
+        InputError: It cannot be written.
+        TrimtabError: The disk is full.
+    """
+    append_file(path, _line(measurement).encode())
 
 
 def _line(data: Mapping[str, object]) -> str:
