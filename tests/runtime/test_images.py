@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from trimtab.errors import InputError
 from trimtab.runtime.images import read_image
 
 ORIENTATION = 0x0112
@@ -31,3 +32,10 @@ def test_damaged_exif_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / "photo.png"
     Image.new("RGB", (9, 6), "red").save(path, exif=b"Exif\0\0no such header")
     assert read_image(path, (9, 6)).shape == (1, 6, 9, 3)
+
+
+def test_an_array_of_levels_is_not_taken_for_one_of_numbers_up_to_1() -> None:
+    levels = np.full((6, 9, 3), 255, np.uint8)
+    with pytest.raises(InputError, match="uint8 was given and floats"):
+        read_image(levels, (9, 6))
+    assert np.array_equal(read_image(levels[..., :1] > 0, (9, 6), gray=True), np.ones((1, 6, 9, 1)))

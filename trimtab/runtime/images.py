@@ -50,7 +50,7 @@ def read_image(
         crop: Cut the largest middle of the size's shape out first, in the place of stretching.
 
     Raises:
-        InputError: The file is missing or no picture, or the array has another shape.
+        InputError: The file is missing or no picture, or the array has another shape or whole numbers.
     """
     import PIL.Image
     import PIL.ImageOps
@@ -60,6 +60,10 @@ def read_image(
         wanted = (size[1], size[0], channels)
         if image.shape != wanted:
             raise InputError(f"an array of shape {image.shape} was given and {wanted} is needed: resize it")
+        if image.dtype.kind not in "fb":  # levels up to 255 would be taken for numbers up to 1
+            raise InputError(
+                f"an array of {image.dtype} was given and floats in 0..1 are needed: divide by 255"
+            )
         return np.ascontiguousarray(image[None], np.float32)
     if isinstance(image, str | Path):
         try:
