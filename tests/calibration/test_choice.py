@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnx_ir as ir
 import pytest
 import residual
 
@@ -52,6 +53,18 @@ def test_a_share_is_between_0_and_1(share: float) -> None:
 
 def test_the_smallest_weights_go_first_by_magnitude(candidates: Candidates) -> None:
     assert by_magnitude(candidates, Wish(0.5)) == ("blocks.2",)
+
+
+def test_magnitudes_of_bfloat16_count_as_well() -> None:
+    model = residual.denoiser()
+    for value in model.graph.initializers.values():
+        if value.const_value is not None and value.dtype == ir.DataType.FLOAT:
+            array = value.const_value.numpy().astype(ir.DataType.BFLOAT16.numpy())
+            value.const_value, value.type = (
+                ir.Tensor(array, name=value.name),
+                ir.TensorType(ir.DataType.BFLOAT16),
+            )
+    assert by_magnitude(Candidates(model), Wish(0.5)) == ("blocks.2",)
 
 
 def test_chance_follows_its_seed_and_reaches_the_share(candidates: Candidates) -> None:

@@ -217,3 +217,21 @@ def test_half_of_sdxl_can_go_and_leaves_a_billion_and_a_quarter() -> None:
     ):
         assert 1.2e9 < SDXL - freed(removed) <= SDXL / 2
     assert SDXL - freed(by_loss(candidates, Wish(0.5), losses, real)) > 1.27e9
+
+
+def test_a_level_may_begin_with_any_output_of_a_node() -> None:
+    text = """
+    g (float[N,4,8,8] x) => (float[N,8,8,8] y)
+    <float[4] scales = {1, 1, 0.5, 0.5}, float[4] twice = {1, 1, 2, 2}, float[4,2,1,1] w = {1, 2, 3, 4, 5, 6, 7, 8},
+     float[N,4,8,8] skip, float[N,2,8,8] a, float[N,2,8,8] b, float[N,2,4,4] down,
+     float[N,2,8,8] up, float[N,4,8,8] running> {
+        skip = Tanh (x)
+        a, b = Split <axis = 1, num_outputs = 2> (skip)
+        down = Resize (b, , scales)
+        up = Resize (down, , twice)
+        running = Conv (up, w)
+        y = Concat <axis = 1> (running, skip)
+    }
+    """
+    model = ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23]>\n{text}')
+    assert [c.kind for c in Candidates(model).values()] == ["level"]

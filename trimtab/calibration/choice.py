@@ -65,11 +65,10 @@ def by_magnitude(candidates: Candidates, wish: Wish, measure: Measure | None = N
     """Smallest weights first, by the mean of their magnitudes: what needs no data."""
     scores = {}
     for name in candidates:
-        arrays = [v.const_value.numpy() for v in candidates.weights(name) if v.const_value is not None]
-        floats = [a for a in arrays if a.dtype.kind == "f"]
-        scores[name] = sum(float(np.abs(a).sum(dtype=np.float64)) for a in floats) / sum(
-            a.size for a in floats
-        )
+        tensors = [v.const_value for v in candidates.weights(name) if v.const_value is not None]
+        floats = [tensor.numpy() for tensor in tensors if tensor.dtype.is_floating_point()]
+        total = sum(float(np.abs(array).sum(dtype=np.float64)) for array in floats)
+        scores[name] = total / sum(array.size for array in floats)
     return _with_wish(candidates, wish, _in_order, scores, measure)
 
 

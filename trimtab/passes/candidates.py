@@ -357,7 +357,9 @@ def _levels(graph: ir.Graph, flow: _Flow) -> Iterator[tuple[str, dict[ir.Value, 
             continue
         if not _same_shape(running, skip) or not flow.feeds(skip, running) or not _upsampled(running):
             continue
-        first = next(n for n, _ in skip.uses() if flow.feeds(n.outputs[0], running))
+        first = next(
+            n for n, _ in skip.uses() if any(v is running or flow.feeds(v, running) for v in n.outputs)
+        )
         ends = [path[-1] if (path := scopes(n)) else "" for n in (first, running.producer()) if n is not None]
         yield ":".join(ends) if all(ends) else f"{skip.name}->{running.name}", {running: skip}
 
