@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -46,11 +47,11 @@ def _rate(threads: int) -> float:
         path = Path(folder) / "product.onnx"
         ir.save(ir.Model(graph, ir_version=10), path)
         session = OnnxRuntimeSession(path, threads)
-    run = session.bind({"factor": arrays["factor"]}, {"product": arrays["product"]})
-    run()  # memory is touched
-    count, start = 0, time.monotonic()
-    while (passed := time.monotonic() - start) < _SECONDS:
-        run()
-        count += 1
-    session.close()
+    with contextlib.closing(session):
+        run = session.bind({"factor": arrays["factor"]}, {"product": arrays["product"]})
+        run()  # memory is touched
+        count, start = 0, time.monotonic()
+        while (passed := time.monotonic() - start) < _SECONDS:
+            run()
+            count += 1
     return count * _SIDE**3 / passed
