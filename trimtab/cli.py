@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__, options, removal_commands, render
-from trimtab.errors import MissingDependency, TrimtabError
+from trimtab.errors import MissingDependency, TrimtabError, first_line
 
 EXIT_FAILED = 1
 
@@ -99,8 +99,7 @@ def _message(error: BaseException, interrupted: str, extra: Callable[[], str]) -
             return str(MissingDependency(package, extra()))
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename} cannot be used ({error.strerror}): check its name and who may read and write it"
-    line = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {line} (a fault in trimtab: run it with --debug)"
+    return f"{type(error).__name__}: {first_line(error)} (a fault in trimtab: run it with --debug)"
 
 
 def _build_extra() -> str:

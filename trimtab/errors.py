@@ -72,3 +72,8 @@ class MissingDependency(TrimtabError):
         super().__init__(f"the package {package!r} is not installed and is needed here: {advice}")
         self.package = package
         self.extra = extra
+
+
+def first_line(error: BaseException) -> str:
+    """What a message quotes of an error that others raised: 200 characters of its first line, or its class."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from trimtab import __version__
 from trimtab.bundle import Bundle
-from trimtab.errors import BundleError
+from trimtab.errors import BundleError, first_line
 from trimtab.manifest import Contents, Engine, SegmentEntry
 from trimtab.program import Program, Segment, TensorSpec
 from trimtab.weights import WeightStore, parameter_count, weight_bytes
@@ -132,9 +132,8 @@ def read_graph(bundle: Bundle, path: str) -> ir.Model:
                 raise ValueError(f"{tensor.name} has a place or a size below 0")
             needed[place] = max(needed.get(place, 0), (tensor.offset or 0) + tensor.nbytes)
     except Exception as error:  # protobuf and onnx_ir raise what they like
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise BundleError(
-            f"{file} cannot be read as a graph ({reason:.200}): compile the bundle again"
+            f"{file} cannot be read as a graph ({first_line(error)}): compile the bundle again"
         ) from None
     bundle.verify(sorted(needed))  # and none that is not a file of the bundle
     for place, end in needed.items():

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.calibration.gates import Array, GatedDenoiser
-from trimtab.errors import CalibrationError, InputError, MissingDependency
+from trimtab.errors import CalibrationError, InputError, MissingDependency, first_line
 from trimtab.runtime.engines import MAX_THREADS
 
 Job = tuple[int, tuple[str, ...]]
@@ -128,8 +128,9 @@ def _on_ray(
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ray's errors share no base
-        line = str(error).strip().partition("\n")[0]
-        raise CalibrationError(f"Ray cannot be reached at {workers.ray} ({line}): start it there") from error
+        raise CalibrationError(
+            f"Ray cannot be reached at {workers.ray} ({first_line(error)}): start it there"
+        ) from error
     try:
         # No shared disk is asked for: graph and weights travel, once a machine.
         files = {path.name: ray.put(path.read_bytes()) for path in _files(graph)}

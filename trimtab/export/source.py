@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import ExportError, InputError
+from trimtab.errors import ExportError, InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -106,9 +106,8 @@ class Source:
             with _no_bar(library):
                 component = cls.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # from_pretrained raises whatever the layer below did
-            reason = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(
-                f"{folder} cannot be loaded as {class_name} ({reason[0]}): copy it again"
+                f"{folder} cannot be loaded as {class_name} ({first_line(error)}): copy it again"
             ) from error
         return component.eval() if hasattr(component, "eval") else component
 
@@ -198,9 +197,8 @@ def _download(model: str) -> Path:
             huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored)
         )
     except Exception as error:  # requests, httpx and hub errors share no base
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{model} is no folder here and the hub did not give it ({type(error).__name__}: {reason[0][:120]}): "
+            f"{model} is no folder here and the hub did not give it ({type(error).__name__}: {first_line(error)}): "
             "check the name and the network, or give a folder"
         ) from error
 

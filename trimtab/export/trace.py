@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from trimtab.errors import ExportError
+from trimtab.errors import ExportError, first_line
 from trimtab.export.decomposition import TRANSLATIONS, decompose_only_if_needed
 from trimtab.passes.scopes import CLASSES, SCOPES
 
@@ -81,9 +81,9 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
                 verbose=False,
             )
     except Exception as error:  # the exporter wraps whatever went wrong in types of its own
-        cause = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ExportError(
-            f"torch could not export {type(module).__name__}: {cause[0]}; run with --debug for the whole story"
+            f"torch could not export {type(module).__name__}: {first_line(error.__cause__ or error)}; run with --debug "
+            "for the whole story"
         ) from error
     assert program is not None
     model = program.model

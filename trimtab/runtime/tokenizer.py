@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.errors import BundleError, InputError
+from trimtab.errors import BundleError, InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Tokenizer:
             self._fast = Fast.from_file(str(path))
         except Exception as error:  # tokenizers raises bare exceptions
             raise BundleError(
-                f"{path} cannot be read as a tokenizer ({error}): compile the bundle again"
+                f"{path} cannot be read as a tokenizer ({first_line(error)}): compile the bundle again"
             ) from None
         self._path, self._length = path, (self._fast.padding or {}).get("length")
         if not isinstance(self._length, int) or not 0 < self._length <= LONGEST:
@@ -60,7 +60,7 @@ class Tokenizer:
             encodings = self._fast.encode_batch(list(texts))
         except Exception as error:
             raise BundleError(
-                f"{self._path} cannot read a prompt ({error}): compile the bundle again"
+                f"{self._path} cannot read a prompt ({first_line(error)}): compile the bundle again"
             ) from None
         if any(len(encoding.ids) != self._length for encoding in encodings):
             raise BundleError(f"{self._path} does not cut to {self._length} tokens: compile the bundle again")

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trimtab.errors import InputError, MissingDependency
+from trimtab.errors import InputError, MissingDependency, first_line
 from trimtab.targets.entry import ENGINE, NOTE
 
 logger = logging.getLogger(__name__)
@@ -152,13 +152,12 @@ class Remote:
             return action()
         except Exception as error:  # every file system has its own tree of errors
             self._paused[what] = time.monotonic() + _PAUSE_S
-            reason = (str(error).splitlines() or [""])[0]
             logger.warning(
                 "%s cannot be %s (%s: %s): the local cache goes on alone; check the place and the network",
                 self.url,
                 what,
                 type(error).__name__,
-                reason,
+                first_line(error),
             )
             return None
 

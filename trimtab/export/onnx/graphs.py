@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from trimtab.errors import BundleError, ExportError, InputError
+from trimtab.errors import BundleError, ExportError, InputError, first_line
 from trimtab.export.onnx.toml_table import nearest
 from trimtab.passes.scopes import SCOPES
 from trimtab.shapes import evaluate
@@ -80,8 +80,7 @@ def open_graph(name: str, file: Path) -> Foreign:
     try:
         model = ir.load(file)
     except Exception as error:  # protobuf's errors and onnx_ir's share no base
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{file} cannot be read as ONNX ({reason[0][:120]}): export it again") from error
+        raise InputError(f"{file} cannot be read as ONNX ({first_line(error)}): export it again") from error
     if not model.graph.outputs or not len(model.graph):
         raise InputError(f"{file} holds no ONNX graph: give a file that an ONNX exporter wrote")
     _check_weights(model.graph, file)
@@ -140,7 +139,7 @@ def _convert(model: ir.Model, file: Path) -> ir.Model:
     try:
         version_converter.convert_version(model, CONVERTED_OPSET, fallback=True)
     except Exception as error:  # the converter's errors share no base
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:120]
+        reason = first_line(error)
     finally:
         converter.setLevel(level)
     if model.graph.opset_imports.get("", 0) < OLDEST_OPSET:

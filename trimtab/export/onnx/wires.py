@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trimtab.errors import ExportError, InputError, TrimtabError
+from trimtab.errors import ExportError, InputError, TrimtabError, first_line
 from trimtab.export.onnx.adapt import Adapter
 from trimtab.export.onnx.description import GraphTable, Host, Label, Numbers, Outputs, Tokens, Wire
 from trimtab.export.onnx.graphs import Foreign
@@ -254,7 +254,7 @@ def read_tokenizer(path: Path, length: int, pad: str | None) -> str:
             raise
         except Exception as error:  # from_pretrained raises whatever the layer below did
             raise InputError(
-                f"{path} cannot be loaded as a tokenizer ({_line(error)}): copy it again"
+                f"{path} cannot be loaded as a tokenizer ({first_line(error)}): copy it again"
             ) from error
     from tokenizers import Tokenizer
 
@@ -262,7 +262,7 @@ def read_tokenizer(path: Path, length: int, pad: str | None) -> str:
         fast = Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare exceptions
         raise InputError(
-            f"{path} cannot be read as a tokenizer.json ({_line(error)}): copy it again"
+            f"{path} cannot be read as a tokenizer.json ({first_line(error)}): copy it again"
         ) from None
     token = (
         pad or (fast.padding or {}).get("pad_token") or _configured_pad(path.parent / "tokenizer_config.json")
@@ -283,7 +283,3 @@ def _configured_pad(config: Path) -> str | None:
         return None
     token = token.get("content") if isinstance(token, Mapping) else token
     return token if isinstance(token, str) else None
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:120]

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.errors import ExportError, InputError, MissingDependency
+from trimtab.errors import ExportError, InputError, MissingDependency, first_line
 
 SCHEDULERS: dict[str, str] = {
     "ddim": "DDIMScheduler",
@@ -85,10 +85,9 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     try:
         return scheduler_class.from_config(config)
     except Exception as error:  # a constructor raises what it likes
-        reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{class_name} does not take these options ({reason[0]}): mend the scheduler's configuration, or choose "
-            f"one of {', '.join(SCHEDULERS)}"
+            f"{class_name} does not take these options ({first_line(error)}): mend the scheduler's configuration, or "
+            f"choose one of {', '.join(SCHEDULERS)}"
         ) from error
 
 

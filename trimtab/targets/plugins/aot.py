@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
-from trimtab.errors import BuildFailed, BundleError, MissingDependency
+from trimtab.errors import BuildFailed, BundleError, MissingDependency, first_line
 from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Tile, order, tiles
 
 MATMUL = "vq_matmul"
@@ -198,7 +198,7 @@ def _compile(
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     except Exception as error:  # Triton's compiler raises whatever its stages do
-        raise BuildFailed(f"Triton could not compile {name} for sm_{sm}: {error}".splitlines()[0]) from error
+        raise BuildFailed(f"Triton could not compile {name} for sm_{sm}: {first_line(error)}") from error
     return Kernel(
         entry=compiled.metadata.name,
         rows=tile.rows,
