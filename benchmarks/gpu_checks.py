@@ -100,7 +100,8 @@ def look() -> Machine:
     from trimtab.errors import TargetError
     from trimtab.runtime.sessions.check import JETSON
     from trimtab.runtime.sessions.cuda import Driver
-    from trimtab.targets.preflight import l4t_version, read_text, run_text
+    from trimtab.targets.machine import read_text, run_text
+    from trimtab.targets.preflight import l4t_version
 
     versions = {}
     for package in PACKAGES:

@@ -16,7 +16,7 @@ from trimtab.cli import main
 from trimtab.errors import InputError
 from trimtab.targets import recognise as recognise_module
 from trimtab.targets.device import BACKENDS, PRECISIONS, Device, JetPack, find_device, known_devices
-from trimtab.targets.recognise import match_gpu, match_jetson, recognise, total_memory_bytes
+from trimtab.targets.recognise import match_gpu, match_jetson, recognise
 
 GIB = 2**30
 
@@ -365,11 +365,6 @@ def test_gpus_are_known_by_what_nvidia_smi_prints(
     assert (found and found.name) == name
 
 
-def test_total_memory_is_read_from_meminfo() -> None:
-    assert total_memory_bytes("MemTotal:        7802736 kB\nMemFree:  1 kB\n") == 7_802_736 * 1024
-    assert total_memory_bytes("") is None
-
-
 class Machine:
     """A machine that is made up: its files, and its nvidia-smi."""
 
@@ -378,7 +373,7 @@ class Machine:
         self.patch = monkeypatch
         monkeypatch.setattr(recognise_module, "DEVICE_TREE", folder)
         monkeypatch.setattr(recognise_module, "MEMINFO", folder / "meminfo")
-        monkeypatch.setattr(recognise_module.shutil, "which", lambda _: None)
+        self.nvidia_smi(FileNotFoundError("nvidia-smi"))
 
     def files(self, **texts: str) -> None:
         for name, text in texts.items():
@@ -391,8 +386,7 @@ class Machine:
                 raise answer
             return subprocess.CompletedProcess(command, 0, answer, "")
 
-        self.patch.setattr(recognise_module.shutil, "which", lambda name: f"/usr/bin/{name}")
-        self.patch.setattr(recognise_module.subprocess, "run", run)
+        self.patch.setattr(subprocess, "run", run)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from null_device import NullCuda
 from trimtab.errors import MissingDependency, TargetError, TrimtabError, WrongDevice
 from trimtab.runtime.sessions.cuda import Driver
 from trimtab.targets.device import find_device
+from trimtab.targets.machine import meminfo_bytes
 from trimtab.targets.preflight import (
     DPKG,
     JETPACKS,
@@ -19,7 +20,6 @@ from trimtab.targets.preflight import (
     jetpack_version,
     l4t_version,
     look,
-    memory_bytes,
     preflight,
 )
 
@@ -82,8 +82,8 @@ def test_an_unknown_release_is_not_guessed() -> None:
 
 
 def test_memory_is_in_bytes() -> None:
-    assert memory_bytes(MEMINFO, "MemAvailable") == 5123456 * 1024
-    assert memory_bytes(MEMINFO, "SwapTotal") is None
+    assert meminfo_bytes(MEMINFO, "MemAvailable") == 5123456 * 1024
+    assert meminfo_bytes(MEMINFO, "SwapTotal") is None
 
 
 @pytest.mark.parametrize(

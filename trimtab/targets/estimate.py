@@ -20,7 +20,7 @@ from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.cost import Cost, node_costs
 from trimtab.targets.device import Device
 from trimtab.targets.liveness import Kernel, Peak, Rules, kernels, peak
-from trimtab.targets.preflight import MEMINFO, memory_bytes, read_text
+from trimtab.targets.machine import MEMINFO, meminfo_bytes, read_text
 from trimtab.targets.propagation import Extents, propagate
 from trimtab.weights import repeated
 
@@ -171,7 +171,7 @@ def room(device: Device) -> int | None:
     """Bytes that a device has for a bundle; for a target without a memory of its own, this machine's."""
     if device.memory_bytes is not None:
         return max(0, device.memory_bytes - SYSTEM_BYTES[device.shared_memory])
-    return memory_bytes(read_text(MEMINFO), "MemTotal")
+    return meminfo_bytes(read_text(MEMINFO), "MemTotal")
 
 
 def plan(

@@ -6,9 +6,7 @@ machines said can be judged on any.
 
 from __future__ import annotations
 
-import contextlib
 import re
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,9 @@ from trimtab.runtime.sessions.check import JETSON, missing
 from trimtab.runtime.sessions.cuda import Driver
 from trimtab.runtime.sessions.tensorrt import import_backend
 from trimtab.targets.device import Device, JetPack
+from trimtab.targets.machine import MEMINFO, meminfo_bytes, read_text, run_text
 
-MEMINFO = Path("/proc/meminfo")
 DPKG = ("dpkg-query", "--show", "--showformat=${Version}", "nvidia-jetpack")
-DPKG_SECONDS = 10.0
-"""It answers at once unless another apt holds its lock."""
 
 JETPACKS = {
     "36.3.0": "6.0",
@@ -69,28 +65,6 @@ class Machine:
     trouble: str | None = None
 
 
-def read_text(path: Path) -> str:
-    """A file's text; nothing where it cannot be read."""
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace")
-    return ""
-
-
-def run_text(command: Sequence[str]) -> str:
-    """What a program prints; nothing where it fails or is not there."""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DPKG_SECONDS,
-            check=True,
-        )
-        return done.stdout
-    return ""
-
-
 def look(
     backend: str,
     *,
@@ -124,8 +98,8 @@ def look(
         if gpu.integrated:
             # CUDA leaves out the page cache, which the system gives back to whoever asks.
             meminfo = read(MEMINFO)
-            free = memory_bytes(meminfo, "MemAvailable") or free
-            total = memory_bytes(meminfo, "MemTotal") or total
+            free = meminfo_bytes(meminfo, "MemAvailable") or free
+            total = meminfo_bytes(meminfo, "MemTotal") or total
         l4t = l4t_version(read(JETSON))
         return Machine(
             gpu=gpu.name,
@@ -154,12 +128,6 @@ def jetpack_version(dpkg: str, l4t: str) -> str | None:
     release = _numbers(l4t)
     older = [known for known in JETPACKS if _numbers(known)[:2] == release[:2] and _numbers(known) <= release]
     return JETPACKS[max(older, key=_numbers)] if older else None
-
-
-def memory_bytes(meminfo: str, field: str) -> int | None:
-    """A field of /proc/meminfo in bytes (its "kB" are 1024)."""
-    found = re.search(rf"^{field}:\s+(\d+) kB$", meminfo, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def preflight(device: Device, machine: Machine, *, needed_bytes: int = 0) -> None:

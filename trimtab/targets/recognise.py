@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
 from trimtab.targets.device import Device, known_devices
+from trimtab.targets.machine import MEMINFO, meminfo_bytes, read_text, run_text
 
 DEVICE_TREE = Path("/proc/device-tree")
-MEMINFO = Path("/proc/meminfo")
-
 NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,compute_cap,memory.total", "--format=csv,noheader")
-NVIDIA_SMI_SECONDS = 10.0
-"""A sleeping driver takes a few seconds to answer; one that hangs must not hang us."""
 
 LEAST_VISIBLE, MOST_VISIBLE = 0.7, 1.02
 """The part of the installed memory that a system reports. An Orin Nano of 8 GB under JetPack 5 shows 6.3 GiB,
@@ -33,13 +27,12 @@ def recognise(devices: Mapping[str, Device] | None = None) -> Device | None:
         devices: By name; those of `known_devices` by default.
     """
     known = known_devices() if devices is None else devices
-    if model := _read(DEVICE_TREE / "model"):
-        jetson = match_jetson(
-            model, _read(DEVICE_TREE / "compatible"), total_memory_bytes(_read(MEMINFO)), known
-        )
+    if model := read_text(DEVICE_TREE / "model"):
+        compatible = read_text(DEVICE_TREE / "compatible")
+        jetson = match_jetson(model, compatible, meminfo_bytes(read_text(MEMINFO), "MemTotal"), known)
         if jetson is not None:
             return jetson
-    return match_gpu(_nvidia_smi(), known)
+    return match_gpu(run_text(NVIDIA_SMI), known)
 
 
 def match_jetson(
@@ -94,12 +87,6 @@ def match_gpu(answer: str, devices: Mapping[str, Device]) -> Device | None:
     return None
 
 
-def total_memory_bytes(meminfo: str) -> int | None:
-    """MemTotal of /proc/meminfo in bytes (its "kB" are 1024), or None."""
-    found = re.search(r"^MemTotal:\s+(\d+) kB$", meminfo, re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
-
-
 def _fits(visible_bytes: int, device: Device) -> bool:
     installed = device.memory_bytes
     return installed is None or LEAST_VISIBLE <= visible_bytes / installed <= MOST_VISIBLE
@@ -107,28 +94,3 @@ def _fits(visible_bytes: int, device: Device) -> bool:
 
 def _words(text: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def _nvidia_smi() -> str:
-    """What it prints, or nothing."""
-    if shutil.which(NVIDIA_SMI[0]) is None:
-        return ""
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(
-            NVIDIA_SMI,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=NVIDIA_SMI_SECONDS,
-            check=True,
-        )
-        return done.stdout
-    return ""
