@@ -58,7 +58,7 @@ def _planned(
     parts: Parts, scheduler: Any, steps: tuple[int, ...] = STEPS
 ) -> tuple[Sampling, dict[str, Task]]:
     sampling = Sampling(scheduler, steps, {})
-    return sampling, plan_tasks(parts, sampling, probe_tasks(parts, sampling))[0]
+    return sampling, plan_tasks(parts, probe_tasks(parts, sampling))[0]
 
 
 def _scheduler(**config: Any) -> FlowMatchEulerDiscreteScheduler:

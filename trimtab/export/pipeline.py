@@ -78,7 +78,7 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
     """
     _choose_size(parts, size)
     tables = probe_tasks(parts, sampling)
-    planned, sampler = plan_tasks(parts, sampling, tables)
+    planned, sampler = plan_tasks(parts, tables)
     tasks = follow_size(parts, sampling, planned)
     result = FuseSampler(slots=sampler.slots, clip_range=sampler.clip_range, noise=sampler.noise)(
         parts.segments["denoiser"]

@@ -247,7 +247,7 @@ class _Cut:
                     self.parts[part] = segment_at(places, part, self.models[name], outputs, swapped)
         for kind in self.kinds:
             self._runs[kind] = tuple(i for i, group in enumerate(groups) if kind in runs[group[0]])
-        self._tags = _tag(groups, given, sources, self.kinds)
+        self._tags = _tag(groups, given, self.kinds)
         return self.parts
 
     def _differences(self, sources: _Sources) -> set[ir.Node]:
@@ -376,7 +376,6 @@ def _order(
 def _tag(
     groups: Sequence[Sequence[ir.Node]],
     given: Mapping[Kind, Mapping[ir.Value, ir.Value | None]],
-    sources: _Sources,
     kinds: Sequence[Kind],
 ) -> dict[Kind, dict[str, int]]:
     """Numbers for values that a kind computes from others than the graph says, and that may have other sizes."""

@@ -44,11 +44,7 @@ def segment_shapes(contents: Contents, size: tuple[int, int]) -> dict[str, tuple
         seen = set()
         for schedule in _walked(task, size):
             short = _shortened(schedule)
-            look = (
-                *map(_look, short.prologue),
-                None,
-                *(_step_look(step) for step in short.steps),
-            )
+            look = (*map(_look, short.prologue), None, *map(_step_look, short.steps))
             if look not in seen:
                 seen.add(look)
                 make_plan(
@@ -118,8 +114,4 @@ def _step_look(step: Step) -> Any:
 
 
 def _look(call: Call) -> Any:
-    return (call.segment, *_sorted(call.inputs.items()), *_sorted(call.outputs.items()))
-
-
-def _sorted(items: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return sorted(items)
+    return (call.segment, *sorted(call.inputs.items()), *sorted(call.outputs.items()))

@@ -100,7 +100,7 @@ class Inserter:
             new = self._open(old, device) if old.packed else replace(old, built=True)
         else:
             new = self._same(name, old, device, version) or self._built(name, old, device, version)
-        self._put(name, old, new)
+        self._put(old, new)
         seconds = round(time.perf_counter() - start, 3)
         self.made.append(Made(device.name, name, new.path, new.bytes, why, seconds))
 
@@ -192,7 +192,8 @@ class Inserter:
         names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         return next(p for p in (f"{ENGINES}/{device.name}/{n}.engine" for n in names) if p not in taken)
 
-    def _put(self, name: str, old: Engine, new: Engine) -> None:
+    def _put(self, old: Engine, new: Engine) -> None:
+        """Lets bundle.json name the new engine in the old one's place."""
         contents = self._contents
         engines = {
             segment.name: [new if engine is old else engine for engine in segment.engines]

@@ -62,20 +62,18 @@ class Sampler:
 
 
 def plan_tasks(
-    parts: Parts, sampling: Sampling, tables: Mapping[str, Mapping[str, SamplerTable]]
+    parts: Parts, tables: Mapping[str, Mapping[str, SamplerTable]]
 ) -> tuple[dict[str, Task], Sampler]:
     """Tasks with their schedules, and the sampler that serves them all.
 
     Args:
         parts: The exported pipeline.
-        sampling: The user's choice.
         tables: Task -> schedule name -> table, from `probe_tasks`.
     """
     every = [table for schedules in tables.values() for table in schedules.values()]
-    ranges = {table.clip_range for table in every} - {None}
     sampler = Sampler(
         slots=max(table.slots for table in every),
-        clip_range=max((r for r in ranges if r is not None), default=None),
+        clip_range=max((t.clip_range for t in every if t.clip_range is not None), default=None),
         noise=any(table.draws_noise for table in every),
     )
     tasks = {}

@@ -212,7 +212,7 @@ def _plan(parts: Parts, sampling: Sampling, size: tuple[int, int]) -> dict[str, 
     """What the tasks would be, were this the native size."""
     other = copy.copy(parts)
     other.size = size
-    return plan_tasks(other, sampling, probe_tasks(other, sampling))[0]
+    return plan_tasks(other, probe_tasks(other, sampling))[0]
 
 
 def _sizes(parts: Parts) -> list[tuple[int, int]]:
