@@ -20,6 +20,7 @@ import onnx_ir as ir
 from trimtab.calibration.draft import draft
 from trimtab.calibration.trajectories import own_requests
 from trimtab.errors import CalibrationError, InputError
+from trimtab.passes.constants import add_constant
 from trimtab.passes.operators import FLOAT, MOVES
 from trimtab.passes.precision import SCORES
 from trimtab.passes.sampler import SCOPE as SAMPLER
@@ -308,12 +309,8 @@ class _Watch:
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
         name = f"{_OUTPUT}/{name}/{array.reshape(-1)[0]}"
-        if name not in self.graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
-            value.const_value = tensor
-            self.graph.register_initializer(value)
-        return self.graph.initializers[name]
+        known = self.graph.initializers.get(name)
+        return add_constant(self.graph, name, array) if known is None else known
 
 
 def _head_size(node: ir.Node, query: ir.Value) -> int:

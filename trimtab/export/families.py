@@ -15,6 +15,7 @@ import torch
 from trimtab.errors import ExportError, InputError
 from trimtab.export import encoders, modules
 from trimtab.export.denoisers import (
+    SIZE_CONDITIONS,
     caption_width,
     check_conditions,
     denoiser_module,
@@ -160,7 +161,9 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     wrapper = denoiser_module(source)
     config = wrapper.model.config
     width = int(config.cross_attention_dim)
-    pooled = int(config.projection_class_embeddings_input_dim) - 6 * int(config.addition_time_embed_dim)
+    pooled = int(config.projection_class_embeddings_input_dim) - SIZE_CONDITIONS * int(
+        config.addition_time_embed_dim
+    )
     parts.add(
         "text_join",
         encoders.JoinXLText(),

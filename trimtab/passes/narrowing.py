@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from trimtab.weights import INLINE_BYTES
+
 LARGEST = {
     ir.DataType.FLOAT16: float(np.finfo(np.float16).max),
     ir.DataType.BFLOAT16: (2 - 2.0**-7) * 2.0**127,
@@ -52,7 +54,7 @@ def narrowed(tensor: ir.TensorProtocol, dtype: ir.DataType, name: str) -> ir.Ten
     def convert() -> ir.TensorProtocol:
         return ir.Tensor(_rounded(tensor.numpy(), dtype), dtype, name=name)
 
-    if tensor.nbytes < 1024:  # what stays in the graph's own file
+    if tensor.nbytes < INLINE_BYTES:
         return convert()
     return ir.LazyTensor(convert, dtype, ir.Shape(tensor.shape.numpy()), name=name)
 

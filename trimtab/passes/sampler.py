@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
+from trimtab.passes.scopes import SCOPES
 
 SCOPE = "sampler"
 """The module path that the new nodes carry."""
@@ -254,11 +255,10 @@ class _Fusion:
 
     def _node(self, op: str, inputs: Sequence[ir.Value], name: str, **attributes: int) -> ir.Value:
         node = ir.node(op, list(inputs), attributes, name=f"{SCOPE}/{name}")
-        node.metadata_props["pkg.torch.onnx.name_scopes"] = repr(["", SCOPE, name])
+        node.metadata_props[SCOPES] = repr(["", SCOPE, name])
         output = node.outputs[0]
         output.name = f"{SCOPE}/{name}"
-        integer = op == "Shape" or (op == "Concat")
-        output.type = ir.TensorType(ir.DataType.INT64 if integer else ir.DataType.FLOAT)
+        output.type = ir.TensorType(ir.DataType.INT64 if op in ("Shape", "Concat") else ir.DataType.FLOAT)
         self.nodes.append(node)
         return output
 
@@ -287,7 +287,7 @@ class _Fusion:
         node = ir.node(
             "Split", [weights, sizes], {"axis": 0}, num_outputs=1 + singles, name=f"{SCOPE}/{name}"
         )
-        node.metadata_props["pkg.torch.onnx.name_scopes"] = repr(["", SCOPE, name])
+        node.metadata_props[SCOPES] = repr(["", SCOPE, name])
         for index, output in enumerate(node.outputs):
             output.name = f"{SCOPE}/{name}_weight_{index}"
             output.type = ir.TensorType(ir.DataType.FLOAT)

@@ -17,6 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from trimtab.errors import BuildFailed, TargetError, UnsupportedOp
+from trimtab.manifest import OPERATORS_DOMAIN
 from trimtab.passes.base import Pass
 from trimtab.passes.vq_apart import KeepBlocksApart
 from trimtab.passes.vq_int8 import DecodeFromInt8
@@ -128,7 +129,7 @@ class NetworkBuilder(abc.ABC):
                 "graph": str(write_graph(model, folder)),
                 "out": str(folder / "engine"),
                 "operators": sorted({node.op_type for node in model.graph.all_nodes() if node.domain == ""}),
-                "packed": any(node.domain == "trimtab" for node in model.graph.all_nodes()),
+                "packed": any(node.domain == OPERATORS_DOMAIN for node in model.graph.all_nodes()),
                 "compute_capability": self.compute_capability(device),
                 "workspace_bytes": options.workspace_bytes,
                 "optimization_level": options.optimization_level,

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from trimtab.errors import TargetError
-from trimtab.manifest import Contents
+from trimtab.manifest import OPERATORS_DOMAIN, Contents
 from trimtab.program import Program
 from trimtab.targets.device import Device
 from trimtab.targets.estimate import Plan, plan, room
@@ -98,7 +98,7 @@ def _ways(
 
 def _packed(given: Plan, program: Program, low_memory: bool) -> bool:
     """Whether it fits once the denoiser's weights are 2-bit codes, and they are not yet."""
-    if any(node.domain == "trimtab" for s in program.segments.values() for node in s.model.graph):
+    if any(node.domain == OPERATORS_DOMAIN for s in program.segments.values() for node in s.model.graph):
         return False
     bits = 32 if given.precision == "fp32" else 16
     saved = sum(

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from trimtab.errors import ExportError
 from trimtab.export.onnx.description import DecoderTable
 from trimtab.export.onnx.graphs import CONVERTED_OPSET, IR_VERSION, Foreign
+from trimtab.passes.constants import add_constant
 from trimtab.passes.scopes import SCOPES
 
 SCOPE = "adapter"
@@ -103,11 +104,7 @@ class Adapter:
     def constant(self, array: npt.NDArray[Any]) -> ir.Value:
         """A constant."""
         self._count += 1
-        tensor = ir.tensor(array, name=f"{SCOPE}/constant_{self._count}")
-        type_ = ir.TensorType(tensor.dtype)
-        value = ir.Value(name=tensor.name, shape=ir.Shape(array.shape), type=type_, const_value=tensor)
-        self.graph.register_initializer(value)
-        return value
+        return add_constant(self.graph, f"{SCOPE}/constant_{self._count}", array)
 
     def cast(self, value: ir.Value, dtype: ir.DataType, *, behind: bool = False) -> ir.Value:
         """The value in another type."""

@@ -20,10 +20,7 @@ from trimtab.export.onnx.description import (
     Tokens,
     read_onnx_toml,
 )
-from trimtab.export.onnx.graphs import (
-    Foreign,
-    open_graph,
-)
+from trimtab.export.onnx.graphs import Foreign, open_graph
 from trimtab.export.onnx.parts import add_decoder, add_denoiser, add_prologue
 from trimtab.export.onnx.toml_table import nearest
 from trimtab.export.onnx.wires import ROWS_BATCH, Wires
@@ -33,8 +30,6 @@ from trimtab.export.sampler import make_scheduler
 from trimtab.export.sampler.schedulers import SCHEDULERS
 from trimtab.export.sampler.schedules import Sampling
 from trimtab.program import Program
-
-LATENT = ("latent_height", "latent_width")
 
 
 def export_onnx(

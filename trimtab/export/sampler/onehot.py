@@ -195,8 +195,7 @@ def reduce_row(row: Row, relations: list[tuple[int, Row]], elements: list[Elemen
     Some schedulers keep sums (UniPC and SASolver keep the corrected sample), which unroll to the whole
     history, or keep the noise of an earlier evaluation, which no slot holds. But every sample is an element
     and also a known sum of older ones: adding a multiple of ``sample - sum = 0`` changes nothing but the
-        form. Exact, up to the
-    rounding of float64.
+    form. Exact, up to the rounding of float64.
 
     Args:
         row: What evaluation ``evaluation`` reads.

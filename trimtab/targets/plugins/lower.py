@@ -11,13 +11,11 @@ import onnx_ir as ir
 
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
+from trimtab.passes.vq_op import is_packed
 from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, write_kernels
 from trimtab.targets.plugins.codes import as_words, grouped
 from trimtab.targets.plugins.qdp import DECODE_OP, MATMUL_OP, NAMESPACE
 from trimtab.targets.plugins.tiles import STATIC_LIMIT, fuses, order
-
-PACKED = ("trimtab", "VQDequantize")
-"""Domain and name of the operator: codes, codebook[, scale] -> W, attributes ``shape`` and ``index_bits``."""
 
 _DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
@@ -42,7 +40,7 @@ class UseKernels(Pass):
         """Lowers every packed weight that computes in FP16 or BF16; refuses the others, which stay as they are."""
         applied, refused = [], []
         for node in list(model.graph):
-            if (node.domain, node.op_type) != PACKED:
+            if not is_packed(node):
                 continue
             name = node.name or str(node.outputs[0].name)
             weight = _Weight(node)
