@@ -11,15 +11,12 @@ import numpy.typing as npt
 
 from trimtab.bundle import Bundle
 from trimtab.errors import InputError
-from trimtab.program import STATE
+from trimtab.program import DENOISER, STATE
 from trimtab.runtime.inputs import stand_ins
 from trimtab.runtime.load import Pipeline, load
 
 _SAMPLER = ("state", "sample_weights", "next_weights", "clip_weights")
 """Inputs of the denoiser whose shape depends on the schedules that a bundle holds."""
-
-_DENOISER = "denoiser"
-"""What the names of a denoiser's parts begin with; the module names of other graphs mean other models."""
 
 Array = npt.NDArray[np.floating[Any]]
 
@@ -111,7 +108,7 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
         blocks: dict[str, list[str]] = {}
         values: dict[str, Array] = {}
         for call in plan.steps[0].calls:
-            if call.segment.startswith(_DENOISER):
+            if call.segment.startswith(DENOISER):
                 path = pipe.bundle.contents.segments[call.segment].graph
                 # What both denoisers read is the reference's; the sampler's weights may differ, and are each
                 # one's own; what crosses from one part of a denoiser to the next was just made.
@@ -124,7 +121,7 @@ def _modules(ours: Pipeline, theirs: Pipeline, options: dict[str, Any]) -> list[
         if not blocks:
             return []  # a foreign graph without module names
         found.append((blocks, values))
-        cut |= sum(call.segment.startswith(_DENOISER) for call in plan.steps[0].calls) > 1
+        cut |= sum(call.segment.startswith(DENOISER) for call in plan.steps[0].calls) > 1
     (ours_blocks, first), (theirs_blocks, second) = found
     results = []
     for module, names in ours_blocks.items():

@@ -18,8 +18,9 @@ from trimtab.errors import InputError
 from trimtab.export.source import Source, find
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.experts import Experts
-from trimtab.passes.removal import DENOISER, PLAN, RemovalPlan, check_plan, load_plan
+from trimtab.passes.removal import PLAN, RemovalPlan, check_plan, load_plan
 from trimtab.passes.student import WEIGHTS, save_weights
+from trimtab.program import DENOISER
 from trimtab.recipe import make_recipe
 from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.errors import InputError
 from trimtab.manifest import SegmentEntry
-from trimtab.program import STATE
+from trimtab.program import DENOISER, STATE
 from trimtab.runtime.load import load
 from trimtab.runtime.sessions import Buffer
 from trimtab.shapes import bind, shape
@@ -55,13 +55,13 @@ class Denoiser(torch.nn.Module):
             )
         self._pipeline = load(bundle, target=target)
         segments = self._pipeline.bundle.contents.segments
-        parts = [name for name in segments if name.startswith("denoiser")]
-        if parts != ["denoiser"]:
+        parts = [name for name in segments if name.startswith(DENOISER)]
+        if parts != [DENOISER]:
             raise InputError(
                 f"{bundle} has the denoisers {', '.join(parts)}, which its own schedule calls in turn: run the bundle "
                 "itself, or compile one that skips nothing"
             )
-        segment = segments["denoiser"]
+        segment = segments[DENOISER]
         if getattr(self.config, "time_cond_proj_dim", None) is not None:
             raise InputError(
                 f"{bundle} reads the guidance scale, which diffusers hands to a U-Net as an embedding: "
@@ -168,7 +168,7 @@ class Denoiser(torch.nn.Module):
         inputs["sample_weights"][0] = 1
         inputs["mix"][0] = 1
         outputs = {spec.name: new(shape(spec.shape, symbols), spec.dtype) for spec in self._segment.outputs}
-        self._pipeline.session("denoiser").bind(inputs, outputs)()
+        self._pipeline.session(DENOISER).bind(inputs, outputs)()
         return np.array(outputs["model_output"])
 
 

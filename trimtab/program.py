@@ -26,6 +26,9 @@ PRECISION = "trimtab.precision"
 Dim = int | str
 """A size, or an expression over symbols such as ``"rows*batch"`` or ``"height//8"`` (see `trimtab.shapes`)."""
 
+DENOISER = "denoiser"
+"""The segment that runs in every step; what the names of its parts and versions begin with."""
+
 STATE = "state"
 """The sampler's state: (slots, batch, *latent) float32. Slot 0 holds the start noise, slot 1 an image's latents."""
 

@@ -11,10 +11,10 @@ from trimtab.bundle import MANIFEST, open_bundle
 from trimtab.errors import InputError, PassError
 from trimtab.export.sampler.schedulers import SCHEDULERS
 from trimtab.passes.experts import AddExperts, load_experts
-from trimtab.passes.removal import DENOISER, load_plan, remove_layers
+from trimtab.passes.removal import load_plan, remove_layers
 from trimtab.passes.student import WEIGHTS, put_back
 from trimtab.passes.switch import another_loop
-from trimtab.program import Program, Segment
+from trimtab.program import DENOISER, Program, Segment
 from trimtab.storage import read_program
 
 

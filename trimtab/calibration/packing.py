@@ -16,7 +16,7 @@ from trimtab.calibration.gates import OUTPUT
 from trimtab.calibration.kmeans import Settings, make_codebooks
 from trimtab.calibration.trajectories import own_requests, record
 from trimtab.passes.vq import pack_weights, sites
-from trimtab.program import Program
+from trimtab.program import DENOISER, Program
 from trimtab.weights import same_tensor
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def packed(
         CalibrationError: See `make_codebooks` and `trimtab.calibration.vq4dit.calibrate`.
         PassError: Calibration of a graph with an operator that torch cannot run.
     """
-    models = {name: s.model for name, s in program.segments.items() if name.startswith("denoiser")}
+    models = {name: s.model for name, s in program.segments.items() if name.startswith(DENOISER)}
     if minutes is not None:
         _check_trainable(models.values())
     books = make_codebooks(models, settings, store, progress=progress)

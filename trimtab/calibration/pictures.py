@@ -14,7 +14,7 @@ from trimtab.calibration.batches import Batch, batch_axes, stack
 from trimtab.calibration.noising import Noising
 from trimtab.calibration.trajectories import Array
 from trimtab.errors import InputError
-from trimtab.program import STATE
+from trimtab.program import DENOISER, STATE
 from trimtab.runtime.images import read_image
 from trimtab.runtime.load import Pipeline
 
@@ -153,7 +153,7 @@ def _conditioning(pipeline: Pipeline, caption: str) -> dict[str, Array]:
     request, plan, _ = pipeline.prepare(caption, guidance=1.0, seed=0)
     plan.begin(request)
     plan.steps[0].begin(request)
-    (call,) = (call for call in plan.steps[0].calls if call.segment.startswith("denoiser"))
+    (call,) = (call for call in plan.steps[0].calls if call.segment.startswith(DENOISER))
     inputs: Mapping[str, Array] = {name: np.array(array) for name, array in call.inputs.items()}
     weights = np.zeros_like(inputs["sample_weights"])
     weights[0] = 1.0

@@ -20,9 +20,9 @@ from trimtab.calibration.trajectories import record_each, stratified
 from trimtab.calibration.workers import Workers
 from trimtab.errors import InputError, PassError
 from trimtab.passes.candidates import Candidates
-from trimtab.passes.removal import DENOISER, RemovalPlan
+from trimtab.passes.removal import RemovalPlan
 from trimtab.passes.split_attention import SplitAttention
-from trimtab.program import Program, Segment
+from trimtab.program import DENOISER, Program, Segment
 from trimtab.storage import write_contents
 from trimtab.targets.bindings import Shapes, segment_shapes
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import CalibrationError, InputError
-from trimtab.program import STATE
+from trimtab.program import DENOISER, STATE
 from trimtab.runtime.inputs import class_names, stand_ins
 from trimtab.runtime.load import Pipeline
 
@@ -127,7 +127,7 @@ def record_each(
             if index > max(wanted):
                 break
             step.begin(request)
-            calls = [call for call in step.calls if call.segment.startswith("denoiser")]
+            calls = [call for call in step.calls if call.segment.startswith(DENOISER)]
             # The engine may write the state that it reads, so what it read is kept before it runs.
             before = [
                 (call.segment, {name: array.copy() for name, array in call.inputs.items()})

@@ -13,7 +13,7 @@ from trimtab.errors import ExportError
 from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.export.trace import Example, trace
-from trimtab.program import Call, TensorSpec
+from trimtab.program import DENOISER, Call, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +126,8 @@ class PipelineParts(Parts):
         Raises:
             ExportError: It cannot be traced, or predicts other channels.
         """
-        self.add("denoiser", module, inputs, ["prediction"])
-        graph = self.segments["denoiser"].graph
+        self.add(DENOISER, module, inputs, ["prediction"])
+        graph = self.segments[DENOISER].graph
         found = graph.outputs[0].shape
         if found is not None and isinstance(found[1], int) and found[1] != self.channels:
             raise ExportError(

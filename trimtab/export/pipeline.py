@@ -15,7 +15,7 @@ from trimtab.export.sampler.shift import follow_size
 from trimtab.export.sampler.walk import can_add_noise
 from trimtab.export.source import Source
 from trimtab.passes.sampler import FuseSampler
-from trimtab.program import Call, PassEntry, Program, Segment, TensorSpec, check_size
+from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, TensorSpec, check_size
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
     planned, sampler = plan_tasks(parts, tables)
     tasks = follow_size(parts, sampling, planned)
     result = FuseSampler(slots=sampler.slots, clip_range=sampler.clip_range, noise=sampler.noise)(
-        parts.segments["denoiser"]
+        parts.segments[DENOISER]
     )
     if result.refused:
         raise ExportError(f"the sampler cannot be compiled into the denoiser: {result.refused[0].reason}")
@@ -101,7 +101,7 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
             "pipeline": parts.pipeline,
             "scheduler": type(sampling.scheduler).__name__,
         },
-        passes=(PassEntry("FuseSampler", "denoiser", len(result.applied), len(result.refused)),),
+        passes=(PassEntry("FuseSampler", DENOISER, len(result.applied), len(result.refused)),),
     )
 
 

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from trimtab.errors import PassError
-from trimtab.passes.inherit import DENOISER
 from trimtab.passes.raunet import CONV, POOL, SHIFT, WINDOWS, Places, Swaps, add_alternatives, find_places
 from trimtab.passes.window_attention import SHIFTS
-from trimtab.program import Call, PassEntry, Program, Schedule, Step, TensorSpec
+from trimtab.program import DENOISER, Call, PassEntry, Program, Schedule, Step, TensorSpec
 
 SCALES = (2, 4)
 """How many times the trained side there are phases for."""

@@ -15,10 +15,7 @@ from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import reach, step_calls
 from trimtab.passes.regions import default_region, find_region
 from trimtab.passes.segments import local_nodes
-from trimtab.program import Call, PassEntry, Program, Segment, Step
-
-DENOISER = "denoiser"
-"""What the names of a denoiser's segments begin with."""
+from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 
 
 def inherit(program: Program, plan: InheritPlan) -> Program:

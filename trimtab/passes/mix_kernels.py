@@ -19,9 +19,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from trimtab.passes.constants import add_constant
-from trimtab.passes.inherit import DENOISER
 from trimtab.passes.partition import map_steps, reach
-from trimtab.program import Call, PassEntry, Program, Segment, Step
+from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 
 logger = logging.getLogger(__name__)
 

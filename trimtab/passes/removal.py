@@ -19,11 +19,8 @@ from trimtab.errors import InputError, PassError
 from trimtab.manifest import REMOVAL_PLAN
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.candidates import Candidates
-from trimtab.program import PassEntry, Program, Segment
+from trimtab.program import DENOISER, PassEntry, Program, Segment
 from trimtab.staging import write_file
-
-DENOISER = "denoiser"
-"""The segment that layers are taken from."""
 
 PLAN = REMOVAL_PLAN
 """A plan's file in a bundle and in a student's folder."""

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.inherit import DENOISER, split_name
+from trimtab.passes.inherit import split_name
 from trimtab.passes.partition import step_calls
-from trimtab.program import Call, PassEntry, Program, Segment, Step
+from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 
 
 def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tuple[str, float]]) -> Program:

@@ -16,7 +16,7 @@ from trimtab.errors import PassError
 from trimtab.passes import vq_op
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
-from trimtab.program import PassEntry, Program, Segment
+from trimtab.program import DENOISER, PassEntry, Program, Segment
 
 _READERS = {"MatMul": 1, "Gemm": 1, "Conv": 1}
 """Operator -> which of its inputs is the weight."""
@@ -125,7 +125,7 @@ def pack_weights(program: Program, codebooks: Codebooks) -> Program:
     """Packs the weights of every segment of the denoiser."""
     segments, entries = dict(program.segments), list(program.passes)
     for name, segment in program.segments.items():
-        if name.startswith("denoiser"):
+        if name.startswith(DENOISER):
             result = PackWeights(codebooks.of(name))(segment.model)
             segments[name] = Segment(name, result.model)
             entries.append(PassEntry("PackWeights", name, len(result.applied), len(result.refused)))

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from trimtab.errors import TargetError
 from trimtab.manifest import OPERATORS_DOMAIN, Contents
-from trimtab.program import Program
+from trimtab.program import DENOISER, Program
 from trimtab.targets.device import Device
 from trimtab.targets.estimate import Plan, plan, room
 
@@ -104,7 +104,7 @@ def _packed(given: Plan, program: Program, low_memory: bool) -> bool:
     saved = sum(
         int(segment.weight_bytes * (1 - VQ_BITS / bits))
         for segment in given.segments
-        if segment.name.startswith("denoiser")
+        if segment.name.startswith(DENOISER)
     )
     needed = given.low_memory_bytes if low_memory else given.peak_bytes
     return given.room_bytes is not None and needed - saved <= given.room_bytes

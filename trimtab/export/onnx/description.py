@@ -14,9 +14,9 @@ from typing import Any
 
 from trimtab.errors import InputError
 from trimtab.export.onnx.toml_table import Table, is_number, nearest
+from trimtab.program import DENOISER
 from trimtab.recipe import read_toml
 
-DENOISER = "denoiser"
 DECODER = "decoder"
 FACTOR = 8
 """Pixels to a latent along a side, where the file does not say: so in every Stable Diffusion and in Flux."""

@@ -12,7 +12,6 @@ import onnx_ir as ir
 from trimtab.errors import ExportError, InputError
 from trimtab.export.onnx.description import (
     DECODER,
-    DENOISER,
     GraphTable,
     Host,
     Label,
@@ -29,7 +28,7 @@ from trimtab.export.pipeline import finish
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.sampler.schedulers import SCHEDULERS
 from trimtab.export.sampler.schedules import Sampling
-from trimtab.program import Program
+from trimtab.program import DENOISER, Program
 
 
 def export_onnx(

@@ -10,7 +10,6 @@ from trimtab.errors import ExportError, InputError
 from trimtab.export.onnx.adapt import Adapter, adapt_decoder, adapt_denoiser, pixel_graph
 from trimtab.export.onnx.description import (
     DECODER,
-    DENOISER,
     GraphTable,
     Numbers,
     OnnxFiles,
@@ -28,6 +27,7 @@ from trimtab.export.onnx.graphs import (
 )
 from trimtab.export.onnx.wires import Wires
 from trimtab.export.parts import Parts
+from trimtab.program import DENOISER
 
 LATENT = ("latent_height", "latent_width")
 

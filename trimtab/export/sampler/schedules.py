@@ -11,7 +11,7 @@ import numpy as np
 
 from trimtab.export.parts import Parts
 from trimtab.export.sampler import SamplerTable, probe, scheduler_name
-from trimtab.program import STATE, Call, Schedule, Step, Task, TensorSpec
+from trimtab.program import DENOISER, STATE, Call, Schedule, Step, Task, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -238,7 +238,7 @@ def _steps(
             if evaluation.noise_draw is not None:
                 draws[evaluation.noise_draw] = "noise"
         constants["next_weights"] = tuple(weights)
-        calls = [Call("denoiser", inputs, outputs)]
+        calls = [Call(DENOISER, inputs, outputs)]
         if blend:
             assert evaluation.known_weights is not None
             constants["known_weights"] = evaluation.known_weights
