@@ -19,13 +19,13 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[int, int], int]] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
 }
-# What torch.export writes beside them.
-_FUNCTIONS: Mapping[str, Callable[..., int]] = {
+FUNCTIONS: Mapping[str, Callable[..., int]] = {
     "Max": max,
     "Min": min,
     "Mod": operator.mod,
     "FloorDiv": operator.floordiv,
 }
+"""What torch.export writes beside operators: no symbols."""
 
 
 @functools.lru_cache(maxsize=1024)
@@ -72,8 +72,8 @@ def _value(node: ast.expr, symbols: Mapping[str, int], whole: str) -> int:
         return _OPERATORS[type(node.op)](left, right)
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         return -_value(node.operand, symbols, whole)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
-        return _FUNCTIONS[node.func.id](*(_value(argument, symbols, whole) for argument in node.args))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in FUNCTIONS:
+        return FUNCTIONS[node.func.id](*(_value(argument, symbols, whole) for argument in node.args))
     raise BundleError(f"{whole!r} is not a size: integers, names, + - * // and % are understood")
 
 

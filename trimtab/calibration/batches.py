@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from trimtab.calibration.sensitivity import row_of
+from trimtab.calibration.sensitivity import has_rows, row_of
 from trimtab.calibration.trajectories import Array, Sample, digest
 from trimtab.errors import InputError
 from trimtab.program import STATE
@@ -74,12 +74,7 @@ class Trajectories:
 
 def batch_axes(model: ir.Model) -> dict[str, int]:
     """Graph input -> the axis of its batch, for those that have one."""
-    axes = {STATE: 1}
-    for value in model.graph.inputs:
-        first = value.shape[0] if value.shape is not None and value.shape.rank() else None
-        if str(getattr(first, "value", "")) == "rows*batch":
-            axes[str(value.name)] = 0
-    return axes
+    return {STATE: 1} | {str(value.name): 0 for value in model.graph.inputs if has_rows(value)}
 
 
 def stack(rows: Sequence[Mapping[str, Array]], axes: Mapping[str, int]) -> dict[str, Array]:

@@ -25,7 +25,9 @@ from trimtab.calibration.trajectories import Sample, digest
 from trimtab.calibration.workers import CHUNK, Job, Workers
 from trimtab.errors import CalibrationError
 from trimtab.passes.candidates import Candidates
+from trimtab.passes.sampler import ROWS_BATCH
 from trimtab.passes.split_attention import SplitAttention
+from trimtab.program import STATE
 from trimtab.storage import GRAPHS
 from trimtab.targets.key import weights_digest
 from trimtab.weights import WeightStore
@@ -183,6 +185,12 @@ def mark_of(candidates: Candidates) -> str:
     return hashlib.sha256(f"{candidates.fingerprint} {weights}".encode()).hexdigest()
 
 
+def has_rows(value: ir.Value) -> bool:
+    """Whether the first axis of a denoiser's input is that of the guidance rows of all pictures."""
+    first = value.shape[0] if value.shape is not None and value.shape.rank() else None
+    return isinstance(first, ir.SymbolicDim) and first.value == ROWS_BATCH
+
+
 def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
     """One guidance row of an evaluation, unguided: what the model itself is asked, at half the cost.
 
@@ -190,20 +198,15 @@ def row_of(sample: Sample, model: ir.Model, number: int) -> dict[str, Array]:
 
     Args:
         sample: Of one picture or several; rows lie one behind the other along the first axis.
-        model: Says by the size "rows*batch" which inputs have rows.
+        model: Says by `has_rows` which inputs have rows.
         number: Of the sample.
     """
-    batch, rows = sample.inputs["state"].shape[1], len(sample.inputs["mix"])
+    batch, rows = sample.inputs[STATE].shape[1], len(sample.inputs["mix"])
     chosen = number % rows
     inputs = {}
     for value in model.graph.inputs:
         array = sample.inputs[str(value.name)]
-        first = value.shape[0] if value.shape is not None and value.shape.rank() else None
-        if (
-            len(array.shape)
-            and array.shape[0] == rows * batch
-            and str(getattr(first, "value", "")) == "rows*batch"
-        ):
+        if has_rows(value):
             array = array[chosen * batch : (chosen + 1) * batch]
         inputs[str(value.name)] = array.copy()
     inputs["mix"] = np.ones(1, np.float32)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 import onnx_ir as ir
 
 from trimtab.errors import PassError
+from trimtab.shapes import FUNCTIONS
 
 
 def own_symbols(name: str, graph: ir.Graph) -> None:
@@ -61,12 +62,8 @@ def own_symbols(name: str, graph: ir.Graph) -> None:
 
 def _symbols(values: Iterable[ir.Value]) -> set[str]:
     dims = [d.value for v in values for d in v.shape or () if isinstance(d, ir.SymbolicDim) and d.value]
-    return {node.id for dim in dims for node in ast.walk(ast.parse(dim)) if isinstance(node, ast.Name)} - {
-        "Max",
-        "Min",
-        "Mod",
-        "FloorDiv",
-    }
+    names = {node.id for dim in dims for node in ast.walk(ast.parse(dim)) if isinstance(node, ast.Name)}
+    return names - FUNCTIONS.keys()
 
 
 def _key(expression: str) -> str:

@@ -22,12 +22,13 @@ from trimtab.export.onnx.description import (
 from trimtab.export.onnx.graphs import Foreign, open_graph
 from trimtab.export.onnx.parts import add_decoder, add_denoiser, add_prologue
 from trimtab.export.onnx.toml_table import nearest
-from trimtab.export.onnx.wires import ROWS_BATCH, Wires
+from trimtab.export.onnx.wires import Wires
 from trimtab.export.parts import Keep, Parts
 from trimtab.export.pipeline import finish
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.sampler.schedulers import SCHEDULERS
 from trimtab.export.sampler.schedules import Sampling
+from trimtab.passes.sampler import ROWS_BATCH
 from trimtab.program import DENOISER, Program
 
 

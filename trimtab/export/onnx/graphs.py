@@ -20,7 +20,7 @@ import onnx_ir.passes.common as common
 from trimtab.errors import BundleError, ExportError, InputError, first_line
 from trimtab.export.onnx.toml_table import nearest
 from trimtab.passes.scopes import SCOPES
-from trimtab.shapes import evaluate
+from trimtab.shapes import FUNCTIONS, evaluate
 from trimtab.weights import INLINE_BYTES
 
 OLDEST_OPSET = 15
@@ -37,7 +37,6 @@ _TRIAL = 16
 """For sizes that a trial says nothing of: even, and larger than what a layer may cut off."""
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
-_FUNCTIONS = ("Max", "Min", "Mod", "FloorDiv")
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _translated(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | st
     text = str(dim.value)
     if text in names:
         return names[text]
-    if any(word not in names and word not in _FUNCTIONS for word in _SYMBOL.findall(text)):
+    if any(word not in names and word not in FUNCTIONS for word in _SYMBOL.findall(text)):
         return None
     text = _SYMBOL.sub(lambda match: names.get(match[0], match[0]), text)
     try:

@@ -19,9 +19,8 @@ from trimtab.export.onnx.graphs import Foreign
 from trimtab.export.onnx.toml_table import nearest
 from trimtab.export.parts import Parts
 from trimtab.export.source import tokenizer_json
+from trimtab.passes.sampler import ROWS_BATCH
 from trimtab.program import TensorSpec
-
-ROWS_BATCH = "rows*batch"
 
 
 @dataclass
