@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from chains import WIDTH, chain, run_model
 
@@ -19,7 +20,7 @@ from trimtab.errors import InputError, PassError
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan, make_plan, save_plan
 from trimtab.passes.partition import partition, reach
-from trimtab.passes.regions import branches, find_region, skipped_modules
+from trimtab.passes.regions import Region, branches, find_region
 from trimtab.passes.scopes import SCOPES, module_tree
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
 from trimtab.storage import read_program
@@ -172,6 +173,22 @@ def deepcache(branch: int, blocks: int, layers: int) -> Callable[[str], bool]:
     return skipped
 
 
+def skipped_modules(model: ir.Model, region: Region) -> set[str]:
+    """Modules whose feature maps a step that inherits a region does not compute.
+
+    Conditioning that was traced in a module and is shared with others is not held against it.
+    """
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    running = reach(model.graph.outputs, {values[name]: None for name in region.values}, set())
+    maps = {node for node in running if any(is_map(value) for value in node.outputs)}
+    return {path for path, module in module_tree(model.graph).items() if not maps & {*module.nodes}}
+
+
+def is_map(value: ir.Value) -> bool:
+    floating = value.dtype is not None and value.dtype.is_floating_point()
+    return floating and value.shape is not None and value.shape.rank() >= 3
+
+
 def check_branches(program: Program, blocks: int, layers: int) -> None:
     model = program.segments["denoiser"].model
     found = branches(model.graph)
@@ -183,7 +200,7 @@ def check_branches(program: Program, blocks: int, layers: int) -> None:
     ]
     for branch in range(len(found)):
         expected = {path for path in paths if deepcache(branch, blocks, layers)(path)}
-        skipped = set(skipped_modules(model, find_region(model, f"branch {branch}")))
+        skipped = skipped_modules(model, find_region(model, f"branch {branch}"))
         assert skipped & set(paths) == expected, branch
 
 

@@ -27,7 +27,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.partition import reach
 from trimtab.passes.scopes import SCOPES, module_tree, scopes
 
 UNITS = {
@@ -114,17 +113,6 @@ def branches(graph: ir.Graph) -> list[ir.Value]:
         and any(re.fullmatch(r"up_blocks\.\d+", path) for path in scopes(node))
     ]
     return [value for node in reversed(joins) if (value := node.inputs[0]) is not None]
-
-
-def skipped_modules(model: ir.Model, region: Region) -> tuple[str, ...]:
-    """Paths of the modules whose feature maps a step that inherits a region does not compute.
-
-    Conditioning that was traced in a module and is shared with others is not held against it.
-    """
-    values = {str(v.name): v for node in model.graph for v in node.outputs}
-    running = reach(model.graph.outputs, {values[name]: None for name in region.values}, set())
-    maps = {node for node in running if any(_is_map(value) for value in node.outputs)}
-    return tuple(path for path, module in module_tree(model.graph).items() if not maps & {*module.nodes})
 
 
 def _is_map(value: ir.Value) -> bool:

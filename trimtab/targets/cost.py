@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from trimtab.passes.scopes import scopes
 from trimtab.targets.propagation import Extents, propagate
 
 VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
 """Operators whose result is their first input's memory under other sizes."""
-
-WHOLE = ""
-"""The path of the model itself in `by_module`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ def node_costs(model: ir.Model, inputs: Mapping[str, Sequence[int]]) -> dict[ir.
 
     Args:
         model: Not changed.
-        inputs: Graph input -> sizes; `trimtab.targets.propagation.input_sizes` makes them from symbols.
+        inputs: Graph input -> sizes.
 
     Raises:
         PassError: Sizes that do not follow from the inputs'.
@@ -125,22 +121,3 @@ def _einsum(equation: str, shapes: list[tuple[int, ...]]) -> int:
             for name, size in zip(term, shape, strict=False)
         }.values()
     )
-
-
-def by_module(costs: Mapping[ir.Node, Cost], paths: Iterable[str] | None = None) -> dict[str, Cost]:
-    """Costs by module path, a module's with those of the modules inside.
-
-    Args:
-        costs: From `node_costs`.
-        paths: Only these; None for all.
-
-    Returns:
-        In the order in which modules start; `WHOLE` first. Foreign graphs have only that.
-    """
-    wanted = None if paths is None else {WHOLE, *paths}
-    total: dict[str, Cost] = {}
-    for node, cost in costs.items():
-        for path in dict.fromkeys((WHOLE, *scopes(node))):
-            if wanted is None or path in wanted:
-                total[path] = total.get(path, Cost()) + cost
-    return total

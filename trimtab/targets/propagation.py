@@ -54,7 +54,7 @@ def propagate(model: ir.Model, inputs: Mapping[str, Sequence[int]]) -> Extents:
 
     Args:
         model: Not changed. Weights are not read.
-        inputs: Graph input -> sizes, for every input whose sizes are open; see `symbols` for sizes by symbol.
+        inputs: Graph input -> sizes, for every input whose sizes are open.
 
     Raises:
         PassError: An input's sizes are missing or do not fit, or a node's outputs cannot be inferred.
@@ -71,25 +71,6 @@ def propagate(model: ir.Model, inputs: Mapping[str, Sequence[int]]) -> Extents:
             raise PassError(f"the graph's input {name} of {dims} is given {list(shape)}: {problem}")
         extents[value] = Extent(shape, value.dtype or ir.DataType.FLOAT)
     return _Walk(model, extents, symbols).run()
-
-
-def input_sizes(model: ir.Model, symbols: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """The sizes of a graph's inputs, from the symbols that they are written with.
-
-    Args:
-        model: Its inputs' sizes are numbers, or expressions over the symbols.
-        symbols: Such as ``{"batch": 1, "rows": 2, "latent_height": 64, "latent_width": 64, "tokens": 77}``.
-
-    Raises:
-        PassError: A symbol without a value.
-    """
-    try:
-        return {
-            value.name or "": tuple(evaluate(dim, symbols) for dim in _dims(value) or ())
-            for value in model.graph.inputs
-        }
-    except BundleError as error:
-        raise PassError(f"the sizes of the graph's inputs are open: {error}") from None
 
 
 def _dims(value: ir.Value) -> list[int | str] | None:
