@@ -278,6 +278,10 @@ def test_a_hub_id_without_a_network_fails_with_one_line(
 
 
 def test_a_damaged_index(damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    index = json.loads((damaged / "model_index.json").read_text())
+    for entry in ([], ["diffusers"], "UNet2DModel"):
+        (damaged / "model_index.json").write_text(json.dumps(index | {"unet": entry}))
+        assert "DDPMPipeline needs one" in compile_fails(capsys, damaged, tmp_path)
     (damaged / "model_index.json").write_text("{")
     assert "model_index.json cannot be read" in compile_fails(capsys, damaged, tmp_path)
 
@@ -298,6 +302,9 @@ def test_absent_cut_and_pickled_weights(
     data = weights.read_bytes()
     weights.write_bytes(data[: len(data) // 2])
     assert "cut short" in compile_fails(capsys, damaged, tmp_path)
+    for header in (b"[]", b'{"w": []}', b'{"w": {"data_offsets": []}}'):
+        weights.write_bytes(len(header).to_bytes(8, "little") + header)
+        assert "is not a safetensors file" in compile_fails(capsys, damaged, tmp_path)
     weights.write_bytes(data[:5])
     assert "cut short" in compile_fails(capsys, damaged, tmp_path)
     weights.rename(weights.with_name("diffusion_pytorch_model.bin"))

@@ -276,6 +276,8 @@ def test_what_a_compiled_denoiser_cannot_heed_is_refused(
     assert denoiser(sample, 5, hidden, cross_attention_kwargs=None).sample.shape == sample.shape
     with pytest.raises(trimtab.TrimtabError, match="mid_block_additional_residual was given"):
         denoiser(sample, 5, hidden, mid_block_additional_residual=sample)
+    with pytest.raises(trimtab.TrimtabError, match="encoder_hidden_states with 8 along axis 2, 16 needed"):
+        denoiser(sample, 5, hidden[..., :8])
     with pytest.raises(trimtab.TrimtabError, match="2 different time steps were given"):
         denoiser(sample, torch.tensor([5, 6]), hidden)
     ids = torch.tensor([[64, 64, 0, 8, 64, 64]] * 2)

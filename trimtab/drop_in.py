@@ -83,8 +83,8 @@ class Denoiser(torch.nn.Module):
             kwargs: As diffusers' pipelines pass them. What the graph does not read must be None.
 
         Raises:
-            InputError: The graph lacks an argument, or was given one that it cannot heed: a ControlNet's residuals, a
-                time step for each row, a cropping.
+            InputError: The graph lacks an argument, or was given one of another shape, or one that it cannot heed: a
+                ControlNet's residuals, a time step for each row, a cropping.
         """
         given = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         given |= given.pop("added_cond_kwargs", None) or {}
@@ -164,7 +164,11 @@ class Denoiser(torch.nn.Module):
                 array = array.reshape(-1)[:1].reshape(()) if not spec.shape else array
                 inputs[spec.name] = new(array.shape, spec.dtype)
                 inputs[spec.name][...] = array
-            bind(spec.shape, inputs[spec.name].shape, symbols)
+            if (problem := bind(spec.shape, inputs[spec.name].shape, symbols)) is not None:
+                raise InputError(
+                    f"the compiled denoiser was given {spec.name} with {problem}: give what the model it was compiled "
+                    "from takes"
+                )
         inputs["sample_weights"][0] = 1
         inputs["mix"][0] = 1
         outputs = {spec.name: new(shape(spec.shape, symbols), spec.dtype) for spec in self._segment.outputs}

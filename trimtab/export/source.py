@@ -49,7 +49,7 @@ class Source:
     def has(self, name: str) -> bool:
         """Whether the pipeline comes with this component."""
         entry = self.index.get(name)
-        return isinstance(entry, list) and entry[0] is not None
+        return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
 
     def class_name(self, name: str) -> str:
         """The class of a component, such as "UNet2DConditionModel"."""
@@ -163,7 +163,7 @@ def _check_safetensors(file: Path) -> None:
             + length
             + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
         )
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise InputError(f"{file} is not a safetensors file or is cut short: copy it again") from None
     if size < needed:
         raise InputError(f"{file} is cut short: {size} bytes of {needed}; copy it again")
