@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import trimtab
+from trimtab.recipe import read_toml
+from trimtab.runtime.sessions.check import EXTRAS
 
 ROOT = Path(trimtab.__file__).parent
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "tensorrt", "scipy")
@@ -59,6 +61,12 @@ print(main(["compile", "x", "-o", "y"]))
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "1\n" and "pip install 'trimtab[compile]'" in done.stderr
+
+
+@pytest.mark.parametrize("extra", [*EXTRAS.values(), "jetson"])
+def test_an_extra_that_builds_engines_brings_what_fixes_their_sizes(extra: str) -> None:
+    extras = read_toml(ROOT.parent / "pyproject.toml")["project"]["optional-dependencies"]
+    assert any(package.startswith("onnxscript") for package in extras[extra])
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -6,6 +6,8 @@
     engines/TARGET/  engines of targets that do not run the graphs themselves
     tokenizers/      NAME.json
 
+and what compiling decided or measured, where it did: removal.json, inherit.json, calibration/ranges.json.
+
 A bundle is untrusted input. `open_bundle` believes nothing: every field is checked as it is read, no path may
 leave the folder, and every file is compared with its hash before anything is made of it.
 """
