@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import models
+from step import spread
 
 GOALS = {"step_ms": 1.0, "help_s": 0.3, "import_s": 0.2}
 
@@ -65,11 +65,6 @@ def measure(processes: int, bundle: Path) -> dict[str, Any]:
         "command": " ".join(["python", *sys.argv]),
         "python": sys.version.partition(" ")[0],
     }
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Smallest, middle and largest of some measurements."""
-    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
 def _python(*arguments: str) -> tuple[float, str]:

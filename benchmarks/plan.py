@@ -34,7 +34,7 @@ ENGINE_GOAL, CPU_GOAL = 0.25, 0.15
 
 _RUN = """
 import sys
-from pathlib import Path
+from trimtab.runtime.bench import peak_bytes
 from trimtab.runtime.load import load
 with load(sys.argv[1], target="cpu") as pipe:
     task = pipe.bundle.contents.tasks[pipe.tasks[0]]
@@ -45,8 +45,7 @@ with load(sys.argv[1], target="cpu") as pipe:
     for step in plan.steps[:2]:
         step.run(request)
     plan.epilogue.run(None)
-status = Path("/proc/self/status").read_text()
-print(int(status.partition("VmHWM:")[2].split()[0]) * 1024)
+print(peak_bytes())
 """
 
 

@@ -31,6 +31,8 @@ from typing import Any
 
 import models
 
+from trimtab.runtime.bench import peak_bytes
+
 GOAL = 0.95
 SCHEDULE = 20
 GUIDANCE = 7.5
@@ -102,15 +104,7 @@ def serve(connection: Connection, step: Callable[[int], None], first: dict[str, 
         start, processor = time.perf_counter(), time.process_time()
         step(index)
         seconds, processor = time.perf_counter() - start, time.process_time() - processor
-        connection.send({"seconds": seconds, "processor": processor, "peak_bytes": _peak_bytes()})
-
-
-def _peak_bytes() -> int:
-    """Resident pages of this process at their most. getrusage would count those of the parent before exec."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this benchmark reads /proc/self/status: run it on Linux")
+        connection.send({"seconds": seconds, "processor": processor, "peak_bytes": peak_bytes()})
 
 
 @contextmanager

@@ -29,6 +29,7 @@ from trimtab.calibration.codebooks import FORMATS
 from trimtab.calibration.kmeans import ITERATIONS, Settings, choose, cluster, make_codebooks
 from trimtab.passes import vq_op
 from trimtab.passes.vq import Site, sites
+from trimtab.runtime.bench import peak_bytes
 
 MINUTES_GOAL, BYTES_GOAL = 10, 6e9
 SETTINGS = Settings(2)
@@ -40,14 +41,13 @@ def whole(graph: Path, store: Path, threads: int) -> dict[str, Any]:
     start, processor = time.perf_counter(), time.process_time()
     books = make_codebooks({"denoiser": model}, SETTINGS, store, threads=threads)
     seconds = time.perf_counter() - start
-    status = Path("/proc/self/status").read_text()
     return {
         "weights": len(books.layers),
         "elements": sum(layer.codes.shape[0] * layer.columns for layer in books.layers.values()),
         "seconds": seconds,
         "cpu_seconds": time.process_time() - processor,
         # With pages of the mapped graph, which are the system's to take back at any time: no less than is needed.
-        "peak_bytes": int(status.partition("VmHWM:")[2].split()[0]) * 1024,
+        "peak_bytes": peak_bytes(),
     }
 
 
