@@ -237,6 +237,15 @@ def test_weights_that_are_none_of_the_bundle_s_are_refused_where_graphs_are_read
         read_program(open_bundle(copied_bundle))
 
 
+def test_weights_of_two_names_are_refused_where_graphs_are_read_and_draw_all_the_same(
+    copied_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "backup").hardlink_to(copied_bundle / "graphs" / "denoiser.weights")
+    with pytest.raises(BundleError, match="has another name"):
+        read_program(open_bundle(copied_bundle))
+    draw(copied_bundle)
+
+
 @pytest.mark.parametrize("keep", [0, 0.5])
 def test_a_graph_that_is_none_is_refused_where_graphs_are_read(copied_bundle: Path, keep: float) -> None:
     path = copied_bundle / "graphs" / "denoiser.onnx"

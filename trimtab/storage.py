@@ -139,6 +139,11 @@ def read_graph(bundle: Bundle, path: str) -> ir.Model:
     for place, end in needed.items():
         if end > sizes[place]:
             raise BundleError(f"{file} reads beyond the end of {place}: compile the bundle again")
+        if (bundle.folder / place).stat().st_nlink > 1:
+            raise BundleError(
+                f"{bundle.folder}: {place} has another name elsewhere (a hard link), and onnx_ir reads no such "
+                "weights: copy the bundle"
+            )
     return model
 
 

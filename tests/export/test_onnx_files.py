@@ -264,7 +264,8 @@ def test_weights_among_the_inputs(tmp_path: Path) -> None:
     assert np.abs(found - picture(sampled(linear, noise((1, 3, 4, 8), 1)))).max() < 1e-5
 
 
-def test_weights_outside_of_the_file(tmp_path: Path) -> None:
+def with_weights_outside(folder: Path) -> Path:
+    """A denoiser of one's own whose weights lie in ``denoiser.data``; gives its TOML file."""
     body = (
         "<float rate = {0.001}> { t = Mul(timestep, rate) s = Conv(sample, kernel) "
         "u = Conv(s, wide) v = Conv(u, narrow) out_sample = Add(v, t) }"
@@ -282,19 +283,48 @@ def test_weights_outside_of_the_file(tmp_path: Path) -> None:
         model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
     onnx.save(
         model,
-        tmp_path / "denoiser.onnx",
+        folder / "denoiser.onnx",
         save_as_external_data=True,
         location="denoiser.data",
         size_threshold=8,
     )
-    with compiled(tmp_path, PIXELS) as ours:
-        (tmp_path / "denoiser.data").rename(tmp_path / "gone")  # the bundle is whole without it
+    (folder / "model.toml").write_text(PIXELS)
+    return folder / "model.toml"
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_weights_outside_of_the_file(linked: bool, tmp_path: Path) -> None:
+    toml, data = with_weights_outside(tmp_path), tmp_path / "denoiser.data"
+    blob = tmp_path / "blobs" / "of-the-hub"
+    if linked:  # as files lie in the hub's cache, and in one that was backed up
+        blob.parent.mkdir()
+        (blob.parent / "again").hardlink_to(data.rename(blob))
+        data.symlink_to(blob)
+    trimtab.compile(toml, tmp_path / "bundle", steps=3)
+    data.unlink()  # the bundle is whole without it
+    with trimtab.load(tmp_path / "bundle") as ours:
         found = ours(seed=1).pixels
     assert np.abs(found - picture(sampled(linear, noise((1, 3, 4, 8), 1)))).max() < 1e-5
+
+
+def test_weights_outside_of_the_file_that_cannot_be_read(tmp_path: Path) -> None:
+    toml, data = with_weights_outside(tmp_path), tmp_path / "denoiser.data"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-100])
+    with pytest.raises(InputError, match="is cut short"):
+        trimtab.compile(toml, tmp_path / "bundle", steps=3)
+    data.unlink()
     with pytest.raises(
         InputError, match=r"denoiser\.data, which holds weights of denoiser\.onnx, is missing"
     ):
-        trimtab.compile(tmp_path / "model.toml", tmp_path / "bundle", steps=3)
-    (tmp_path / "denoiser.data").write_bytes((tmp_path / "gone").read_bytes()[:-100])
-    with pytest.raises(InputError, match="is cut short"):
-        trimtab.compile(tmp_path / "model.toml", tmp_path / "bundle", steps=3)
+        trimtab.compile(toml, tmp_path / "bundle", steps=3)
+    (tmp_path / "model").mkdir()
+    toml.rename(tmp_path / "model" / toml.name)
+    model = onnx.load(tmp_path / "denoiser.onnx", load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            entry.value = "../denoiser.data" if entry.key == "location" else entry.value
+    onnx.save(model, tmp_path / "model" / "denoiser.onnx")
+    data.write_bytes(whole)
+    with pytest.raises(InputError, match="out of its folder"):
+        trimtab.compile(tmp_path / "model" / toml.name, tmp_path / "bundle", steps=3)

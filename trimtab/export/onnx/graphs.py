@@ -11,7 +11,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import onnx
 import onnx_ir as ir
@@ -82,7 +82,7 @@ def open_graph(name: str, file: Path) -> Foreign:
         raise InputError(f"{file} cannot be read as ONNX ({first_line(error)}): export it again") from error
     if not model.graph.outputs or not len(model.graph):
         raise InputError(f"{file} holds no ONNX graph: give a file that an ONNX exporter wrote")
-    _check_weights(model.graph, file)
+    _find_weights(model, file)
     passes: list[ir.passes.PassBase] = [
         common.RemoveInitializersFromInputsPass(),
         common.LiftSubgraphInitializersToMainGraphPass(),
@@ -103,13 +103,18 @@ def open_graph(name: str, file: Path) -> Foreign:
     return Foreign(name, file, model)
 
 
-def _check_weights(graph: ir.Graph, file: Path) -> None:
-    """Refuses missing weights, and reads those that are small enough to stand in the graph itself."""
-    for value in graph.initializers.values():
+def _find_weights(model: ir.Model, file: Path) -> None:
+    """Refuses weights that are missing or out of the folder, and reads those that are small enough for the graph.
+
+    The others are named by the path that links lead to: a hub's cache is made of links, and onnx_ir follows none.
+    """
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
         tensor = value.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             continue
-        path = Path(tensor.path)
+        path, location = Path(tensor.path), PurePath(tensor.location)
+        if location.is_absolute() or ".." in location.parts:
+            raise InputError(f"{file} reads weights at {location}, out of its folder: export it again")
         if not path.is_file():
             raise InputError(
                 f"{path}, which holds weights of {file.name}, is missing: copy it beside the graph"
@@ -118,8 +123,18 @@ def _check_weights(graph: ir.Graph, file: Path) -> None:
         size = path.stat().st_size
         if size < needed:
             raise InputError(f"{path} is cut short: {size} of {needed} bytes for {file.name}; copy it again")
-        if tensor.nbytes < INLINE_BYTES:
-            value.const_value = ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
+        found = ir.ExternalTensor(
+            path.resolve(),
+            tensor.offset,
+            tensor.length,
+            tensor.dtype,
+            shape=tensor.shape,
+            name=value.name or "",
+        )
+        small = found.nbytes < INLINE_BYTES
+        value.const_value = (
+            ir.Tensor(found.numpy().copy(), dtype=found.dtype, name=found.name) if small else found
+        )
 
 
 def _convert(model: ir.Model, file: Path) -> ir.Model:
