@@ -273,6 +273,8 @@ def test_a_graph_that_is_none_is_refused_where_graphs_are_read(copied_bundle: Pa
         lambda d: d.update(trained_size=[]),
         lambda d: d.update(trained_size=[64]),
         lambda d: d.update(size_multiple=0),
+        lambda d: d.update(largest_side=0),
+        lambda d: d.update(largest_side="64"),
         lambda d: d.update(slots=-1),
         lambda d: d.update(slots=10**400),
         lambda d: d.update(outputs=[]),

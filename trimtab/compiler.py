@@ -105,7 +105,7 @@ def compile(
         else:
             program = export_model(path, chosen, keep)
         for size in chosen.buckets:
-            check_size(size, program.size, program.size_multiple, program.fixed_size)
+            check_size(size, program.size, program.size_multiple, program.fixed_size, program.largest_side)
         if chosen.hidiffusion:
             _check_larger(program, (program.size, *chosen.buckets), devices)
         program = transform(program, chosen, stage, progress, device=device)

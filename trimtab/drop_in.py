@@ -84,7 +84,7 @@ class Denoiser(torch.nn.Module):
 
         Raises:
             InputError: The graph lacks an argument, or was given one of another shape, or one that it cannot heed: a
-                ControlNet's residuals, a time step for each row, a cropping.
+                ControlNet's residuals, a time step for each row, a cropping, latents beyond its table of positions.
         """
         given = dict(zip(("hidden_states", "timestep", "encoder_hidden_states"), args, strict=False)) | kwargs
         given |= given.pop("added_cond_kwargs", None) or {}
@@ -124,6 +124,12 @@ class Denoiser(torch.nn.Module):
             raise InputError(
                 f"{unheeded[0]} was given and the compiled denoiser does not read it: leave it out, or keep the "
                 "torch model"
+            )
+        most = (getattr(self.config, "pos_embed_max_size", None) or 0) * getattr(self.config, "patch_size", 1)
+        if 0 < most < max(sample.shape[2:]):
+            raise InputError(
+                f"latents of {sample.shape[3]}x{sample.shape[2]} were given and the model's table of positions ends at "
+                f"{most} a side: draw a smaller picture"
             )
         if (ids := given.get("time_ids")) is None:
             return

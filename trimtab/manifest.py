@@ -145,6 +145,7 @@ class Contents:
     files: tuple[FileEntry, ...] = ()
     version: str = ""
     trained_size: tuple[int, int] | None = None
+    largest_side: int | None = None
 
 
 def to_json(contents: Contents) -> dict[str, Any]:
@@ -189,6 +190,7 @@ def to_json(contents: Contents) -> dict[str, Any]:
         **({"trained_size": list(contents.trained_size)} if contents.trained_size else {}),
         "size_multiple": contents.size_multiple,
         "fixed_size": contents.fixed_size,
+        **({"largest_side": contents.largest_side} if contents.largest_side else {}),
         "slots": contents.slots,
         "segments": [_segment_json(segment) for segment in contents.segments.values()],
         "tasks": tasks,
@@ -273,7 +275,7 @@ def from_json(data: Mapping[str, Any]) -> Contents:
             engines=tuple(_engine(engine) for engine in entry["engines"]),
             domains={_of(str, k): _of(int, v) for k, v in entry.get("domains", {}).items()},
         )
-    trained = data.get("trained_size")
+    trained, largest = data.get("trained_size"), data.get("largest_side")
     return Contents(
         tasks=tasks,
         epilogue=chosen(data["epilogue"]),
@@ -283,6 +285,7 @@ def from_json(data: Mapping[str, Any]) -> Contents:
         trained_size=None if trained is None else _size(trained),
         size_multiple=_count(data["size_multiple"], 1),
         fixed_size=None if data["fixed_size"] is None else _of(str, data["fixed_size"]),
+        largest_side=None if largest is None else _count(largest, 1),
         slots=_count(data["slots"], 1),
         tokenizers={_of(str, k): _safe(v) for k, v in data["tokenizers"].items()},
         metadata=_strings(data["metadata"]),

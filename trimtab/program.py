@@ -172,6 +172,7 @@ class Program:
         trained_size: What the model itself says of its size, where the user chose another as the native one.
         size_multiple: What both must be multiples of.
         fixed_size: Why no other size can be drawn, or None.
+        largest_side: What no side of a picture can exceed, in pixels; None where nothing in the model ends.
         slots: First axis of the tensor `STATE`.
         tokenizers: Name -> contents of a ``tokenizer.json``.
         metadata: Free text for reports: pipeline class, scheduler.
@@ -187,21 +188,34 @@ class Program:
     fixed_size: str | None
     slots: int
     trained_size: tuple[int, int] | None = None
+    largest_side: int | None = None
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     passes: tuple[PassEntry, ...] = ()
 
 
-def check_size(size: tuple[int, int], native: tuple[int, int], multiple: int, fixed: str | None) -> None:
-    """Raises InputError for a size that the model cannot draw."""
+def check_size(
+    size: tuple[int, int],
+    native: tuple[int, int],
+    multiple: int,
+    fixed: str | None,
+    largest: int | None = None,
+) -> None:
+    """Raises InputError for a size that the model cannot draw. See `Program` for the arguments."""
     width, height = size
     if fixed and size != native:
         raise InputError(
             f"{width}x{height} was asked for and only {native[0]}x{native[1]} can be drawn: {fixed}"
         )
     if width < multiple or height < multiple or width % multiple or height % multiple:
-        near = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
+        most = float("inf") if largest is None else largest
+        near = tuple(min(most, max(multiple, round(side / multiple) * multiple)) for side in size)
         raise InputError(
             f"{width}x{height} was asked for and both sides must be multiples of {multiple}: "
             f"use {near[0]}x{near[1]}"
+        )
+    if largest is not None and max(size) > largest:
+        raise InputError(
+            f"{width}x{height} was asked for and the model's table of positions ends at {largest} pixels a side: "
+            f"use {min(width, largest)}x{min(height, largest)} or smaller"
         )

@@ -73,6 +73,7 @@ def write_contents(program: Program, folder: Path) -> Contents:
         passes=program.passes,
         version=__version__,
         trained_size=program.trained_size,
+        largest_side=program.largest_side,
     )
 
 
@@ -107,6 +108,7 @@ def read_program(bundle: Bundle) -> Program:
         metadata=contents.metadata,
         passes=contents.passes,
         trained_size=contents.trained_size,
+        largest_side=contents.largest_side,
     )
 
 

@@ -56,6 +56,9 @@ def measure(parts: PipelineParts) -> None:
             # A transformer's patches; Flux packs 2x2 latents before its model sees them.
             patch = 2 if source.pipeline_class.startswith("Flux") else int(config.get("patch_size", 1))
             parts.multiple = parts.factor * patch
+            # SD3 cuts what it needs out of a table of so many patches a side.
+            if table := config.get("pos_embed_max_size"):
+                parts.largest_side = int(table) * parts.multiple
         else:
             # Its upsamplers double, so that a side must halve at every level.
             parts.multiple = 2 ** (len(config["block_out_channels"]) - 1)

@@ -48,6 +48,7 @@ class Parts:
         size: Native (width, height) in pixels.
         trained_size: What it was before the user chose another.
         fixed_size: Why the graphs only take the native size, or None.
+        largest_side: What no side of a picture can exceed, in pixels, or None.
         guidance: Default guidance scale, None without guidance.
         classifier_free: Guidance by a second, negative row.
         task_guidance: Task -> default guidance scale where it is another.
@@ -74,6 +75,7 @@ class Parts:
     size: tuple[int, int] = (512, 512)
     trained_size: tuple[int, int] | None = None
     fixed_size: str | None = None
+    largest_side: int | None = None
     guidance: float | None = 7.5
     classifier_free: bool = True
     task_guidance: dict[str, float] = field(default_factory=dict)

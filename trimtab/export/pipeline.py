@@ -95,6 +95,7 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
         trained_size=parts.trained_size,
         size_multiple=parts.multiple,
         fixed_size=parts.fixed_size,
+        largest_side=parts.largest_side,
         slots=sampler.slots,
         tokenizers=parts.tokenizers,
         metadata={
@@ -138,7 +139,7 @@ def _no_pictures(source: Source, scheduler: Any) -> str | None:
 def _choose_size(parts: Parts, size: tuple[int, int] | None) -> None:
     if size is None:
         return
-    check_size(size, parts.size, parts.multiple, parts.fixed_size)
+    check_size(size, parts.size, parts.multiple, parts.fixed_size, parts.largest_side)
     if size != parts.size:
         parts.trained_size = parts.trained_size or parts.size
     parts.size = size

@@ -241,9 +241,8 @@ class Pipeline:
         contents = self.bundle.contents
         name = self._task_name(asked.image, asked.mask)
         task = contents.tasks[name]
-        if asked.size is not None:
-            check_size(asked.size, contents.size, contents.size_multiple, contents.fixed_size)
         size = asked.size or contents.size
+        check_size(size, contents.size, contents.size_multiple, contents.fixed_size, contents.largest_side)
         kinds = {str(spec.source.get("kind")): spec for spec in task.inputs}
         check_count(asked.count, size)
         prompts = all_texts(kinds, asked.prompt, asked.count)

@@ -196,7 +196,7 @@ def plan(
         PassError: Sizes that do not follow from the inputs'.
     """
     size = size or contents.size
-    check_size(size, contents.size, contents.size_multiple, contents.fixed_size)
+    check_size(size, contents.size, contents.size_multiple, contents.fixed_size, contents.largest_side)
     shapes = segment_shapes(contents, size)
     model = memory_model(device)
     task = next(iter(contents.tasks.values()))
