@@ -38,6 +38,8 @@ from trimtab.program import Program, Segment
 from trimtab.recipe import Recipe, make_recipe
 from trimtab.runtime.load import Pipeline
 from trimtab.storage import read_program, write_contents, write_graphs
+from trimtab.switching import carry_out
+from trimtab.targets.bindings import segment_shapes
 from trimtab.targets.device import find_device
 from trimtab.targets.engines import make_engines
 from trimtab.transforms import transform
@@ -344,3 +346,26 @@ def test_tensorrt_rtx_builds_all_segments_of_a_bundle_with_everything(
     )
     assert len(engines) == len(program.segments) > 10
     assert all(made and all(engine.built for engine in made) for made in engines.values())
+
+
+@pytest.mark.parametrize("inherit", [None, 2])
+def test_without_a_layer_that_reads_the_text_nothing_encodes_it_and_prompts_make_no_difference(
+    inherit: int | None, bundle_folder: BundleFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    program = plain(bundle_folder("sd15"))
+    candidates = Candidates(program.segments["denoiser"].model)
+    reading = [name for name in candidates if name.endswith("attn2")]
+    RemovalPlan(candidates.fingerprint, tuple(reading), "by hand").save(tmp_path / PLAN)
+    recipe: dict[str, Any] = {
+        "removal_plan": str(tmp_path / PLAN),
+        **({"inherit": inherit} if inherit else {}),
+    }
+    whole = carry_out(plain(bundle_folder("sd15")), tmp_path / PLAN)
+    with draft(whole, tmp_path / "whole") as before, made(program, tmp_path / "ours", **recipe) as ours:
+        contents = ours.bundle.contents
+        assert "text_encoder" not in contents.segments and "text_encoder left out" in caplog.text
+        assert segment_shapes(contents, contents.size).keys() == contents.segments.keys()
+        pictures = [pipe(p, seed=3).pixels for pipe, p in ((ours, "a cat"), (ours, "x"), (before, "x"))]
+    assert np.array_equal(pictures[0], pictures[1])
+    if inherit is None:
+        assert np.abs(pictures[0] - pictures[2]).max() < 1e-6

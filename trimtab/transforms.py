@@ -14,6 +14,7 @@ from trimtab.passes.mix_kernels import mix_kernels
 from trimtab.passes.partition import partition
 from trimtab.passes.removal import PLAN, load_plan, remove_layers
 from trimtab.passes.switch import switch
+from trimtab.passes.unread import drop_unread
 from trimtab.program import Program
 from trimtab.recipe import Recipe
 from trimtab.switching import carry_out, open_switches
@@ -61,7 +62,7 @@ def transform(
         program = hidiffusion(program)
     if recipe.inherit is not None:
         program = inherit(program, _searched(program, recipe, recipe.inherit, folder, progress))
-    return partition(program)
+    return drop_unread(partition(program))
 
 
 def _searched(

@@ -177,7 +177,7 @@ def make_plan(
     """
     steps = schedule.steps
     calls = [call for step in steps for call in step.calls]
-    prologue = _needed([*task.prologue, *schedule.prologue], [*calls, *contents.epilogue])
+    prologue = needed([*task.prologue, *schedule.prologue], [*calls, *contents.epilogue])
     read = {name for call in (*prologue, *calls) for name in call.inputs.values()}
     inputs = tuple(spec for spec in task.inputs if spec.source.get("always") or _reads(read, spec.name))
     table = _Buffers(contents.slots, backend)
@@ -294,8 +294,8 @@ class _Buffers:
         return view
 
 
-def _needed(prologue: Sequence[Call], later: Sequence[Call]) -> tuple[Call, ...]:
-    """The calls of a prologue whose results something reads."""
+def needed(prologue: Sequence[Call], later: Sequence[Call]) -> tuple[Call, ...]:
+    """The calls of a prologue whose results something reads: a later call of it, or one behind it."""
     read = {name for call in later for name in call.inputs.values()}
     kept: list[Call] = []
     for call in reversed(prologue):

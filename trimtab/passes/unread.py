@@ -1,0 +1,58 @@
+"""What nothing reads any more, once layers are gone: inputs of a denoiser, and whatever made only them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Container
+
+from trimtab.passes.partition import map_calls, step_calls
+from trimtab.program import Call, Program
+from trimtab.runtime.executor import needed
+
+logger = logging.getLogger(__name__)
+
+
+def drop_unread(program: Program) -> Program:
+    """A program without the inputs that its steps' graphs do not read, and without what runs for those alone.
+
+    A U-Net without its last cross-attention does not read the text, so that no text is encoded and the bundle holds no
+    encoder. What a task asks of the user stays: a prompt is taken as before, and makes no difference.
+
+    Exact. A second run changes nothing.
+
+    Args:
+        program: Its steps' graphs are edited.
+    """
+    unread: dict[str, set[str]] = {}
+    for name in dict.fromkeys(call.segment for call in step_calls(program)):
+        graph = program.segments[name].model.graph
+        unread[name] = {str(v.name) for v in graph.inputs if not v.uses() and not v.is_graph_output()}
+        graph.inputs[:] = [value for value in graph.inputs if value.name not in unread[name]]
+    read = map_calls(
+        program.tasks, lambda calls: tuple(_without(call, unread[call.segment]) for call in calls)
+    )
+    tasks, running = {}, list(program.epilogue)
+    for key, task in read.items():
+        schedules, later = {}, list(program.epilogue)
+        for name, schedule in task.schedules.items():
+            steps = [call for step in schedule.steps for call in step.calls]
+            first = needed(schedule.prologue, [*steps, *program.epilogue])
+            schedules[name] = dataclasses.replace(schedule, prologue=first)
+            later += [*first, *steps]
+        prologue = needed(task.prologue, later)
+        tasks[key] = dataclasses.replace(task, schedules=schedules, prologue=prologue)
+        running += [*prologue, *later]
+    called = {call.segment for call in running}
+    if idle := [name for name in program.segments if name not in called]:
+        logger.warning(
+            "%s left out: nothing that is left reads what comes of it, so that what it is given makes no difference",
+            " and ".join(idle),
+        )
+    segments = {name: segment for name, segment in program.segments.items() if name in called}
+    return dataclasses.replace(program, segments=segments, tasks=tasks)
+
+
+def _without(call: Call, inputs: Container[str]) -> Call:
+    kept = {name: tensor for name, tensor in call.inputs.items() if name not in inputs}
+    return dataclasses.replace(call, inputs=kept) if len(kept) < len(call.inputs) else call
