@@ -16,12 +16,15 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     IPNDMScheduler,
 )
+from diffusers.models.embeddings import LabelEmbedding
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
+from trimtab.export.families import class_labels
 from trimtab.export.parts import Parts, PipelineParts, sample_example
 from trimtab.export.pipeline import _no_pictures, _own_scheduler
 from trimtab.export.source import Source
+from trimtab.runtime.inputs import Noise, Request, make_input
 
 STRENGTH = {"image-to-image": 0.8, "inpainting": 1.0}
 
@@ -72,6 +75,16 @@ def test_a_scheduler_is_changed_as_its_pipeline_changes_it(
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     scheduler = _own_scheduler(Source(tmp_path))
     assert type(scheduler).__name__ == found and scheduler.config.clip_sample is clips
+
+
+@pytest.mark.parametrize("classes", [10, 1000, 2000])
+def test_the_null_class_is_the_one_that_the_model_was_trained_with(classes: int) -> None:
+    table = LabelEmbedding(classes, 1, dropout_prob=0.1)
+    dropped = table.token_drop(torch.tensor([3]), force_drop_ids=torch.tensor([1]))
+    spec = class_labels(classes, {})
+    assert spec.source["null"] == int(dropped) == len(table.embedding_table.weight) - 1
+    request = Request(batch=1, rows=2, size=(8, 8), noise=Noise((0,)), labels=(classes - 1,))
+    assert make_input(spec, request).tolist() == [classes, classes - 1]
 
 
 def test_a_tiny_autoencoder_decodes_and_others_are_refused(tmp_path: Path) -> None:

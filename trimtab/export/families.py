@@ -306,20 +306,8 @@ def dit(parts: PipelineParts) -> None:
     """DiT: class labels, at the size it was trained for."""
     source = parts.source
     wrapper = denoiser_module(source)
-    # The null class is the one behind the last; diffusers' pipeline writes it as 1000.
-    parts.inputs.append(
-        TensorSpec(
-            "class_labels",
-            "int64",
-            ("rows*batch",),
-            {
-                "kind": "label",
-                "null": 1000,
-                "classes": int(wrapper.model.config.num_embeds_ada_norm),
-                "names": json.dumps(_class_names(source.index.get("id2label"))),
-            },
-        )
-    )
+    names = _class_names(source.index.get("id2label"))
+    parts.inputs.append(class_labels(int(wrapper.model.config.num_embeds_ada_norm), names))
     parts.conditioning = {"class_labels": "class_labels"}
     parts.step_options = {}
     parts.guidance = 4.0
@@ -334,6 +322,21 @@ def dit(parts: PipelineParts) -> None:
     )
     del wrapper
     parts.vae()
+
+
+def class_labels(classes: int, names: Mapping[str, int]) -> TensorSpec:
+    """What a DiT of so many classes is asked for.
+
+    The null class is the one behind the last, as the model's own table has it in training. diffusers' pipeline always
+    writes 1000: the same for ImageNet's classes, beyond a smaller table, and some class of a larger one.
+    """
+    source: dict[str, str | int] = {
+        "kind": "label",
+        "null": classes,
+        "classes": classes,
+        "names": json.dumps(names),
+    }
+    return TensorSpec("class_labels", "int64", ("rows*batch",), source)
 
 
 def _class_names(id2label: Any) -> dict[str, int]:
