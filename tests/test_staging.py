@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from trimtab.errors import InputError, TrimtabError
-from trimtab.staging import staged_folder, write_file
+from trimtab.staging import locked, staged_folder, write_file
 
 
 def names(folder: Path) -> list[str]:
@@ -121,3 +124,76 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_p
     patch.undo()
     assert (tmp_path / "a" / "marker").read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def _both_end_at_once(target: Path) -> list[BaseException | None]:
+    """What two runs raise that write one folder and end together."""
+    both = threading.Barrier(2)
+
+    def run(text: str) -> BaseException | None:
+        try:
+            with staged_folder(target, "marker") as stage:
+                for name in ("marker", "beside"):
+                    (stage / name).write_text(text)
+                both.wait()
+        except (OSError, TrimtabError) as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(run, ("one", "two")))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_that_end_at_once_one_stands_whole_and_nothing_stays_beside_it(
+    there: bool, tmp_path: Path
+) -> None:
+    for number in range(30):
+        target = tmp_path / str(number)
+        if there:
+            assert _written(target) == "new"
+        assert _both_end_at_once(target) == [None, None]
+        assert (target / "marker").read_text() == (target / "beside").read_text()
+    assert names(tmp_path) == sorted(map(str, range(30)))
+
+
+def test_where_folders_cannot_be_locked_the_slower_of_two_says_so_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = Path.replace
+
+    def after_another(self: Path, target: Path) -> Path:
+        if target.name == "out":
+            (target / "theirs").mkdir(parents=True)
+        return replace(self, target)
+
+    assert _written(tmp_path / "out") == "new"
+    message = "out was written by another run meanwhile, and is kept"
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(InputError, match=message),
+        staged_folder(tmp_path / "out", "marker") as stage,
+    ):
+        (stage / "marker").write_text("ours")
+        patch.setattr(Path, "replace", after_another)
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["theirs"]
+
+
+def test_a_folder_is_not_replaced_while_somebody_works_in_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert _written(tmp_path / "out") == "new"
+    with ThreadPoolExecutor(1) as pool:
+        with locked(tmp_path / "out"):
+            waiting = pool.submit(_written, tmp_path / "out")
+            while "waiting until it has ended" not in caplog.text:
+                assert not waiting.done()
+                time.sleep(0.01)
+            (tmp_path / "out" / "more").touch()
+        assert waiting.result() == "new"
+    assert names(tmp_path / "out") == ["marker"]
+
+
+def test_who_does_not_wait_is_told_that_a_folder_is_not_free(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(BlockingIOError), locked(tmp_path, wait=False):
+        pass

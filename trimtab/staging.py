@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
 import shutil
 import tempfile
@@ -12,8 +13,13 @@ from pathlib import Path
 
 from trimtab.errors import InputError, TrimtabError
 
+logger = logging.getLogger(__name__)
+
 FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 """What a system says where there is no more room: on the disk, in one's share of it, or in a file."""
+
+_TAKEN = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT))
+"""What it says where the name that a folder was to take has just been taken, or left."""
 
 
 @contextlib.contextmanager
@@ -21,14 +27,16 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
     """Yields an empty folder beside ``target`` that takes its name when the block ends well.
 
     On any error, Ctrl-C included, the folder is removed and whatever stood at ``target`` is untouched. Where ``target``
-    is a link, the folder that it leads to is replaced.
+    is a link, the folder that it leads to is replaced. Of two that end at once, the later one stands; whoever has the
+    folder `locked` is waited for.
 
     Args:
         target: The final path; a folder there is replaced only if it holds ``marker``.
         marker: A file that says that a folder is of the kind to be written.
 
     Raises:
-        InputError: Something else stands at ``target``, or the place cannot be written.
+        InputError: Something else stands at ``target``, the place cannot be written, or another run was quicker where
+            folders cannot be locked.
     """
     check_replaceable(target, marker)
     try:
@@ -44,18 +52,13 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
     try:
         yield stage
         stage.chmod(0o777 & ~_umask())
-        old = None
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            target.replace(old)
         try:
-            stage.replace(target)
-        except BaseException:
-            if old is not None:
-                old.replace(target)
-            raise
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+            with locked(target, wait=False):
+                pass
+        except BlockingIOError:
+            logger.warning("another run is at work in %s: waiting until it has ended", target)
+        with locked(target), locked(target.parent):
+            _put(stage, target)
     except OSError as error:
         if error.errno in FULL:
             raise TrimtabError(
@@ -64,6 +67,60 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _put(stage: Path, target: Path) -> None:
+    """Gives a folder its name. What stood there goes once it has, and comes back where it cannot."""
+    old = None
+    try:
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+            target.replace(old)
+        stage.replace(target)
+    except BaseException as error:
+        if old is not None:
+            with contextlib.suppress(OSError):  # it never left, or another one has the name
+                old.replace(target)
+        if isinstance(error, OSError) and error.errno in _TAKEN:
+            raise InputError(
+                f"{target} was written by another run meanwhile, and is kept: write to another name, or run this again"
+            ) from error
+        raise
+    finally:
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Keeps others out of a folder that lock it too. The lock is on the folder itself and ends with this process.
+
+    Systems and disks without such locks keep nobody out, and nobody is in a folder that is not there.
+
+    Args:
+        folder: Whose.
+        wait: Until it is free.
+
+    Raises:
+        BlockingIOError: It is not free, and is not waited for.
+    """
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows has no locks on folders
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            logger.debug("%s cannot be locked (%s)", folder, error)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_replaceable(target: Path, marker: str) -> None:

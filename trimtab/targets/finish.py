@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from trimtab.bundle import Bundle, open_bundle
 from trimtab.errors import InputError, TargetError, TrimtabError, WrongDevice
 from trimtab.manifest import Contents, Engine
+from trimtab.staging import locked
 from trimtab.targets import preflight
 from trimtab.targets.base import Progress
 from trimtab.targets.device import Device, find_device, known_devices
@@ -172,7 +172,7 @@ def _look(device: Device) -> preflight.Machine:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keeps a second build out. The lock is on the folder itself and ends with this process.
+    """Keeps a second build out.
 
     Raises:
         InputError: Another build is at work in it, or there is no such folder.
@@ -180,15 +180,7 @@ def _alone(folder: Path) -> Iterator[None]:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: give a bundle made by trimtab compile")
     try:
-        import fcntl
-    except ImportError:  # Windows, which has no locks on folders
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        with locked(folder, wait=False):
+            yield
     except BlockingIOError:
         raise InputError(f"another build is at work in {folder}: wait until it has ended") from None
-    finally:
-        os.close(handle)
