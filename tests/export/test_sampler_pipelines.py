@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
+from trimtab.export.parts import Parts
 from trimtab.export.sampler import SamplerTable, make_scheduler, probe, replay
+from trimtab.export.sampler.schedules import Sampling, probe_tasks
 
 SIZE = 12
 SHAPE = (1, 4, SIZE, SIZE)
@@ -159,3 +162,49 @@ def test_inpainting(components: dict[str, Any], name: str, strength: float) -> N
         strength=strength,
     )
     assert agree(setting.replay(table, setting.image.numpy(), mask), expected)
+
+
+@pytest.mark.xdist_group("pixart_alpha")
+@pytest.mark.parametrize("steps", [1, 2])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "heun", "lcm"])
+def test_pixart_of_one_step_decodes_what_the_scheduler_foresees(
+    diffusers_pipeline: Callable[[str], Any], name: str, steps: int
+) -> None:
+    pipeline = diffusers_pipeline("pixart_alpha")
+    pipeline.scheduler = make_scheduler(name, SD | {"prediction_type": "epsilon"})
+    given: dict[str, Any] = {}
+    hook = pipeline.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: given.update(kwargs), with_kwargs=True
+    )
+    expected = pipeline(
+        "a red cat",
+        num_inference_steps=steps,
+        guidance_scale=1.0,
+        width=PIXELS,
+        height=PIXELS,
+        generator=torch.Generator().manual_seed(2),
+        output_type="latent",
+        use_resolution_binning=False,
+    ).images.numpy()
+    hook.remove()
+
+    def model(sample: np.ndarray, timestep: float) -> np.ndarray:
+        with torch.no_grad():
+            told = given | {"timestep": torch.tensor([timestep])}
+            prediction = pipeline.transformer(torch.from_numpy(sample), **told)[0]
+        return np.asarray(prediction.chunk(2, dim=1)[0])
+
+    parts = Parts("PixArtAlphaPipeline", lambda _, graph: graph, one_step_denoised=True)
+    ((table,),) = (
+        schedules.values()
+        for schedules in probe_tasks(parts, Sampling(pipeline.scheduler, (steps,), {"eta": 0.0})).values()
+    )
+    generator = torch.Generator().manual_seed(2)
+    count = 1 + sum(evaluation.draws for evaluation in table.evaluations)
+    noise, *draws = (torch.randn(SHAPE, generator=generator).numpy() for _ in range(count))
+    assert agree(replay(table, model, noise, draws), expected)
+
+
+def test_a_scheduler_that_foresees_nothing_gives_its_next_sample() -> None:
+    scheduler = make_scheduler("dpm++", SD)
+    assert probe(scheduler, 1, denoised=True) == probe(scheduler, 1)

@@ -289,6 +289,7 @@ def pixart(parts: PipelineParts) -> None:
     wrapper = denoiser_module(source)
     parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
     parts.guidance = 4.5
+    parts.one_step_denoised = not sigma
     parts.denoiser(
         wrapper,
         {

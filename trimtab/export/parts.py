@@ -58,6 +58,8 @@ class Parts:
         own_posteriors: In image-to-image, pictures with seeds of their own also draw for themselves from the
             posterior of the picture that they start from.
         inpainting_channels: The denoiser reads mask and masked picture itself.
+        one_step_denoised: With one step the pipeline decodes the picture that the scheduler foresees, and not its next
+            sample: so are distilled models (DMD) drawn.
         step_options: What the family's pipeline hands to the scheduler's ``step``.
     """
 
@@ -84,6 +86,7 @@ class Parts:
     strength_rounds_up: bool = False
     own_posteriors: bool = False
     inpainting_channels: bool = False
+    one_step_denoised: bool = False
     step_options: dict[str, float] = field(default_factory=lambda: {"eta": 0.0})
 
     def call(self, segment: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:

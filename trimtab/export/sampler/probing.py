@@ -45,6 +45,7 @@ def probe(
     keep_start: bool = False,
     timesteps_options: Mapping[str, Any] = {},
     step_options: Mapping[str, Any] = {},
+    denoised: bool = False,
 ) -> SamplerTable:
     """Read the table of a scheduler at a number of steps.
 
@@ -62,6 +63,8 @@ def probe(
         timesteps_options: For ``set_timesteps``: ``mu``, ``sigmas``, ``timesteps``,
             ``original_inference_steps``.
         step_options: For ``step``: ``eta``, ``s_churn``. ``eta`` is left out where ``step`` does not take it.
+        denoised: Take the picture that ``step`` foresees, its second result, in the place of the next sample, where the
+            scheduler gives it.
 
     Returns:
         The table; coefficients are float64 and agree with the scheduler to `TOLERANCE`.
@@ -75,7 +78,15 @@ def probe(
     owner = type(scheduler).__name__
     _check_config(scheduler)
     walk = Walk(
-        scheduler, steps, start, from_image, keep_start, dict(timesteps_options), dict(step_options), owner
+        scheduler,
+        steps,
+        start,
+        from_image,
+        keep_start,
+        dict(timesteps_options),
+        dict(step_options),
+        owner,
+        denoised,
     )
     table = _tabulate(*_trace(walk), walk)
     deviation = _deviation(table, walk)

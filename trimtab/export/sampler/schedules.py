@@ -118,6 +118,7 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
                 keep_start=keep,
                 timesteps_options=options,
                 step_options=sampling.options,
+                denoised=parts.one_step_denoised and steps == 1,
             )
 
         plain = table(None)

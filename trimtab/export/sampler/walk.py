@@ -31,6 +31,7 @@ class Walk:
     timesteps_options: dict[str, Any]
     step_options: dict[str, Any]
     owner: str
+    denoised: bool = False
 
     def prepare(self) -> tuple[Any, torch.Tensor]:
         """A fresh copy with its timesteps set, and the timesteps to run.
@@ -83,7 +84,9 @@ class Walk:
         unknown = [name for name in options if name not in accepted]
         if unknown:
             raise InputError(f"step of {self.owner} does not take {', '.join(unknown)}: leave it out")
-        result: torch.Tensor = scheduler.step(output, timestep, sample, return_dict=False, **options)[0]
+        results = scheduler.step(output, timestep, sample, return_dict=False, **options)
+        # Not all schedulers say what they think the picture is; diffusers' pipeline then fails.
+        result: torch.Tensor = results[1] if self.denoised and len(results) > 1 else results[0]
         return result
 
     def known(
