@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -18,13 +20,16 @@ from diffusers import (
 )
 from diffusers.models.embeddings import LabelEmbedding
 
-from trimtab.errors import ExportError
+from trimtab.errors import ExportError, InputError
 from trimtab.export.denoisers import latent_space
 from trimtab.export.families import class_labels
 from trimtab.export.parts import Parts, PipelineParts, sample_example
-from trimtab.export.pipeline import _no_pictures, _own_scheduler
+from trimtab.export.pipeline import _check_scaling, _no_pictures, _own_scheduler
+from trimtab.export.sampler import SCHEDULERS, make_scheduler
 from trimtab.export.source import Source
 from trimtab.runtime.inputs import Noise, Request, make_input
+
+SCALING = {"lms", "euler", "euler-ancestral", "heun", "kdpm2", "kdpm2-ancestral"}
 
 STRENGTH = {"image-to-image": 0.8, "inpainting": 1.0}
 
@@ -80,11 +85,26 @@ def test_a_scheduler_is_changed_as_its_pipeline_changes_it(
 @pytest.mark.parametrize("classes", [10, 1000, 2000])
 def test_the_null_class_is_the_one_that_the_model_was_trained_with(classes: int) -> None:
     table = LabelEmbedding(classes, 1, dropout_prob=0.1)
-    dropped = table.token_drop(torch.tensor([3]), force_drop_ids=torch.tensor([1]))
+    dropped = table.token_drop(torch.tensor([3]), force_drop_ids=np.ones(1))
     spec = class_labels(classes, {})
     assert spec.source["null"] == int(dropped) == len(table.embedding_table.weight) - 1
     request = Request(batch=1, rows=2, size=(8, 8), noise=Noise((0,)), labels=(classes - 1,))
     assert make_input(spec, request).tolist() == [classes, classes - 1]
+
+
+@pytest.mark.parametrize("name", list(SCHEDULERS))
+def test_a_scheduler_that_scales_is_refused_where_the_pipeline_leaves_the_scaling_out(name: str) -> None:
+    try:
+        scheduler = make_scheduler(name, {**DDIMScheduler().config, "_class_name": "DDIMScheduler"})
+    except InputError:
+        pytest.skip("for models of another kind")
+    scheduler.set_timesteps(4)
+    sample = torch.ones(1, 1, 1, 1)
+    scaled = scheduler.init_noise_sigma * scheduler.scale_model_input(sample, scheduler.timesteps[0])
+    assert (float(scaled) == 1) is (name not in SCALING)
+    message = f"{type(scheduler).__name__} scales what the model reads"
+    with pytest.raises(ExportError, match=message) if name in SCALING else contextlib.nullcontext():
+        _check_scaling("DDPMPipeline", scheduler, 4)
 
 
 def test_a_tiny_autoencoder_decodes_and_others_are_refused(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.errors import ExportError
-from trimtab.export.families import FAMILIES, measure, stable_diffusion
+from trimtab.export.families import FAMILIES, measure, stable_diffusion, unconditional
 from trimtab.export.parts import Keep, Parts, PipelineParts
-from trimtab.export.sampler import make_scheduler
+from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks
 from trimtab.export.sampler.shift import follow_size
 from trimtab.export.sampler.walk import can_add_noise
@@ -41,7 +41,8 @@ def export_pipeline(
 
     Raises:
         InputError: The pipeline is damaged, or an option does not fit it.
-        ExportError: The pipeline's class is not supported, or a part of it cannot be exported.
+        ExportError: The pipeline's class is not supported, its scheduler does not fit it, or a part of it cannot be
+            exported.
     """
     family = FAMILIES.get(source.pipeline_class)
     if family is None:
@@ -54,6 +55,8 @@ def export_pipeline(
         make_scheduler(scheduler, {**own.config, "_class_name": type(own).__name__}) if scheduler else own
     )
 
+    if family is unconditional:
+        _check_scaling(source.pipeline_class, chosen, min(steps))
     parts = PipelineParts(source, keep)
     measure(parts)
     parts.no_pictures = _no_pictures(source, chosen)
@@ -125,6 +128,18 @@ def _own_scheduler(source: Source) -> Any:
         elif scheduler.config.get("clip_sample", False):
             mended["clip_sample"] = False
     return type(scheduler).from_config(scheduler.config, **mended) if mended else scheduler
+
+
+def _check_scaling(pipeline: str, scheduler: Any, steps: int) -> None:
+    """Raises ExportError for a scheduler whose scaling of noise and samples a pipeline leaves out.
+
+    diffusers' pipelines without conditions hand the model every sample as it is, and draw noise from such a scheduler.
+    """
+    if probe(scheduler, steps).scales_input:
+        raise ExportError(
+            f"{type(scheduler).__name__} scales what the model reads, and diffusers' {pipeline} leaves that out: "
+            "choose one that does not, such as ddim, ddpm, dpm++ or unipc (--scheduler NAME)"
+        )
 
 
 def _no_pictures(source: Source, scheduler: Any) -> str | None:

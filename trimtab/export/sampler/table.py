@@ -86,6 +86,14 @@ class SamplerTable:
         """Whether any evaluation adds noise."""
         return any(evaluation.noise_draw is not None for evaluation in self.evaluations)
 
+    @property
+    def scales_input(self) -> bool:
+        """Whether the model reads anything else than the start noise, and then the samples, as they are."""
+        return any(
+            [weight for weight in evaluation.sample_weights if weight] != [1.0]
+            for evaluation in self.evaluations
+        )
+
     def pad(self, slots: int) -> SamplerTable:
         """The same table over a state with more slots.
 
