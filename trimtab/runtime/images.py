@@ -44,13 +44,15 @@ def read_image(
 
     Args:
         image: A file, a PIL image, or an array (height, width, channels) in 0..1 that has the right size. A file is
-            turned the way that its camera says it was held, as diffusers' ``load_image`` does.
+            turned the way that its camera says it was held, and transparency is left out, as diffusers' ``load_image``
+            does. Of 16 bits of grey the upper 8 count.
         size: (width, height).
         gray: One channel, for masks.
         crop: Cut the largest middle of the size's shape out first, in the place of stretching.
 
     Raises:
-        InputError: The file is missing or no picture, or the array has another shape or whole numbers.
+        InputError: The file is missing or no picture, its pixels have neither 8 nor 16 bits, or the array has another
+            shape or whole numbers.
     """
     import PIL.Image
     import PIL.ImageOps
@@ -65,22 +67,54 @@ def read_image(
                 f"an array of {image.dtype} was given and floats in 0..1 are needed: divide by 255"
             )
         return np.ascontiguousarray(image[None], np.float32)
-    if isinstance(image, str | Path):
-        try:
-            with PIL.Image.open(image) as file:
-                upright: Image = file
-                with contextlib.suppress(SyntaxError):  # of what is said to be Exif and is not
-                    upright = PIL.ImageOps.exif_transpose(file)
-                image = upright.convert("L" if gray else "RGB")
-        except FileNotFoundError:
-            raise InputError(f"{image} does not exist: give a picture") from None
-        except (PIL.UnidentifiedImageError, OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise InputError(f"{image} cannot be read as a picture ({error}): give a PNG or JPEG") from None
-    image = image.convert("L" if gray else "RGB")
-    if image.size != size:
+    name = str(image) if isinstance(image, str | Path) else f"the {'mask' if gray else 'picture'}"
+    image = _open(image) if isinstance(image, str | Path) else _eight_bits(name, image)
+    if not gray:
+        image = _converted(name, image, "RGB")
+    if image.size != size:  # a mask as it is, and grey after that, as diffusers' mask processor does
         lanczos = PIL.Image.Resampling.LANCZOS
         image = PIL.ImageOps.fit(image, size, lanczos) if crop else image.resize(size, lanczos)
+    image = _converted(name, image, "L" if gray else "RGB")
     return (np.asarray(image, np.float32) / 255.0).reshape(1, size[1], size[0], channels)
+
+
+def _open(path: str | Path) -> Image:
+    """A file as diffusers' ``load_image`` gives it: upright, in RGB; of 16 bits of grey the upper 8."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    try:
+        with PIL.Image.open(path) as file:
+            upright: Image = file
+            with contextlib.suppress(SyntaxError):  # of what is said to be Exif and is not
+                upright = PIL.ImageOps.exif_transpose(file)
+            return _converted(str(path), _eight_bits(str(path), upright), "RGB")
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give a picture") from None
+    except (PIL.UnidentifiedImageError, OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise InputError(f"{path} cannot be read as a picture ({error}): give a PNG or JPEG") from None
+
+
+def _eight_bits(name: str, image: Image) -> Image:
+    """The image with 8 bits a channel: PIL's own conversion of more cuts them off at 255, so that nearly all is white.
+
+    Raises:
+        InputError: Nothing says how bright its brightest is.
+    """
+    import PIL.Image
+
+    if image.mode.startswith("I;16"):
+        return PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise InputError(f"{name} has 32 bits a pixel (mode {image.mode}): give a picture of 8 or 16")
+    return image
+
+
+def _converted(name: str, image: Image, mode: str) -> Image:
+    try:
+        return image.convert(mode)
+    except ValueError as error:  # PIL has no way from LAB to grey
+        raise InputError(f"{name} cannot be read as a picture ({error}): give an RGB one") from None
 
 
 def save_png(image: Image, path: Path, settings: Mapping[str, Any]) -> None:
