@@ -130,6 +130,8 @@ VARIANTS = [
     Case("unipc", {"solver_order": 3}),
     Case("unipc", {"solver_type": "bh1", "disable_corrector": [0, 1], "final_sigmas_type": "sigma_min"}),
     Case("unipc", {"predict_x0": False, "final_sigmas_type": "sigma_min"}),
+    Case("unipc", {"predict_x0": False, "final_sigmas_type": "sigma_min", **SAMPLE}),
+    Case("unipc", {"predict_x0": False, "final_sigmas_type": "sigma_min", "solver_order": 3, **V}),
     Case("unipc", {"timestep_spacing": "trailing", "rescale_betas_zero_snr": True, **V}),
     Case("unipc", KARRAS),
     Case("unipc", {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}),

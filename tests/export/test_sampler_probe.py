@@ -9,7 +9,7 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.sampler import SCHEDULERS, make_scheduler, probe, scheduler_name
+from trimtab.export.sampler import SCHEDULERS, make_scheduler, probe, replay, scheduler_name
 
 diffusers_logging.set_verbosity_error()  # it warns of configuration keys that are another scheduler's
 
@@ -153,6 +153,28 @@ def test_noise_of_an_earlier_step_is_read_off_the_sample() -> None:
 
     table = probe(Correcting("none"), 6)
     assert all(evaluation.draws == 1 and evaluation.noise_weight == 0.7 for evaluation in table.evaluations)
+
+
+def test_where_a_scheduler_itself_loses_digits_its_table_keeps_them() -> None:
+    """UniPC on noise, whose first step from zero terminal SNR divides by an alpha of 1/4096."""
+    config = {"predict_x0": False, "prediction_type": "sample", "final_sigmas_type": "sigma_min"}
+    scheduler = make_scheduler("unipc", SD | config | {"rescale_betas_zero_snr": True})
+    table = probe(scheduler, 10)
+    generator = torch.Generator().manual_seed(0)
+    noise, *outputs = torch.randn((11, 1, 4, 8, 8), generator=generator)
+
+    def drawn(dtype: torch.dtype) -> torch.Tensor:
+        scheduler.set_timesteps(10)
+        sample = noise.to(dtype)
+        for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
+            sample = scheduler.step(output.to(dtype), timestep, sample).prev_sample
+        return sample.double()
+
+    exact, theirs = drawn(torch.float64), drawn(torch.float32)
+    given = iter(outputs)
+    ours = torch.from_numpy(replay(table, lambda *_: next(given).numpy(), noise.numpy())).double()
+    scale = exact.abs().max()
+    assert (ours - exact).abs().max() < 1e-5 * scale < 1e-4 * scale < (theirs - exact).abs().max()
 
 
 def test_options_that_do_not_fit() -> None:
