@@ -50,3 +50,11 @@ def test_a_file_that_fails_on_a_prompt_is_one_line(tmp_path: Path) -> None:
 def test_a_prompt_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="UTF-8"):
         Tokenizer(saved(tmp_path, 3, 3)).encode(["caf\udce9"])
+
+
+def test_a_token_of_several_vectors_stands_for_all_of_them(tmp_path: Path) -> None:
+    fast = Fast.from_file(str(saved(tmp_path, 8, 8)))
+    fast.add_tokens(["<cat>", "<cat>_1", "<cat>_2", "<dog>"])
+    fast.save(str(tmp_path / "tokenizer.json"))
+    ids, _ = Tokenizer(tmp_path / "tokenizer.json").encode(["a <cat> b", "b <dog> <cat>_1"])
+    assert ids.tolist() == [[0, 3, 4, 5, 1, 0, 0, 0], [1, 6, 4, 0, 0, 0, 0, 0]]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +40,7 @@ class Tokenizer:
             raise BundleError(
                 f"{path} cannot be read as a tokenizer ({first_line(error)}): compile the bundle again"
             ) from None
+        self._vectors = _several_vectors(self._fast)
         self._path, self._length = path, (self._fast.padding or {}).get("length")
         if not isinstance(self._length, int) or not 0 < self._length <= LONGEST:
             raise BundleError(
@@ -57,6 +60,8 @@ class Tokenizer:
             if any("\ud800" <= c <= "\udfff" for c in text):
                 raise InputError(f"the prompt {text!r:.60} is not valid Unicode: give it in UTF-8")
         try:
+            if self._vectors:
+                texts = [self._spelled_out(text) for text in texts]
             encodings = self._fast.encode_batch(list(texts))
         except Exception as error:
             raise BundleError(
@@ -74,3 +79,22 @@ class Tokenizer:
                 )
         ids = np.array([encoding.ids for encoding in encodings], np.int64)
         return ids, np.array([encoding.attention_mask for encoding in encodings], np.int64)
+
+    def _spelled_out(self, text: str) -> str:
+        """A prompt in which a token of several vectors is followed by the others of them."""
+        for token in {*self._fast.encode(text).tokens} & self._vectors.keys():
+            text = text.replace(token, self._vectors[token])
+        return text
+
+
+def _several_vectors(fast: Any) -> dict[str, str]:
+    """What stands in a prompt for the tokens of textual inversions that have several vectors, as in diffusers: of the
+    added tokens ``<cat>``, ``<cat>_1`` and ``<cat>_2``, "<cat>" alone is written for all three.
+    """
+    added = {str(token.content) for token in fast.get_added_tokens_decoder().values()}
+
+    def spelled(token: str) -> str:
+        further = itertools.takewhile(added.__contains__, (f"{token}_{n}" for n in itertools.count(1)))
+        return " ".join([token, *further])
+
+    return {token: spelled(token) for token in added if f"{token}_1" in added}
