@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from diffusers.models.embeddings import LabelEmbedding
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export.denoisers import latent_space
-from trimtab.export.families import class_labels
+from trimtab.export.families import class_labels, stable_diffusion_xl
 from trimtab.export.parts import Parts, PipelineParts, sample_example
 from trimtab.export.pipeline import _check_scaling, _no_pictures, _own_scheduler
 from trimtab.export.sampler import SCHEDULERS, make_scheduler
@@ -31,6 +32,7 @@ from trimtab.runtime.inputs import Noise, Request, make_input
 
 SCALING = {"lms", "euler", "euler-ancestral", "heun", "kdpm2", "kdpm2-ancestral"}
 
+PROJECTING = "CLIPTextModelWithProjection"
 STRENGTH = {"image-to-image": 0.8, "inpainting": 1.0}
 
 
@@ -82,7 +84,7 @@ def test_a_scheduler_is_changed_as_its_pipeline_changes_it(
     assert type(scheduler).__name__ == found and scheduler.config.clip_sample is clips
 
 
-@pytest.mark.parametrize("classes", [10, 1000, 2000])
+@pytest.mark.parametrize("classes", [10, 1000])
 def test_the_null_class_is_the_one_that_the_model_was_trained_with(classes: int) -> None:
     table = LabelEmbedding(classes, 1, dropout_prob=0.1)
     dropped = table.token_drop(torch.tensor([3]), force_drop_ids=np.ones(1))
@@ -90,6 +92,10 @@ def test_the_null_class_is_the_one_that_the_model_was_trained_with(classes: int)
     assert spec.source["null"] == int(dropped) == len(table.embedding_table.weight) - 1
     request = Request(batch=1, rows=2, size=(8, 8), noise=Noise((0,)), labels=(classes - 1,))
     assert make_input(spec, request).tolist() == [classes, classes - 1]
+
+
+def test_the_null_class_of_a_larger_table_is_the_one_that_diffusers_pipeline_writes() -> None:
+    assert class_labels(2000, {}).source["null"] == 1000
 
 
 @pytest.mark.parametrize("name", list(SCHEDULERS))
@@ -126,3 +132,32 @@ def test_a_prediction_of_other_channels_is_refused(
 
     with pytest.raises(ExportError, match="predicts 8 channels, and 4 are needed"):
         made.denoiser(Wide(), {"sample": sample_example(4)})
+
+
+def wired(
+    make: Callable[[PipelineParts], None], source: Source, monkeypatch: pytest.MonkeyPatch
+) -> PipelineParts:
+    """What a family makes of a pipeline, without any graph."""
+    for name in ("add", "denoiser", "vae"):
+        monkeypatch.setattr(PipelineParts, name, lambda *_: None)
+    monkeypatch.setattr(PipelineParts, "output_width", lambda *_: 16)
+    made = PipelineParts(source, lambda _, graph: graph)
+    make(made)
+    return made
+
+
+@pytest.mark.parametrize(("projecting", "pooled"), [("CLIPTextModel", "pooled_2"), (PROJECTING, "pooled")])
+def test_sdxl_is_told_the_pooled_text_of_the_first_encoder_that_projects_it(
+    projecting: str,
+    pooled: str,
+    pipeline_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(shutil.copytree(pipeline_folder("sdxl"), tmp_path / "sdxl"))
+    index = json.loads((folder / "model_index.json").read_text())
+    index["text_encoder"][1] = projecting
+    (folder / "model_index.json").write_text(json.dumps(index))
+    calls = {call.segment: call for call in wired(stable_diffusion_xl, Source(folder), monkeypatch).prologue}
+    assert calls["text_join"].inputs["pooled_2"] == pooled
+    assert pooled in {name for call in calls.values() for name in call.outputs.values()}

@@ -157,8 +157,10 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
             "this SDXL pipeline has one text encoder (a refiner), and trimtab takes the base model: give that"
         )
     check_conditions(source)
-    _clip(parts, "", "penultimate", None)
-    _clip(parts, "_2", "penultimate", "projected")
+    # The pooled text is that of the first encoder which projects it.
+    first = source.class_name("text_encoder") == source.class_name("text_encoder_2")
+    _clip(parts, "", "penultimate", "projected" if first else None)
+    _clip(parts, "_2", "penultimate", None if first else "projected")
     zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
     parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
     wrapper = denoiser_module(source)
@@ -173,18 +175,15 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
         _join_xl_examples(parts, pooled),
         ["encoder_hidden_states", "text_embeds"],
     )
-    parts.call(
-        "text_join",
-        {"hidden": "hidden", "hidden_2": "hidden_2", "pooled_2": "pooled_2", "given": "given"},
-        {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"},
-    )
+    text = {"hidden": "hidden", "hidden_2": "hidden_2", "pooled_2": "pooled" if first else "pooled_2"}
+    parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
+    parts.call("text_join", {**text, "given": "given"}, parts.conditioning)
     inputs = {
         "sample": sample_example(parts.channels),
         "timestep": timestep_example(),
         "encoder_hidden_states": hidden_example(width),
         "text_embeds": pooled_example(pooled),
     }
-    parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
     parts.guidance = 5.0
     strength = {"image-to-image": 0.3, "inpainting": 0.9999}
     parts.own_posteriors = True
@@ -329,11 +328,11 @@ def class_labels(classes: int, names: Mapping[str, int]) -> TensorSpec:
     """What a DiT of so many classes is asked for.
 
     The null class is the one behind the last, as the model's own table has it in training. diffusers' pipeline always
-    writes 1000: the same for ImageNet's classes, beyond a smaller table, and some class of a larger one.
+    writes 1000: the same for ImageNet's classes, and taken from it for larger tables; a smaller one has none of that.
     """
     source: dict[str, str | int] = {
         "kind": "label",
-        "null": classes,
+        "null": min(1000, classes),
         "classes": classes,
         "names": json.dumps(names),
     }
