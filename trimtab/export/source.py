@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import json
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 from trimtab.errors import ExportError, InputError, first_line
 
 logger = logging.getLogger(__name__)
+
+
+_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""Library -> what the names of its weight files begin with; a variant's name and a shard's number follow."""
 
 
 class Source:
@@ -94,12 +99,14 @@ class Source:
         if cls is None:
             raise InputError(f"{library} has no {class_name}, which {folder} needs: upgrade {library}")
         options: dict[str, Any] = {}
-        if _is_model(cls):
+        model = _is_model(cls)
+        if model:
             import torch
 
-            weights = self._weights(folder)
+            weights = self._weights(folder, _STEMS[library])
             # Only safetensors: a pickle runs code when it is opened.
             options = {"torch_dtype": torch.float32, "use_safetensors": True, "variant": weights}
+            options["output_loading_info"] = True
             if library == "transformers":
                 options["dtype"] = options.pop("torch_dtype")
         try:
@@ -109,11 +116,18 @@ class Source:
             raise InputError(
                 f"{folder} cannot be loaded as {class_name} ({first_line(error)}): copy it again"
             ) from error
-        return component.eval() if hasattr(component, "eval") else component
+        if not model:
+            return component
+        component, info = component
+        if missing := sorted(info["missing_keys"]):  # which the libraries make up, and warn
+            raise InputError(
+                f"{folder} lacks {len(missing)} of {class_name}'s weights ({missing[0]}): copy it again"
+            )
+        return component.eval()
 
-    def _weights(self, folder: Path) -> str | None:
-        """Checks that the weight files are there and whole; gives their variant ("fp16") or None."""
-        files = sorted(folder.glob("*.safetensors"))
+    def _weights(self, folder: Path, stem: str) -> str | None:
+        """Checks that the weight files are there and whole; gives the variant to load ("fp16"), or None for none."""
+        files = [f for f in sorted(folder.glob("*.safetensors")) if re.match(rf"{stem}[.-]", f.name)]
         if not files:
             other = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.msgpack")]
             found = f"only {other[0].name}" if other else "no weight file"
@@ -123,8 +137,9 @@ class Source:
             )
         for file in files:
             _check_safetensors(file)
-        plain = [f for f in files if f.name.count(".") == 1 or ".fp" not in f.name]
-        return None if plain else "fp16"
+        shard = r"-\d+-of-\d+"
+        variants = {re.sub(shard, "", f.name)[len(stem) :].rpartition(".")[0][1:] or None for f in files}
+        return next(v for v in (None, "fp32", "fp16", *sorted(map(str, variants))) if v in variants)
 
 
 @contextlib.contextmanager

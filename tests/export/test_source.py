@@ -1,0 +1,57 @@
+"""Weights on disk: which of the files are loaded, and what is missing from them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from trimtab.errors import InputError
+from trimtab.export.source import Source
+
+NAME = "text_encoder/model{}.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A pipeline of a text encoder, without its weights."""
+    tiny.clip_text().save_pretrained(tmp_path / "text_encoder")
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
+    index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("variants", "loaded"),
+    [
+        (("",), ""),
+        ((".fp16",), ".fp16"),
+        ((".bf16",), ".bf16"),
+        ((".non_ema",), ".non_ema"),
+        (("", ".fp16"), ""),
+        ((".bf16", ".fp16", ".fp32"), ".fp32"),
+    ],
+)
+def test_weights_of_any_variant_are_loaded(variants: tuple[str, ...], loaded: str, folder: Path) -> None:
+    weights = load_file(folder / NAME.format(""))
+    (folder / NAME.format("")).unlink()
+    for number, variant in enumerate(variants):
+        numbered = {key: torch.full_like(value, number) for key, value in weights.items()}
+        save_file(numbered, folder / NAME.format(variant), {"format": "pt"})
+    save_file({"a": torch.zeros(1)}, folder / "text_encoder" / "pytorch_lora_weights.safetensors")
+    found = next(Source(folder).load("text_encoder").parameters())
+    assert float(found.detach().mean()) == variants.index(loaded)
+
+
+def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
+    weights = load_file(folder / NAME.format(""))
+    lost = min(weights)
+    save_file({k: v for k, v in weights.items() if k != lost}, folder / NAME.format(""), {"format": "pt"})
+    with pytest.raises(InputError, match=rf"lacks 1 of CLIPTextModel's weights \({lost}\)"):
+        Source(folder).load("text_encoder")
