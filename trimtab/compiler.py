@@ -121,6 +121,7 @@ def compile(
         if "fp16" in groups:
             ranges = measure_ranges(program, stage, earlier=output / RANGES, progress=progress)
             ranges.save(stage / RANGES)
+            write_graphs(program, stage, store)  # in the place of those that measured themselves
         forms = {precision: in_precision(program, precision, ranges) for precision in groups}
         contents = replace(contents, passes=tuple(dict.fromkeys(e for f in forms.values() for e in f.passes)))
         engines: dict[str, tuple[Engine, ...]] = dict.fromkeys(program.segments, ())

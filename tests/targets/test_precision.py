@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import trimtab
+import trimtab.compiler
 from trimtab.bundle import open_bundle
 from trimtab.calibration.ranges import Ranges, load_ranges
 from trimtab.errors import InputError
@@ -56,6 +57,20 @@ def test_what_stays_in_float32_is_logged_by_its_module(
     assert "denoiser: transformer_blocks.1.ff" in caplog.text and "stays in fp32" in caplog.text
     (entry,) = (e for e in converted.passes if e.segment == "denoiser" and e.name == "ConvertPrecision fp16")
     assert entry.refused >= 1 and entry.applied > 100
+
+
+def test_a_bundle_in_fp16_keeps_the_graphs_as_they_were_before_they_measured_themselves(
+    bundle_folder: Callable[[str], Path],
+    pipeline_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = read_program(open_bundle(bundle_folder("dit")))
+    monkeypatch.setattr(trimtab.compiler, "export_model", lambda *_: whole)
+    bundle = trimtab.compile(pipeline_folder("dit"), tmp_path / "half", precision="fp16")
+    for name, segment in read_program(bundle).segments.items():
+        outputs = [value.name for value in segment.model.graph.outputs]
+        assert outputs == [spec.name for spec in bundle.contents.segments[name].outputs]
 
 
 @pytest.mark.slow
