@@ -11,7 +11,8 @@ together; a table of what depends on the picture's size is written whole, and ev
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ DENOISER = "denoiser"
 
 STATE = "state"
 """The sampler's state: (slots, batch, *latent) float32. Slot 0 holds the start noise, slot 1 an image's latents."""
+
+SLICE = re.compile(r"^(\w+)\[(\d+)\]$")
+"""The name of a slice: the whole tensor's, and which."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +196,25 @@ class Program:
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     passes: tuple[PassEntry, ...] = ()
+
+
+def needed(prologue: Sequence[Call], later: Sequence[Call]) -> tuple[Call, ...]:
+    """The calls of a prologue whose results something reads: a later call of it, or one behind it."""
+    read = {name for call in later for name in call.inputs.values()}
+    kept: list[Call] = []
+    for call in reversed(prologue):
+        if any(reads(read, name) for name in call.outputs.values()):
+            kept.append(call)
+            read.update(call.inputs.values())
+    return tuple(reversed(kept))
+
+
+def reads(read: set[str], name: str) -> bool:
+    """Whether a tensor is among those read: itself, the whole that it is a slice of, or a slice of it."""
+    match = SLICE.match(name)
+    if name in read or (match is not None and match[1] in read):
+        return True
+    return any(name == part[1] for part in map(SLICE.match, read) if part is not None)
 
 
 def check_size(

@@ -7,8 +7,7 @@ import logging
 from collections.abc import Container
 
 from trimtab.passes.partition import map_calls, step_calls
-from trimtab.program import Call, Program
-from trimtab.runtime.executor import needed
+from trimtab.program import Call, Program, needed
 
 logger = logging.getLogger(__name__)
 

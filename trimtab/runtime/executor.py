@@ -16,14 +16,12 @@ import numpy as np
 
 from trimtab.errors import BundleError, InputError
 from trimtab.manifest import Contents, SegmentEntry
-from trimtab.program import STATE, Call, Schedule, Step, Task, TensorSpec
+from trimtab.program import SLICE, STATE, Call, Schedule, Step, Task, TensorSpec, needed, reads
 from trimtab.runtime.constants import Constants
 from trimtab.runtime.inputs import Request, make_input
 from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session, in_turn
 from trimtab.runtime.tiles import bind_tiled
 from trimtab.shapes import bind, shape
-
-_SLICE = re.compile(r"^(\w+)\[(\d+)\]$")
 
 OnStep = Callable[[int, int], None]
 """Told (steps done, steps in all)."""
@@ -179,7 +177,7 @@ def make_plan(
     calls = [call for step in steps for call in step.calls]
     prologue = needed([*task.prologue, *schedule.prologue], [*calls, *contents.epilogue])
     read = {name for call in (*prologue, *calls) for name in call.inputs.values()}
-    inputs = tuple(spec for spec in task.inputs if spec.source.get("always") or _reads(read, spec.name))
+    inputs = tuple(spec for spec in task.inputs if spec.source.get("always") or reads(read, spec.name))
     table = _Buffers(contents.slots, backend)
     constants = Constants(contents, steps, backend)
     pictures = {spec.name for spec in contents.outputs}
@@ -237,7 +235,7 @@ def _make_noise(
                 f"a step draws the noise {name!r}, and the task starts from none: compile again"
             )
         table.make(name, shape(draw.shape, symbols), draw.dtype)
-    if draw is not None and _reads(read, "noise"):
+    if draw is not None and reads(read, "noise"):
         # Schedules without noise share their graph with those that have it: theirs has the weight 0.
         table.make("noise", shape(draw.shape, symbols), draw.dtype)
 
@@ -257,7 +255,7 @@ class _Buffers:
             BundleError: It is there with another shape or dtype.
         """
         if name not in self.buffers:
-            if match := _SLICE.match(name):
+            if match := SLICE.match(name):
                 # What is written slice by slice is the state: it has as many as the bundle says.
                 self.make(match[1], (self._slots, *sizes), dtype)
                 self.buffers[name] = self._slice(match)
@@ -277,7 +275,7 @@ class _Buffers:
         Raises:
             BundleError: Nothing does.
         """
-        match = _SLICE.match(name)
+        match = SLICE.match(name)
         if match and name not in self.buffers and match[1] in self.buffers:
             self.buffers[name] = self._slice(match)
         if name not in self.buffers:
@@ -292,25 +290,6 @@ class _Buffers:
         # With the dots a slice of a vector is a view of no axes; without them it would be a copy of a number.
         view: Buffer = whole[int(match[2]), ...]
         return view
-
-
-def needed(prologue: Sequence[Call], later: Sequence[Call]) -> tuple[Call, ...]:
-    """The calls of a prologue whose results something reads: a later call of it, or one behind it."""
-    read = {name for call in later for name in call.inputs.values()}
-    kept: list[Call] = []
-    for call in reversed(prologue):
-        if any(_reads(read, name) for name in call.outputs.values()):
-            kept.append(call)
-            read.update(call.inputs.values())
-    return tuple(reversed(kept))
-
-
-def _reads(read: set[str], name: str) -> bool:
-    """Whether a tensor is among those read: itself, the whole that it is a slice of, or a slice of it."""
-    match = _SLICE.match(name)
-    if name in read or (match is not None and match[1] in read):
-        return True
-    return any(name == part[1] for part in map(_SLICE.match, read) if part is not None)
 
 
 def _outputs(
