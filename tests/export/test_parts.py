@@ -20,6 +20,7 @@ from diffusers import (
     IPNDMScheduler,
 )
 from diffusers.models.embeddings import LabelEmbedding
+from tiny import clip_text
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export.denoisers import latent_space
@@ -27,6 +28,7 @@ from trimtab.export.families import class_labels, stable_diffusion_xl
 from trimtab.export.parts import Parts, PipelineParts, sample_example
 from trimtab.export.pipeline import _check_scaling, _no_pictures, _own_scheduler
 from trimtab.export.sampler import SCHEDULERS, make_scheduler
+from trimtab.export.sizes import measure
 from trimtab.export.source import Source
 from trimtab.runtime.inputs import Noise, Request, make_input
 
@@ -157,7 +159,30 @@ def test_sdxl_is_told_the_pooled_text_of_the_first_encoder_that_projects_it(
     folder = Path(shutil.copytree(pipeline_folder("sdxl"), tmp_path / "sdxl"))
     index = json.loads((folder / "model_index.json").read_text())
     index["text_encoder"][1] = projecting
+    clip_text(projection=projecting == PROJECTING).save_pretrained(folder / "text_encoder")
     (folder / "model_index.json").write_text(json.dumps(index))
     calls = {call.segment: call for call in wired(stable_diffusion_xl, Source(folder), monkeypatch).prologue}
     assert calls["text_join"].inputs["pooled_2"] == pooled
     assert pooled in {name for call in calls.values() for name in call.outputs.values()}
+
+
+@pytest.mark.parametrize(
+    ("version", "sample_size", "size"),
+    [
+        ("0.2.4", 32, (128, 128)),
+        ("0.9.0", 32, (64, 64)),
+        ("0.8.0.dev0", 96, (192, 192)),
+        ("0.2.4", [32, 48], (96, 64)),
+    ],
+)
+def test_the_size_of_an_old_stable_diffusion_is_mended_as_its_pipeline_does(
+    version: str, sample_size: Any, size: tuple[int, int], tmp_path: Path
+) -> None:
+    source = with_vae(tmp_path, "AutoencoderKL")
+    source.index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    (tmp_path / "unet").mkdir()
+    config = json.dumps({"_diffusers_version": version, "sample_size": sample_size})
+    (tmp_path / "unet" / "config.json").write_text(config)
+    made = PipelineParts(source, lambda _, graph: graph)
+    measure(made)
+    assert made.size == size

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from trimtab.errors import BundleError
-from trimtab.program import Call
-from trimtab.runtime.executor import _Buffers, _needed, _reads
+from trimtab.program import Call, needed, reads
+from trimtab.runtime.executor import _Buffers
 from trimtab.runtime.sessions.onnxruntime import OnnxRuntimeCpu
 
 
@@ -42,15 +42,15 @@ def test_what_is_not_there_cannot_be_read(name: str) -> None:
 
 
 def test_reading_a_part_reads_the_whole() -> None:
-    assert _reads({"state"}, "state[1]")
-    assert _reads({"rows[3]"}, "rows")
-    assert _reads({"rows[3]"}, "rows[3]")
-    assert not _reads({"rows[3]"}, "rows[2]")
-    assert not _reads({"rows[3]"}, "row")
+    assert reads({"state"}, "state[1]")
+    assert reads({"rows[3]"}, "rows")
+    assert reads({"rows[3]"}, "rows[3]")
+    assert not reads({"rows[3]"}, "rows[2]")
+    assert not reads({"rows[3]"}, "row")
 
 
 def test_a_call_that_writes_a_table_is_needed_by_who_reads_a_row() -> None:
     make = Call("shift", {"noise": "state[0]"}, {"rows": "rows"})
     idle = Call("idle", {}, {"rows": "others"})
     step = Call("denoiser", {"weights": "rows[3]"}, {"next": "latents"})
-    assert _needed([make, idle], [step]) == (make,)
+    assert needed([make, idle], [step]) == (make,)

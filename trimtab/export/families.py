@@ -12,16 +12,9 @@ from typing import Any
 
 import torch
 
-from trimtab.errors import ExportError, InputError
+from trimtab.errors import ExportError
 from trimtab.export import encoders, modules
-from trimtab.export.denoisers import (
-    SIZE_CONDITIONS,
-    caption_width,
-    check_conditions,
-    denoiser_module,
-    denoiser_name,
-    latent_space,
-)
+from trimtab.export.denoisers import SIZE_CONDITIONS, caption_width, check_conditions, denoiser_module
 from trimtab.export.parts import (
     ROWS,
     TOKENS,
@@ -39,39 +32,6 @@ T5_LENGTH_SD3 = 256
 T5_LENGTH_FLUX = 512
 T5_LENGTH_PIXART_ALPHA = 120
 T5_LENGTH_PIXART_SIGMA = 300
-
-
-def measure(parts: PipelineParts) -> None:
-    """Latent channels, pixel factor, native size and what sizes must be multiples of, before anything is loaded.
-
-    Raises:
-        InputError: A configuration cannot be read.
-    """
-    source = parts.source
-    name = denoiser_name(source)
-    config = source.config(name)
-    parts.channels, parts.factor = latent_space(source)
-    try:
-        if source.has("vae"):
-            # A transformer's patches; Flux packs 2x2 latents before its model sees them.
-            patch = 2 if source.pipeline_class.startswith("Flux") else int(config.get("patch_size", 1))
-            parts.multiple = parts.factor * patch
-            # SD3 cuts what it needs out of a table of so many patches a side.
-            if table := config.get("pos_embed_max_size"):
-                parts.largest_side = int(table) * parts.multiple
-        else:
-            # Its upsamplers double, so that a side must halve at every level.
-            parts.multiple = 2 ** (len(config["block_out_channels"]) - 1)
-        # Flux's configuration says no size; its pipeline's default is 128 latents.
-        sides = config.get("sample_size") or 128
-        height, width = (sides, sides) if isinstance(sides, int) else sides
-        parts.size = (int(width) * parts.factor, int(height) * parts.factor)
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{source.folder} has a {name} configuration that lacks {error}: copy the pipeline again"
-        ) from None
-    if source.pipeline_class == "DiTPipeline":
-        parts.fixed_size = "the model's position embeddings are fixed"
 
 
 def _clip(

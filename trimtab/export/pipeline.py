@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.errors import ExportError
-from trimtab.export.families import FAMILIES, measure, stable_diffusion, unconditional
+from trimtab.export.families import FAMILIES, stable_diffusion, unconditional
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks
 from trimtab.export.sampler.shift import follow_size
 from trimtab.export.sampler.walk import can_add_noise
+from trimtab.export.sizes import measure
 from trimtab.export.source import Source
 from trimtab.passes.sampler import FuseSampler
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, TensorSpec, check_size

@@ -1,0 +1,57 @@
+"""The sizes of a pipeline's latents and pictures, by its configurations."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trimtab.errors import InputError
+from trimtab.export.denoisers import denoiser_name, latent_space
+from trimtab.export.parts import PipelineParts
+
+
+def measure(parts: PipelineParts) -> None:
+    """Latent channels, pixel factor, native size and what sizes must be multiples of, before anything is loaded.
+
+    Raises:
+        InputError: A configuration cannot be read.
+    """
+    source = parts.source
+    name = denoiser_name(source)
+    config = source.config(name)
+    parts.channels, parts.factor = latent_space(source)
+    try:
+        if source.has("vae"):
+            # A transformer's patches; Flux packs 2x2 latents before its model sees them.
+            patch = 2 if source.pipeline_class.startswith("Flux") else int(config.get("patch_size", 1))
+            parts.multiple = parts.factor * patch
+            # SD3 cuts what it needs out of a table of so many patches a side.
+            if table := config.get("pos_embed_max_size"):
+                parts.largest_side = int(table) * parts.multiple
+        else:
+            # Its upsamplers double, so that a side must halve at every level.
+            parts.multiple = 2 ** (len(config["block_out_channels"]) - 1)
+        # Flux's configuration says no size; its pipeline's default is 128 latents.
+        sides = config.get("sample_size") or 128
+        if source.pipeline_class in _MENDING and _is_old(config):
+            sides = max(sides, 64)
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        parts.size = (int(width) * parts.factor, int(height) * parts.factor)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{source.folder} has a {name} configuration that lacks {error}: copy the pipeline again"
+        ) from None
+    if source.pipeline_class == "DiTPipeline":
+        parts.fixed_size = "the model's position embeddings are fixed"
+
+
+_MENDING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+"""Pipelines that take a smaller size than 64 latents for an old error."""
+
+
+def _is_old(config: Mapping[str, Any]) -> bool:
+    """Whether diffusers before 0.9 wrote a configuration: what it says of one side was often wrong."""
+    version = re.match(r"(\d+)\.(\d+)", str(config.get("_diffusers_version")))
+    old = version is not None and (int(version[1]), int(version[2])) < (0, 9)
+    return old and isinstance(config.get("sample_size"), int)
