@@ -22,12 +22,12 @@ from diffusers import (
 from diffusers.models.embeddings import LabelEmbedding
 from tiny import clip_text
 
-from trimtab.errors import ExportError, InputError
+from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
 from trimtab.export.families import class_labels, stable_diffusion_xl
 from trimtab.export.parts import Parts, PipelineParts, sample_example
 from trimtab.export.pipeline import _check_scaling, _no_pictures, _own_scheduler
-from trimtab.export.sampler import SCHEDULERS, make_scheduler
+from trimtab.export.sampler import make_scheduler
 from trimtab.export.sizes import measure
 from trimtab.export.source import Source
 from trimtab.runtime.inputs import Noise, Request, make_input
@@ -100,12 +100,11 @@ def test_the_null_class_of_a_larger_table_is_the_one_that_diffusers_pipeline_wri
     assert class_labels(2000, {}).source["null"] == 1000
 
 
-@pytest.mark.parametrize("name", list(SCHEDULERS))
+@pytest.mark.parametrize(
+    "name", [*sorted(SCALING), "ddim", "ddpm", "dpm++", "unipc", "pndm", "deis", "sasolver"]
+)
 def test_a_scheduler_that_scales_is_refused_where_the_pipeline_leaves_the_scaling_out(name: str) -> None:
-    try:
-        scheduler = make_scheduler(name, {**DDIMScheduler().config, "_class_name": "DDIMScheduler"})
-    except InputError:
-        pytest.skip("for models of another kind")
+    scheduler = make_scheduler(name, {**DDIMScheduler().config, "_class_name": "DDIMScheduler"})
     scheduler.set_timesteps(4)
     sample = torch.ones(1, 1, 1, 1)
     scaled = scheduler.init_noise_sigma * scheduler.scale_model_input(sample, scheduler.timesteps[0])
