@@ -20,11 +20,11 @@ from diffusers import (
     IPNDMScheduler,
 )
 from diffusers.models.embeddings import LabelEmbedding
-from tiny import clip_text
+from tiny import clip_text, unet
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
-from trimtab.export.families import class_labels, stable_diffusion_xl
+from trimtab.export.families import class_labels, stable_diffusion, stable_diffusion_xl
 from trimtab.export.parts import Parts, PipelineParts, sample_example
 from trimtab.export.pipeline import _check_scaling, _no_pictures, _own_scheduler
 from trimtab.export.sampler import make_scheduler
@@ -163,6 +163,27 @@ def test_sdxl_is_told_the_pooled_text_of_the_first_encoder_that_projects_it(
     calls = {call.segment: call for call in wired(stable_diffusion_xl, Source(folder), monkeypatch).prologue}
     assert calls["text_join"].inputs["pooled_2"] == pooled
     assert pooled in {name for call in calls.values() for name in call.outputs.values()}
+
+
+@pytest.mark.parametrize(
+    "config", [{"cross_attention_dim": [16, 16, 16]}, {"encoder_hid_dim": 16, "cross_attention_dim": 24}]
+)
+def test_a_unet_reads_text_as_wide_as_its_encoder_writes_it(
+    config: dict[str, Any],
+    pipeline_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(shutil.copytree(pipeline_folder("sd15"), tmp_path / "sd"))
+    unet(**config).save_pretrained(folder / "unet")
+    read: dict[str, Any] = {}
+
+    def trace(parts: PipelineParts) -> None:
+        monkeypatch.setattr(PipelineParts, "denoiser", lambda _, module, inputs: read.update(inputs))
+        stable_diffusion(parts)
+
+    wired(trace, Source(folder), monkeypatch)
+    assert read["encoder_hidden_states"].tensor.shape[-1] == 16
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def stable_diffusion(parts: PipelineParts) -> None:
     inputs = {
         "sample": sample_example(parts.channels),
         "timestep": timestep_example(),
-        "encoder_hidden_states": hidden_example(wrapper.model.config.cross_attention_dim),
+        "encoder_hidden_states": hidden_example(parts.output_width("text_encoder", "hidden")),
     }
     parts.conditioning = {"encoder_hidden_states": "hidden"}
     strength = {"image-to-image": 0.8, "inpainting": 1.0}
@@ -125,7 +125,6 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
     wrapper = denoiser_module(source)
     config = wrapper.model.config
-    width = int(config.cross_attention_dim)
     pooled = int(config.projection_class_embeddings_input_dim) - SIZE_CONDITIONS * int(
         config.addition_time_embed_dim
     )
@@ -141,7 +140,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     inputs = {
         "sample": sample_example(parts.channels),
         "timestep": timestep_example(),
-        "encoder_hidden_states": hidden_example(width),
+        "encoder_hidden_states": hidden_example(parts.output_width("text_join", "encoder_hidden_states")),
         "text_embeds": pooled_example(pooled),
     }
     parts.guidance = 5.0
