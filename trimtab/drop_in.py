@@ -24,6 +24,9 @@ _SAMPLER = {"sample_weights", "next_weights", "clip_weights", "mix", "noise"}
 _OF_THE_SHAPE = {"time_ids", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
 """What pipelines hand over and the graph makes itself, of the latents' shape."""
 
+_OF_THE_TEXT = {"encoder_hidden_states", "encoder_attention_mask"}
+"""What a denoiser need not heed that lost every layer which read it, and has no input for it any more."""
+
 
 class Denoiser(torch.nn.Module):
     """Stands where ``pipe.unet`` or ``pipe.transformer`` stood; diffusers keeps its own sampler and guidance.
@@ -119,6 +122,8 @@ class Denoiser(torch.nn.Module):
     def _check(self, sample: Tensor, given: dict[str, Any]) -> None:
         """Raises InputError for an argument that would be passed over and count for something."""
         heeded = {spec.name for spec in self._segment.inputs} | _OF_THE_SHAPE
+        if "encoder_hidden_states" not in heeded:
+            heeded |= _OF_THE_TEXT
         unheeded = [n for n, v in given.items() if n not in heeded and v is not None and v != {}]
         if unheeded:
             raise InputError(

@@ -14,7 +14,7 @@ from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
 from trimtab.passes.switch import switch
-from trimtab.program import Program
+from trimtab.program import Call, Program, Segment
 
 
 def two(count: int = 6) -> tuple[Program, Program]:
@@ -106,3 +106,32 @@ def test_a_denoiser_that_no_step_would_call_is_refused() -> None:
     whole, small = two()
     with pytest.raises(PassError, match="no step would call denoiser-small: the schedules s are too short"):
         switch(whole, {"small": small}, [("small", 0.99)])
+
+
+def with_text(model: ir.Model) -> Program:
+    """The program of a denoiser that may read a text, which an encoder makes before the steps."""
+    result = program(model, *[call(model, {"text": "hidden"})] * 4)
+    task = dataclasses.replace(result.tasks["t"], prologue=(Call("encoder", {"x0": "x"}, {"x1": "hidden"}),))
+    segments = {"encoder": Segment("encoder", chain(1)), **result.segments}
+    return dataclasses.replace(result, segments=segments, tasks={"t": task})
+
+
+def test_a_denoiser_that_reads_no_text_any_more_takes_over_and_is_given_none() -> None:
+    whole, small = chain(2), chain(2)
+    text = ir.Value(name="text", shape=ir.Shape(["n", 1, 8]), type=ir.TensorType(ir.DataType.FLOAT))
+    whole.graph.inputs.append(text)
+    other = program(small, *[call(small)] * 4)
+    result = switch(with_text(whole), {"small": other}, [("small", 0.5)])
+    steps = result.tasks["t"].schedules["s"].steps
+    assert [sorted(step.calls[0].inputs) for step in steps] == [["text", "x0"]] * 2 + [["x0"]] * 2
+    with pytest.raises(PassError, match="text is among the inputs of only one"):
+        switch(other, {"small": with_text(whole)}, [("small", 0.5)])
+
+
+def test_a_denoiser_that_lacks_an_input_of_the_steps_own_is_refused() -> None:
+    whole, small = chain(2), chain(2)
+    step = ir.Value(name="timestep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT))
+    whole.graph.inputs.append(step)
+    ours = program(whole, *[call(whole, {"timestep": "timestep"})] * 4)
+    with pytest.raises(PassError, match="timestep is among the inputs of only one"):
+        switch(ours, {"small": program(small, *[call(small)] * 4)}, [("small", 0.5)])

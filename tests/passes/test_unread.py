@@ -53,6 +53,15 @@ def test_what_runs_for_an_unread_input_alone_goes_and_is_named(caplog: pytest.Lo
     assert drop_unread(after) == after
 
 
+def test_what_the_steps_themselves_give_stays_though_nothing_reads_it() -> None:
+    model = chains.chain(1)
+    step = ir.Value(name="timestep", shape=ir.Shape([]), type=ir.TensorType(ir.DataType.FLOAT))
+    model.graph.inputs.append(step)
+    before = chains.program(model, chains.call(model, {"timestep": "timestep"}))
+    assert drop_unread(before) == before
+    assert [str(v.name) for v in model.graph.inputs] == ["x0", "timestep"]
+
+
 def test_what_is_read_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     before = program(read=True)
     assert drop_unread(before) == before

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.inherit import split_name
 from trimtab.passes.partition import step_calls
+from trimtab.passes.unread import conditions
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 
 
@@ -47,7 +48,8 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
                 f"there is no denoiser {name!r} to switch to: given are {', '.join(others) or 'none'}"
             )
         model = others[name].segments[DENOISER].model
-        if difference := _difference(program.segments[DENOISER].model, model):
+        optional = conditions(program).get(DENOISER, set())
+        if difference := _difference(program.segments[DENOISER].model, model, optional):
             raise PassError(f"the denoiser {name} cannot take over: {difference}")
         if others[name].slots != program.slots:
             raise PassError(
@@ -66,8 +68,11 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
         return f"{DENOISER}-{taken[-1]}" if taken else DENOISER
 
     def given(step: Step, segment: str) -> Step:
+        read = {str(value.name) for value in segments[segment].model.graph.inputs}
         calls = tuple(
-            Call(segment, call.inputs, call.outputs) if call.segment == DENOISER else call
+            Call(segment, {k: v for k, v in call.inputs.items() if k in read}, call.outputs)
+            if call.segment == DENOISER
+            else call
             for call in step.calls
         )
         return dataclasses.replace(step, calls=calls)
@@ -115,13 +120,20 @@ def _constants(steps: Sequence[Step]) -> list[dict[str, list[str]]]:
     ]
 
 
-def _difference(ours: ir.Model, theirs: ir.Model) -> str | None:
-    """What keeps one graph from being called in the place of another; symbols may have other names."""
+def _difference(ours: ir.Model, theirs: ir.Model, optional: Set[str]) -> str | None:
+    """What keeps one graph from being called in the place of another; symbols may have other names.
+
+    Args:
+        ours: The one.
+        theirs: The other.
+        optional: Inputs of ours that theirs may do without.
+    """
     for what in ("inputs", "outputs"):
         first, second = ({str(v.name): v for v in getattr(m.graph, what)} for m in (ours, theirs))
-        if odd := sorted(first.keys() ^ second.keys()):
+        lacking = optional - second.keys() if what == "inputs" else set()
+        if odd := sorted((first.keys() ^ second.keys()) - lacking):
             return f"{odd[0]} is among the {what} of only one of the two"
-        for name in first:
+        for name in first.keys() - lacking:
             a, b = first[name], second[name]
             if a.dtype != b.dtype or not _fits(a, b):
                 return f"{name} is {b.dtype} {b.shape} there and {a.dtype} {a.shape} here"

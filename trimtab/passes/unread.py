@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 def drop_unread(program: Program) -> Program:
-    """A program without the inputs that its steps' graphs do not read, and without what runs for those alone.
+    """A program without the conditions that its steps' graphs do not read, and without what runs for those alone.
 
     A U-Net without its last cross-attention does not read the text, so that no text is encoded and the bundle holds no
     encoder. What a task asks of the user stays: a prompt is taken as before, and makes no difference.
@@ -24,9 +24,10 @@ def drop_unread(program: Program) -> Program:
         program: Its steps' graphs are edited.
     """
     unread: dict[str, set[str]] = {}
-    for name in dict.fromkeys(call.segment for call in step_calls(program)):
+    for name, given in conditions(program).items():
         graph = program.segments[name].model.graph
-        unread[name] = {str(v.name) for v in graph.inputs if not v.uses() and not v.is_graph_output()}
+        unused = {str(v.name) for v in graph.inputs if not v.uses() and not v.is_graph_output()}
+        unread[name] = given & unused
         graph.inputs[:] = [value for value in graph.inputs if value.name not in unread[name]]
     read = map_calls(
         program.tasks, lambda calls: tuple(_without(call, unread[call.segment]) for call in calls)
@@ -50,6 +51,18 @@ def drop_unread(program: Program) -> Program:
         )
     segments = {name: segment for name, segment in program.segments.items() if name in called}
     return dataclasses.replace(program, segments=segments, tasks=tasks)
+
+
+def conditions(program: Program) -> dict[str, set[str]]:
+    """Segments that steps call -> those of their inputs that are computed before the steps, such as a text's."""
+    found: dict[str, set[str]] = {call.segment: set() for call in step_calls(program)}
+    for task in program.tasks.values():
+        for schedule in task.schedules.values():
+            first = (*task.prologue, *schedule.prologue)
+            made = {tensor for call in first for tensor in call.outputs.values()}
+            for call in (call for step in schedule.steps for call in step.calls):
+                found[call.segment].update(name for name, tensor in call.inputs.items() if tensor in made)
+    return found
 
 
 def _without(call: Call, inputs: Container[str]) -> Call:
