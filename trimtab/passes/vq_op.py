@@ -149,14 +149,16 @@ def function(overload: str, opset: int) -> ir.Function:
     codes, codebook = inputs
     sizes = tape("Constant", [], value_ints=ir.RefAttr("value_ints", "shape", ir.AttributeType.INTS))
     codes = _unpacked(tape, codes) if "index6" in parts else tape("Cast", [codes], to=_INT32)
-    rows = tape("Reshape", [tape("Gather", [codebook, codes], axis=0), tape.ints(0, -1)])
+    # (O, S, d), and as few results as large as W as can be: constant folding keeps each, of all weights, until its end.
+    rows = tape("Gather", [codebook, codes], axis=0)
+    if "scale" in parts:
+        inputs.append(ir.Value(name="scale"))
+        rows = tape("Mul", [rows, tape("Reshape", [inputs[2], tape.ints(-1, 1, 1)])])
     if "cut" in parts:
+        rows = tape("Reshape", [rows, tape.ints(0, -1)])
         row = tape("Slice", [sizes, tape.ints(1), tape.ints(2**31 - 1), tape.ints(0)])
         columns = tape("ReduceProd", [row], keepdims=1)
         rows = tape("Slice", [rows, tape.ints(0), columns, tape.ints(1)])
-    if "scale" in parts:
-        inputs.append(ir.Value(name="scale"))
-        rows = tape("Mul", [rows, tape("Reshape", [inputs[2], tape.ints(-1, 1)])])
     weight = tape("Reshape", [rows, sizes])
     weight.name = "weight"
     graph = ir.Graph(inputs, [weight], nodes=tape.nodes, opset_imports={"": opset}, name=NAME)
@@ -170,7 +172,7 @@ def _overload(index_bits: int, scaled: bool, cuts: bool) -> str:
 
 
 def _unpacked(tape: _Tape, packed: ir.Value) -> ir.Value:
-    """Six-bit indices, (O, 3 * G) bytes -> (O, G, 4) int32. Doubles as (O, S) once rows are made of it."""
+    """Six-bit indices, (O, 3 * G) bytes -> (O, S) int32."""
     wide = tape("Cast", [packed], to=ir.DataType.UINT32.value)
     bytes_ = tape("Reshape", [wide, tape.ints(0, -1, 3)])
     first, second, third = tape.split(bytes_, 3, axis=2)
@@ -182,7 +184,8 @@ def _unpacked(tape: _Tape, packed: ir.Value) -> ir.Value:
         ],
     )
     fields = tape("BitShift", [word, tape.uints(0, 6, 12, 18)], direction="RIGHT")
-    return tape("Cast", [tape("BitwiseAnd", [fields, tape.uints(63)])], to=_INT32)
+    codes = tape("Cast", [tape("BitwiseAnd", [fields, tape.uints(63)])], to=_INT32)
+    return tape("Reshape", [codes, tape.ints(0, -1)])
 
 
 class _Tape:
