@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.errors import BundleError, MissingDependency, TargetError
+from trimtab.errors import BundleError, MissingDependency, TargetError, first_line
 from trimtab.manifest import Engine
 from trimtab.runtime.sessions.base import Buffer, Run, in_turn
 from trimtab.runtime.sessions.cuda import Driver
@@ -125,9 +125,8 @@ class OnnxRuntimeSession:
                 enable_fallback=0,  # it prints to stdout, and tries again with what failed
             )
         except Exception as error:  # onnxruntime's errors share no base
-            reason = str(error).strip().splitlines()[0]
             raise BundleError(
-                f"{graph} cannot be loaded by onnxruntime {onnxruntime.__version__}: {reason}"
+                f"{graph} cannot be loaded by onnxruntime {onnxruntime.__version__}: {first_line(error)}"
             ) from error
         # Where a provider's libraries are missing, onnxruntime goes on without it and says nothing.
         if name not in self._session.get_providers():
@@ -154,8 +153,7 @@ class OnnxRuntimeSession:
             try:
                 session.run_with_iobinding(binding)
             except Exception as error:
-                reason = str(error).strip().splitlines()[0]
-                raise TargetError(f"onnxruntime failed: {reason}") from error
+                raise TargetError(f"onnxruntime failed: {first_line(error)}") from error
 
         return run
 
