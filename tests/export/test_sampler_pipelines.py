@@ -168,10 +168,10 @@ def test_inpainting(components: dict[str, Any], name: str, strength: float) -> N
 @pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "euler", "heun", "lcm"])
 def test_pixart_of_one_step_decodes_what_the_scheduler_foresees(
-    diffusers_pipeline: Callable[[str], Any], name: str, steps: int
+    diffusers_pipeline: Callable[[str], Any], name: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = diffusers_pipeline("pixart_alpha")
-    pipeline.scheduler = make_scheduler(name, SD | {"prediction_type": "epsilon"})
+    monkeypatch.setattr(pipeline, "scheduler", make_scheduler(name, SD | {"prediction_type": "epsilon"}))
     given: dict[str, Any] = {}
     hook = pipeline.transformer.register_forward_pre_hook(
         lambda _, args, kwargs: given.update(kwargs), with_kwargs=True
