@@ -12,7 +12,7 @@ import torch
 from diffusers import LatentConsistencyModelPipeline, PixArtTransformer2DModel, UNet2DModel
 from tiny import TWO_LEVELS, clip_text, unet, vae
 
-from trimtab.errors import ExportError
+from trimtab.errors import ExportError, InputError
 from trimtab.export.denoisers import _WRAPPERS, caption_width, check_conditions, denoiser_module, latent_space
 from trimtab.export.families import FAMILIES
 from trimtab.export.modules import PixArtTransformer, PixelUNet
@@ -152,6 +152,14 @@ def pixart_transformer(**config: Any) -> PixArtTransformer2DModel:
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "sample_size": 8}
     sizes = {"in_channels": 4, "out_channels": 8, "patch_size": 2, "use_additional_conditions": False}
     return PixArtTransformer2DModel(**small | sizes | {"cross_attention_dim": 24} | config).eval()
+
+
+def test_a_denoiser_that_was_left_out_is_missed_by_its_name(pipeline_folder: PipelineFolder) -> None:
+    for family, name in (("sdxl", "unet"), ("flux", "transformer")):
+        source = Source(pipeline_folder(family))
+        source.index[name] = [None, None]
+        with pytest.raises(InputError, match=f"has no {name}"):
+            denoiser_module(source)
 
 
 def test_other_pipelines_and_channels_are_refused(pipeline_folder: PipelineFolder, tmp_path: Path) -> None:

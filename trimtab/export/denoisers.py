@@ -15,7 +15,7 @@ AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 
 def denoiser_name(source: Source) -> str:
     """The component that is run step after step: "unet" or "transformer"."""
-    return "unet" if source.has("unet") else "transformer"
+    return "transformer" if "transformer" in source.index else "unet"
 
 
 def latent_space(source: Source) -> tuple[int, int]:
