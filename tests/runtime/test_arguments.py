@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from trimtab.errors import InputError
-from trimtab.program import TensorSpec
-from trimtab.runtime.arguments import all_negatives, check_count
+from trimtab.program import Task, TensorSpec
+from trimtab.runtime.arguments import all_negatives, check_count, guidance_scale
 
 KINDS = {"tokens": TensorSpec("tokens", "int64", ("rows*batch", 77), {"kind": "tokens"})}
 
@@ -32,3 +32,16 @@ def test_negative_prompts_that_fit_no_prompts_are_refused(negatives: list[str]) 
     # Two negatives for six pictures would each go to a prompt and a half.
     with pytest.raises(InputError, match=f"{len(negatives)} negative prompts were given for 6 pictures"):
         all_negatives(KINDS, negatives, 6, 2)
+
+
+@pytest.mark.parametrize("none", [None, 0.0, 1.0])
+def test_a_model_without_guidance_takes_what_asks_for_none(none: float | None) -> None:
+    assert guidance_scale(Task((), (), {}), {}, none) == (1.0, 1)
+
+
+@pytest.mark.parametrize("scale", [1.5, float("nan")])
+def test_a_model_without_guidance_refuses_a_scale(scale: float) -> None:
+    with pytest.raises(
+        InputError, match=f"of {scale} was given and this model has no guidance: leave it out"
+    ):
+        guidance_scale(Task((), (), {}), {}, scale)

@@ -72,8 +72,11 @@ def _memory_bytes() -> float:
 def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | None) -> tuple[float, int]:
     """The guidance scale and the number of rows that it takes."""
     if task.guidance is None:
-        if guidance is not None:
-            raise InputError("a guidance scale was given and this model has no guidance: leave it out")
+        # Cards of such models give 0: none is asked for, as by 1.
+        if guidance is not None and not guidance <= 1:
+            raise InputError(
+                f"a guidance scale of {guidance:g} was given and this model has no guidance: leave it out"
+            )
         return 1.0, 1
     scale = float(task.guidance if guidance is None else guidance)
     if not abs(scale) <= float(np.finfo(np.float32).max):  # NaN neither
