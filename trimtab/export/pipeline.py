@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.errors import ExportError
-from trimtab.export.families import FAMILIES, stable_diffusion, unconditional
+from trimtab.export.families import FAMILIES, dit, stable_diffusion, unconditional
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks
@@ -42,8 +42,7 @@ def export_pipeline(
 
     Raises:
         InputError: The pipeline is damaged, or an option does not fit it.
-        ExportError: The pipeline's class is not supported, its scheduler does not fit it, or a part of it cannot be
-            exported.
+        ExportError: The pipeline's class is not supported, or a part of it cannot be exported.
     """
     family = FAMILIES.get(source.pipeline_class)
     if family is None:
@@ -56,8 +55,8 @@ def export_pipeline(
         make_scheduler(scheduler, {**own.config, "_class_name": type(own).__name__}) if scheduler else own
     )
 
-    if family is unconditional:
-        _check_scaling(source.pipeline_class, chosen, min(steps))
+    if family in (unconditional, dit):
+        _warn_of_scaling(source.pipeline_class, chosen, min(steps))
     parts = PipelineParts(source, keep)
     measure(parts)
     parts.no_pictures = _no_pictures(source, chosen)
@@ -131,15 +130,17 @@ def _own_scheduler(source: Source) -> Any:
     return type(scheduler).from_config(scheduler.config, **mended) if mended else scheduler
 
 
-def _check_scaling(pipeline: str, scheduler: Any, steps: int) -> None:
-    """Raises ExportError for a scheduler whose scaling of noise and samples a pipeline leaves out.
+def _warn_of_scaling(pipeline: str, scheduler: Any, steps: int) -> None:
+    """Says where a scheduler's scaling of noise and samples makes other pictures than a pipeline that leaves it out.
 
-    diffusers' pipelines without conditions hand the model every sample as it is, and draw noise from such a scheduler.
+    diffusers' pipelines without conditions hand the model every sample as it is, and DiT's starts from noise as it is:
+    with such a scheduler they draw noise, or nearly nothing.
     """
     if probe(scheduler, steps).scales_input:
-        raise ExportError(
-            f"{type(scheduler).__name__} scales what the model reads, and diffusers' {pipeline} leaves that out: "
-            "choose one that does not, such as ddim, ddpm, dpm++ or unipc (--scheduler NAME)"
+        logger.warning(
+            "%s scales noise and samples, and diffusers' %s leaves some of that out: its pictures are others",
+            type(scheduler).__name__,
+            pipeline,
         )
 
 
