@@ -108,7 +108,7 @@ def bench(result: Result) -> Iterator[str]:
                 entry["bundle"],
                 "a step",
                 _ms(entry["step_ms"]),
-                _mb(entry["peak_bytes"]),
+                "" if entry["peak_bytes"] is None else _mb(entry["peak_bytes"]),
                 _mb(entry["weight_bytes"]),
             ]
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -40,9 +39,9 @@ def bench(
 
     Returns:
         ``bundles``, each with ``step_ms``, ``picture_ms`` and ``python_ms`` (medians; the last is what a step
-        takes beside its engine calls), ``peak_bytes`` (of the process), ``weight_bytes`` and ``segments``
-        (``name``, ``calls`` in a picture, ``ms`` of one call, ``weight_bytes``); with two bundles ``step_ratio``,
-        the median of the rounds' ratios, first to second.
+        takes beside its engine calls), ``peak_bytes`` (of the process; None on Windows), ``weight_bytes`` and
+        ``segments`` (``name``, ``calls`` in a picture, ``ms`` of one call, ``weight_bytes``); with two bundles
+        ``step_ratio``, the median of the rounds' ratios, first to second.
 
     Raises:
         InputError: Fewer than one round.
@@ -182,17 +181,21 @@ def _summary(bundle: str, pictures: list[dict[str, Any]]) -> dict[str, Any]:
         "step_ms": statistics.median(map(_step_ms, pictures)),
         "picture_ms": 1000 * statistics.median(picture["picture"] for picture in pictures),
         "python_ms": 1000 * statistics.median(p for picture in pictures for p in picture["python"]),
-        "peak_bytes": max(picture["peak_bytes"] for picture in pictures),
+        "peak_bytes": max((p["peak_bytes"] for p in pictures if p["peak_bytes"] is not None), default=None),
         "weight_bytes": sum(weights.values()),
         "segments": segments,
     }
 
 
-def peak_bytes() -> int:
-    """The most memory that this process has held."""
+def peak_bytes() -> int | None:
+    """The most memory that this process has held; None on Windows, which Python does not ask."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         # getrusage's count begins with what the parent held when it started this process; this one does not.
         status = Path("/proc/self/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
