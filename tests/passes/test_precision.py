@@ -162,6 +162,29 @@ def test_a_mask_s_fill_is_no_overflow_and_stays_finite() -> None:
     np.testing.assert_allclose(ours, theirs, atol=4e-3)
 
 
+def test_what_is_made_of_a_mask_alone_needs_no_margin() -> None:
+    text = """
+    agraph (float[1, 1, 4, 8] q, float[4, 4] attention_mask) => (float[1, 1, 4, 8] y)
+        <float one = {1}, float far = {-10000}, int64[4] sizes = {1, 1, 4, 4}> {
+        without = Sub (one, attention_mask)
+        bias = Mul (without, far)
+        mask = Reshape (bias, sizes)
+        y = Attention (q, q, q, mask)
+    }
+    """
+    model = graph(text)
+    ranges = {"without": 1.0, "bias": 1e4, "y": 3.0}
+    result = convert(model, "fp16", ranges)
+    assert not result.refused and types(result.model)["bias"] == HALF
+    q, mask = normal(1, 1, 4, 8), np.tile(np.array([1, 1, 0, 1], np.float32), (4, 1))
+    feeds = {"q": q, "attention_mask": mask}
+    np.testing.assert_allclose(*(run(m, **feeds)[0] for m in (result.model, model)), atol=4e-3)
+
+    assert convert(model, "fp16", ranges | {"bias": 1e5}).refused  # beyond the type with no margin at all
+    other = graph(text.replace("attention_mask", "tokens"))
+    assert {refusal.where for refusal in convert(other, "fp16", ranges).refused} == {"bias", "mask", "y"}
+
+
 def test_an_attention_whose_scores_overflow_stays_in_float32() -> None:
     text = "agraph (float[1, 1, 4, 8] q) => (float[1, 1, 4, 8] y) { y = Attention (q, q, q) }"
     (refusal,) = convert(graph(text), "fp16", {"y": 1.0, f"y{SCORES}": 3e4}).refused

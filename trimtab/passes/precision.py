@@ -131,6 +131,7 @@ class _Choice:
         self.graph = model.graph
         self.options = options
         self._ranges: dict[ir.Value, float] = {}
+        self._exact = _of_masks(model.graph)
         self._kept: dict[ir.Node, str] = {}  # and why: an empty text where that is by design
         self.ports: dict[ir.Node, Ports] = {}
         for node in self.graph:
@@ -193,7 +194,7 @@ class _Choice:
                     reason = why_wide(value, node, dtype)
                     if reason is not None:
                         self._kept[node] = reason
-                elif limit < self._range(value) * self.options.margin:
+                elif limit < self._range(value) * (1 if value in self._exact else self.options.margin):
                     self._kept[node] = self._too_large(value.name, self._range(value))
             scores = (self.options.ranges or {}).get(f"{node.outputs[0].name}{SCORES}", 0.0)
             if node not in self._kept and limit < scores * self.options.margin:
@@ -243,6 +244,22 @@ class _Choice:
 
     def _is_light(self, node: ir.Node) -> bool:
         return node in self.ports and node not in self._kept and node.op_type not in HEAVY
+
+
+def _of_masks(graph: ir.Graph) -> set[ir.Value]:
+    """What is computed of masks and constants alone: those reach in every picture what they reach in one.
+
+    Masks are inputs whose names end so, as diffusers' do. PixArt makes -10000 of theirs, which no margin can be held
+    against, and all of its attention to the text would stay in float32.
+    """
+    found = {value for value in graph.inputs if (value.name or "").endswith("mask")}
+    for node in graph:
+        read = [
+            v for v in node.inputs if v is not None and v.const_value is None and v.dtype != ir.DataType.INT64
+        ]
+        if read and node.op_type not in HEAVY and found.issuperset(read):
+            found.update(node.outputs)
+    return found
 
 
 def _is_one(value: ir.Value) -> bool:
