@@ -31,7 +31,8 @@ from trimtab.passes.vq_on_demand import beside, in_turn, waiting
 _WIDE = {2: np.int32, 4: np.int64}
 """Numbers of FP16 in a codeword -> the integer of as many bytes."""
 
-Tables = dict[tuple[ir.Value, int], ir.Value]
+_Tables = dict[tuple[ir.Value, int], ir.Value]
+"""Codebook and number of rows -> the table: pieces of a weight share theirs."""
 
 _PARTS = 16
 """Rows of the table, all alike: GatherElements works on each with one thread."""
@@ -48,7 +49,7 @@ class DecodeThroughViews(Pass):
         """
         applied, refused = [], []
         before: ir.Value | None = None
-        tables: Tables = {}
+        tables: _Tables = {}
         for node, reader in in_turn(model.graph):
             name = node.outputs[0].name or node.name or vq_op.NAME
             codes, codewords, activation = node.inputs[0], _codewords(node.inputs[1]), beside(reader)
@@ -80,7 +81,7 @@ def _codewords(codebook: ir.Value | None) -> npt.NDArray[Any] | None:
 
 
 def _look_up(
-    graph: ir.Graph, node: ir.Node, codewords: npt.NDArray[Any], turn: Sequence[ir.Value], tables: Tables
+    graph: ir.Graph, node: ir.Node, codewords: npt.NDArray[Any], turn: Sequence[ir.Value], tables: _Tables
 ) -> None:
     """Puts the nodes in the place of one.
 
@@ -89,7 +90,7 @@ def _look_up(
         node: Decodes a weight.
         codewords: Its own (k,), as integers.
         turn: What must be there before it is its turn.
-        tables: Codebook and number of rows -> the table; those of before, which pieces of a weight have in common.
+        tables: Those of before; takes a new one.
     """
     codes, codebook, *scale = node.inputs
     weight = node.outputs[0]
