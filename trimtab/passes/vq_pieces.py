@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from trimtab.passes import vq_op
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.constants import add_constant
 from trimtab.passes.vq_on_demand import Use, beside, in_turn
 
 PIECE = 1 << 20
@@ -115,21 +116,17 @@ def _rows(graph: ir.Graph, value: ir.Value, rows: slice) -> ir.Value:
         return graph.initializers[name]
     tensor = value.const_value
     assert tensor is not None
-    shape = [rows.stop - rows.start, *tensor.shape.numpy()[1:]]
-    part: ir.TensorProtocol
-    if isinstance(tensor, ir.ExternalTensor):
-        row = tensor.nbytes // tensor.shape.numpy()[0]
-        part = ir.ExternalTensor(
-            tensor.location,
-            (tensor.offset or 0) + rows.start * row,
-            shape[0] * row,
-            tensor.dtype,
-            shape=ir.Shape(shape),
-            name=name,
-            base_dir=tensor.base_dir,
-        )
-    else:
-        part = ir.tensor(tensor.numpy()[rows], name=name)
-    made = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(part.dtype), const_value=part)
-    graph.register_initializer(made)
-    return made
+    if not isinstance(tensor, ir.ExternalTensor):
+        return add_constant(graph, name, tensor.numpy()[rows])
+    count, *sizes = tensor.shape.numpy()
+    row, shape = tensor.nbytes // count, [rows.stop - rows.start, *sizes]
+    place = ir.ExternalTensor(
+        tensor.location,
+        (tensor.offset or 0) + rows.start * row,
+        shape[0] * row,
+        tensor.dtype,
+        shape=ir.Shape(shape),
+        name=name,
+        base_dir=tensor.base_dir,
+    )
+    return add_constant(graph, name, place)
