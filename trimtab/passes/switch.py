@@ -41,6 +41,7 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
     if any(not 0 <= start <= 1 for start in starts) or sorted(starts) != starts:
         raise PassError(f"the denoisers take over at {starts}: shares from 0 to 1 in rising order are needed")
     segments = dict(program.segments)
+    optional = conditions(program).get(DENOISER, set())
     entries = []
     for name in dict.fromkeys(name for name, _ in ranges):
         if name not in others or not re.fullmatch(r"[\w-]+", name):
@@ -48,7 +49,6 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
                 f"there is no denoiser {name!r} to switch to: given are {', '.join(others) or 'none'}"
             )
         model = others[name].segments[DENOISER].model
-        optional = conditions(program).get(DENOISER, set())
         if difference := _difference(program.segments[DENOISER].model, model, optional):
             raise PassError(f"the denoiser {name} cannot take over: {difference}")
         if others[name].slots != program.slots:
