@@ -74,7 +74,8 @@ def read_image(
     if image.size != size:  # a mask as it is, and grey after that, as diffusers' mask processor does
         lanczos = PIL.Image.Resampling.LANCZOS
         image = PIL.ImageOps.fit(image, size, lanczos) if crop else image.resize(size, lanczos)
-    image = _converted(name, image, "L" if gray else "RGB")
+    if gray:
+        image = _converted(name, image, "L")
     return (np.asarray(image, np.float32) / 255.0).reshape(1, size[1], size[0], channels)
 
 
