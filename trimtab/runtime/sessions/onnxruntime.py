@@ -145,9 +145,11 @@ class OnnxRuntimeSession:
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
                 bind(name, self._device, 0, buffer.dtype.type, buffer.shape, _address(buffer))
-        shared = self._new((self._views.bytes,), "uint8")
-        self._views.bind(binding, self._device, _address(shared))
-        held = (tuple(inputs.values()), tuple(outputs.values()), shared)  # the binding only knows addresses
+        held = [*inputs.values(), *outputs.values()]  # the binding only knows addresses
+        if self._views.bytes:
+            shared = self._new((self._views.bytes,), "uint8")
+            self._views.bind(binding, self._device, _address(shared))
+            held.append(shared)
 
         def run(_held: Any = held) -> None:
             try:
