@@ -20,7 +20,7 @@ from trimtab.storage import GRAPHS
 from trimtab.targets.device import find_device
 from trimtab.targets.engines import _Maker
 from trimtab.targets.operators import RTX
-from trimtab.targets.plugins.aot import Kernel, read_kernels
+from trimtab.targets.plugins.aot import Kernel, matmul_kernels, read_kernels
 from trimtab.targets.plugins.lower import UseKernels
 from trimtab.targets.tensorrt import TensorRTBuilder
 from trimtab.weights import WeightStore
@@ -248,7 +248,9 @@ def test_the_kernels_are_those_for_the_rows_and_the_type() -> None:
     UseKernels(87)(model)
     (node,) = model.graph
     kernels: tuple[Kernel, ...] = read_kernels(node.attributes["kernels"].as_string())
-    assert {(kernel.rows, kernel.dtype) for kernel in kernels} == {(16, "fp16")}  # 2 x 6 rows
+    n, k = node.inputs[1].shape[0], node.inputs[0].shape[-1]
+    assert kernels == matmul_kernels(87, 12, n, k)  # 2 x 6 rows
+    assert {kernel.dtype for kernel in kernels} == {"fp16"}
     assert {value.dtype.name for value in node.inputs[1:]} == {"INT32", "FLOAT16", "FLOAT"}
 
 

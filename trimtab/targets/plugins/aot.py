@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from types import ModuleType
 
 from trimtab.errors import BuildFailed, BundleError, MissingDependency, first_line
-from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Tile, order, tiles
+from trimtab.targets.plugins import nvrtc
+from trimtab.targets.plugins.codes import ROW_BYTES
+from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Cut, FewRows, ManyRows, Tile, order, tiles
 
 MATMUL = "vq_matmul"
 DECODER = "vq_decode"
@@ -84,10 +86,11 @@ def check_kernels(sm: int) -> None:
 
     Raises:
         UnsupportedOp: No kernel is compiled for it.
-        MissingDependency: There is no Triton.
+        MissingDependency: There is no Triton, or no compiler of CUDA's.
     """
-    tiles(sm, 1)
+    tiles(sm, 1, 1, 1)
     _triton_kernels()
+    nvrtc.library()
 
 
 def matmul_kernels(
@@ -100,7 +103,7 @@ def matmul_kernels(
     bits: int = 8,
     dtype: str = "fp16",
     limit: int = STATIC_LIMIT,
-    cuts: Sequence[Tile] = (),
+    cuts: Sequence[Cut] = (),
 ) -> tuple[Kernel, ...]:
     """Kernels for a product of ``m`` rows with a packed (n, k) weight, the best guess first.
 
@@ -113,21 +116,24 @@ def matmul_kernels(
         bits: Of one code, 6 or 8.
         dtype: "fp16" or "bf16".
         limit: Bytes of shared memory that a kernel may ask for; kernels over it are left out.
-        cuts: Tiles in place of the table's.
+        cuts: In place of the table's.
 
     Raises:
         UnsupportedOp: No kernel is compiled for this SM.
-        BuildFailed: Triton gave up.
-        MissingDependency: There is no Triton.
+        BuildFailed: A compiler gave up.
+        MissingDependency: There is no Triton, or no compiler of CUDA's.
     """
     kernels = []
-    for tile in cuts or tiles(sm, m):
-        kernel = _compile_matmul(
-            sm, tile, _divisor(n), _divisor(k), k % (tile.split * tile.depth) == 0, d, bits, dtype
-        )
+    for cut in cuts or tiles(sm, m, n, k):
+        if isinstance(cut, Tile):
+            kernel = _compile_matmul(sm, cut, _divisor(n), _divisor(k), k % cut.depth == 0, d, bits, dtype)
+        elif cut.shared_bytes(k, d, bits) <= limit:
+            kernel = _compile_cuda(sm, cut, n, k, d, bits, dtype)
+        else:
+            continue
         if kernel.shared_bytes <= limit:
             kernels.append(kernel)
-    assert kernels or cuts, "one tile of each list fits"
+    assert kernels or cuts, "one cut of each list fits"
     return tuple(kernels)
 
 
@@ -136,7 +142,7 @@ def decode_kernel(sm: int, shape: Sequence[int], *, d: int = 4, bits: int = 8, d
 
     ``shape`` is (n, channels, taps...). The other arguments and the errors are those of `matmul_kernels`.
     """
-    tiles(sm, 1)
+    tiles(sm, 1, 1, 1)
     n, k, arranged = shape[0], math.prod(shape[1:]), order(shape, d)
     tile = DECODE[arranged]
     signature = {"words": "*i32", "codebook": f"*i{16 * d}", "scale": "*fp32", **_INTEGERS, "taps": "i32",
@@ -154,6 +160,27 @@ _INTEGERS = {"m": "i32", "n": "i32", "k": "i32", "stride": "i32"}
 def _divisor(size: int) -> int:
     """The largest power of two up to 16 that divides a size: how wide its rows can be read."""
     return min(size & -size, 16)
+
+
+@functools.lru_cache(maxsize=256)
+def _compile_cuda(sm: int, cut: FewRows | ManyRows, n: int, k: int, d: int, bits: int, dtype: str) -> Kernel:
+    codes = -(-k // d)
+    row_bytes = codes if bits == 8 else -(-codes // 4) * 3
+    values = {"N": n, "K": k, "STRIDE": -(-row_bytes // ROW_BYTES) * ROW_BYTES // 4, "D": d, "BITS": bits,
+              "BFLOAT16": int(dtype == "bf16"), **cut.constants(k, d, bits)}  # fmt: skip
+    ptx = nvrtc.compile_ptx("few_rows.cu" if isinstance(cut, FewRows) else "many_rows.cu", sm, values)
+    version = PTX_VERSIONS.get(sm, 80)
+    return Kernel(
+        entry=MATMUL,
+        rows=cut.rows,
+        columns=cut.columns,
+        threads=cut.threads(k, d, bits),
+        shared_bytes=cut.shared_bytes(k, d, bits),
+        dtype=dtype,
+        ptx=re.sub(
+            r"^\.version .*", f".version {version / 10}", trimmed(ptx, 10), count=1, flags=re.MULTILINE
+        ),
+    )
 
 
 @functools.lru_cache(maxsize=256)

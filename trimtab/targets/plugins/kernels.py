@@ -1,4 +1,6 @@
-"""The Triton kernels for weights that are held as codes into a codebook. docs/kernels.md says why they look so.
+"""The Triton kernels for weights that are held as codes into a codebook: the decoder, and products of many rows.
+
+Products of few rows, and of many on sm_90, are in cuda/. docs/kernels.md says why they look so.
 
 Shapes: ``x`` (m, k), ``y`` (m, n), both fp16 or bf16 and contiguous. ``words`` (n, stride) int32: the rows of packed
 codes, each padded to whole words. ``codebook`` (256 or 64, d) of the type of ``x``, seen as one integer a codeword:
@@ -52,8 +54,8 @@ def _codes(words, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, CO
 
 @triton.jit
 def _weights(words, codebook, table, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
-             SHARED: tl.constexpr, PERMUTED: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
-    """(rows, DEPTH) decoded weights from code ``first`` on; if PERMUTED, in the order of `_permuted`."""
+             SHARED: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """(rows, DEPTH) decoded weights from code ``first`` on."""
     code = _codes(words, row, first, stride, EVEN, BITS, DEPTH // D)
     if SHARED:
         flat = tl.gather(table, tl.reshape(code, (row.shape[0] * (DEPTH // D),)), 0)
@@ -68,74 +70,38 @@ def _weights(words, codebook, table, row, first, stride, EVEN: tl.constexpr, BIT
         w2 = (word >> 32).to(tl.int16).to(DTYPE, bitcast=True)
         w3 = (word >> 48).to(tl.int16).to(DTYPE, bitcast=True)
         w = tl.join(tl.join(w0, w2), tl.join(w1, w3))
-        if PERMUTED:
-            w = tl.reshape(w, (row.shape[0], DEPTH // 16, 4, 2, 2))
-            w = tl.permute(w, (0, 1, 3, 2, 4))
     return tl.reshape(w, (row.shape[0], DEPTH))
 
 
 @triton.jit
-def _permuted(x):
-    """(rows, depth) with columns 4t + 2a + b of every 16 moved to 8a + 2t + b.
-
-    In this order a thread of a tensor-core instruction holds all four weights of one codeword, so that what it
-    looked up is its operand as it stands. A product does not mind the order of its terms, if both sides share it.
-    """
-    parts = tl.reshape(x, (x.shape[0], x.shape[1] // 16, 4, 2, 2))
-    return tl.reshape(tl.permute(parts, (0, 1, 3, 2, 4)), (x.shape[0], x.shape[1]))
-
-
-@triton.jit
 def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constexpr, BITS: tl.constexpr,
-              EVEN: tl.constexpr, SHARED: tl.constexpr, PERMUTED: tl.constexpr, BLOCK_M: tl.constexpr,
-              BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):  # fmt: skip
+              EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
     """y = (x W^T) scale + bias, with W decoded on the way; fp32 accumulators.
 
     The weights are the left operand (rows of W are rows of the instruction), since the left one may come from
-    registers. SPLIT parts of the program each take every SPLIT-th stretch of BLOCK_K columns, with a warp or more
-    each, and are summed at the end: for few rows, that keeps enough loads in flight.
+    registers.
     """
     program = tl.program_id(0)
     blocks_n = tl.cdiv(n, BLOCK_N)
     # Neighbouring programs share rows of x: those then come from memory once, and codes are small enough for L2.
-    first_n = (program % blocks_n) * BLOCK_N
-    first_m = (program // blocks_n) * BLOCK_M
-    part_n = tl.arange(0, SPLIT * BLOCK_N)
-    part_m = tl.arange(0, SPLIT * BLOCK_M)
+    out_n = (program % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_m = (program // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     # Rows past the end are read again from the last one and never stored: cheaper than a mask.
-    row_n = tl.minimum(first_n + part_n % BLOCK_N, n - 1)
-    row_m = tl.minimum(first_m + part_m % BLOCK_M, m - 1)
-    start_n = (part_n // BLOCK_N) * BLOCK_K
-    start_m = (part_m // BLOCK_M) * BLOCK_K
-    column = start_m[:, None] + tl.arange(0, BLOCK_K)[None, :]
-    x_at = x + row_m[:, None] * k + column
-    table = tl.load(codebook + tl.arange(0, 256 if BITS == 8 else 64))
-    out_n = first_n + tl.arange(0, BLOCK_N)
-    out_m = first_m + tl.arange(0, BLOCK_M)
-    # Read here, beside the first codes: after the loop, nothing would hide their way from memory.
-    by = tl.load(scale + out_n, mask=out_n < n, other=0.0)
-    plus = tl.load(bias + out_n, mask=out_n < n, other=0.0).to(tl.float32)
-    if SPLIT == 1:
-        total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        total = tl.zeros((SPLIT, BLOCK_N, BLOCK_M), tl.float32)
-    for at in range(0, k, SPLIT * BLOCK_K):
+    row_n = tl.minimum(out_n, n - 1)
+    row_m = tl.minimum(out_m, m - 1)
+    column = tl.arange(0, BLOCK_K)
+    x_at = x + row_m[:, None] * k + column[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for at in range(0, k, BLOCK_K):
         if EVEN:
             rows = tl.load(x_at + at)
         else:
-            rows = tl.load(x_at + at, mask=column < k - at, other=0.0)
-        weights = _weights(words, codebook, table, row_n, (start_n + at) // D, stride, EVEN, BITS, D, SHARED,
-                           PERMUTED, BLOCK_K, x.dtype.element_ty)  # fmt: skip
-        if PERMUTED and D == 4:
-            rows = _permuted(rows)
-        if SPLIT == 1:
-            total = tl.dot(weights, tl.trans(rows), total)
-        else:
-            weights = tl.reshape(weights, (SPLIT, BLOCK_N, BLOCK_K))
-            rows = tl.permute(tl.reshape(rows, (SPLIT, BLOCK_M, BLOCK_K)), (0, 2, 1))
-            total = tl.dot(weights, rows, total)
-    if SPLIT > 1:
-        total = tl.sum(total, axis=0)
+            rows = tl.load(x_at + at, mask=(column < k - at)[None, :], other=0.0)
+        weights = _weights(words, codebook, codebook, row_n, (tl.zeros_like(row_n) + at) // D, stride, EVEN, BITS, D,
+                           False, BLOCK_K, x.dtype.element_ty)  # fmt: skip
+        total = tl.dot(weights, tl.trans(rows), total)
+    by = tl.load(scale + row_n)
+    plus = tl.load(bias + row_n).to(tl.float32)
     total = total * by[:, None] + plus[:, None]
     inside = (out_m[None, :] < m) & (out_n[:, None] < n)
     tl.store(y + out_m[None, :] * n + out_n[:, None], total.to(y.dtype.element_ty), mask=inside)
@@ -155,7 +121,7 @@ def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BI
     dtype: tl.constexpr = y.dtype.element_ty
     table = tl.load(codebook + tl.arange(0, 256 if BITS == 8 else 64))
     weights = _weights(words, codebook, table, row, (tl.zeros_like(row) + start) // D, stride, False, BITS, D,
-                       SHARED, False, BLOCK_K, dtype)  # fmt: skip
+                       SHARED, BLOCK_K, dtype)  # fmt: skip
     by = tl.load(scale + row)
     weights = (weights.to(tl.float32) * by[:, None]).to(dtype)
     column = start + tl.arange(0, BLOCK_K)
@@ -184,13 +150,10 @@ def constants(tile: Tile, k: int, d: int, bits: int) -> dict[str, int | bool]:
     return {
         "D": d,
         "BITS": bits,
-        "EVEN": k % (tile.split * tile.depth) == 0,
-        "SHARED": tile.shared,
-        "PERMUTED": tile.permuted,
+        "EVEN": k % tile.depth == 0,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
-        "SPLIT": tile.split,
     }
 
 

@@ -78,7 +78,7 @@ class UseKernels(Pass):
         rows = None if x is None or x.shape is None or len(x.shape) < 2 else _count(x.shape[:-1])
         if rows is None or len(weight.shape) != 2 or turned != _reads_turned(reader):
             return
-        if not fuses(self.sm, rows):
+        if not fuses(self.sm, rows, n, weight.columns):
             if reader.op_type == "MatMul":
                 _as_gemm(graph, weight, reader, rows)
             return

@@ -1,4 +1,4 @@
-"""How a product with packed weights is cut into programs: by SM and by the number of rows."""
+"""How a product with packed weights is cut into programs: by SM, rows and layer."""
 
 from __future__ import annotations
 
@@ -20,72 +20,148 @@ STATIC_LIMIT = 48 * 1024
 """Bytes that a launch may ask for without a call that raises the limit. Nothing in TensorRT's documents says that
 it makes that call for kernels which it carries, so those stay below."""
 
+LINE = 128
+"""Bytes of the banks of shared memory: as many for each codeword of a table, and no two threads wait for one bank."""
 
 Order = Literal["matrix", "grouped", "taps"]
 """How the codes of a row stand where a weight is decoded: `order`."""
 
 
 @dataclass(frozen=True)
+class FewRows:
+    """What one program of cuda/few_rows.cu computes, and with what.
+
+    Attributes:
+        rows: Of x, and of y; in eights.
+        columns: Of y, which are rows of the weights: 16 or 32.
+        stretch: Columns of a row that a thread takes at a time, 16 or 32.
+        warps: Of 32 threads, which share the depth; at most, for all have nearly the same number of turns.
+    """
+
+    rows: int
+    columns: int = 16
+    stretch: int = 16
+    warps: int = 12
+
+    def constants(self, k: int, d: int, bits: int) -> dict[str, int]:
+        """What the kernel is compiled with."""
+        stretch = 32 if bits == 6 else self.stretch  # whole words of codes
+        units = -(-k // (4 * stretch))
+        warps = -(-units // -(-units // self.warps))
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "STRETCH": stretch, "WARPS": warps}
+
+    def threads(self, k: int, d: int, bits: int) -> int:
+        """Of one program."""
+        return 32 * self.constants(k, d, bits)["WARPS"]
+
+    def shared_bytes(self, k: int, d: int, bits: int) -> int:
+        """Of one program: the table, and then the sums of its warps."""
+        sums = self.constants(k, d, bits)["WARPS"] * self.rows * self.columns * 4
+        return max((1 << bits) * LINE, sums)
+
+
+@dataclass(frozen=True)
+class ManyRows:
+    """What one program of cuda/many_rows.cu computes, and with what; on sm_90.
+
+    Attributes:
+        rows: Of x, and of y: 32, 64 or 128.
+        groups: Of four warps, each with 64 columns of y.
+        split: Parts of the depth, each with as many warps.
+        stages: Of the pipeline.
+        line: Bytes that the table has for each codeword: `LINE` of them give each bank a copy, fewer leave room.
+    """
+
+    rows: int
+    groups: int = 1
+    split: int = 1
+    stages: int = 3
+    line: int = LINE
+
+    @property
+    def columns(self) -> int:
+        """Of y."""
+        return 64 * self.groups
+
+    def constants(self, k: int, d: int, bits: int) -> dict[str, int]:
+        """What the kernel is compiled with."""
+        return {
+            "ROWS": self.rows,
+            "GROUPS": self.groups,
+            "SPLIT": self.split,
+            "STAGES": self.stages,
+            "LINE": self.line,
+        }
+
+    def threads(self, k: int, d: int, bits: int) -> int:
+        """Of one program."""
+        return 128 * self.groups * self.split
+
+    def shared_bytes(self, k: int, d: int, bits: int) -> int:
+        """Of one program: x and the codes on their way and the table; then the sums of its parts, then y."""
+        codes = self.columns * 64 // d * bits // 8
+        table = (1 << bits) * self.line
+        sums = (self.split - 1) * self.rows * self.columns * 4
+        result = self.rows * (2 * self.columns + 16)
+        return max(self.split * self.stages * (self.rows * 128 + codes) + table, sums, result)
+
+
+@dataclass(frozen=True)
 class Tile:
-    """What one program computes, and with what.
+    """What one program of the Triton kernels computes, and with what.
 
     Attributes:
         rows: Of x, and of y.
         columns: Of y: rows of the weights.
         depth: Columns of x that one turn of the loop takes.
-        split: Parts that share the depth of the product between them.
         warps: Of 32 threads.
         stages: Depth of the software pipeline.
         shared: Codewords are looked up in shared memory; else through L1.
-        permuted: The operands' columns are ordered by codeword (`kernels._permuted`).
     """
 
     rows: int
     columns: int
     depth: int = 64
-    split: int = 1
     warps: int = 4
     stages: int = 3
     shared: bool = False
-    permuted: bool = False
 
     def programs(self, rows: int, columns: int) -> int:
         """How many programs cover a result of this size."""
         return -(-rows // self.rows) * -(-columns // self.columns)
 
 
-# Few rows: waiting bounds the time, for the launch, for memory and for look-ups, so programs are small and many, and
-# parts of one split the depth between them. A lookup in shared memory serves 32 threads in about 6 cycles (two halves
-# of 16 threads, each as slow as the fullest of 16 bank pairs: 3.1 expected); through L1 it takes one cycle per cache
-# line, 14 of the codebook's 16. Which of three cuts is best depends on the layer; TensorRT times them. Measured on an
-# H100: together within 2% of the best of 42 for the layers of DiT-XL/2 and SD 1.5 (8% from 17 rows on), the first
-# alone within 10% up to 16 rows.
+Cut = FewRows | ManyRows | Tile
+
+# Few rows: waiting bounds the time, for the launch and for memory, so each program asks for all that it reads at once,
+# and is small, so that they are many. Which cut is best depends on the layer; TensorRT times them. Measured on an H200
+# over the layers of DiT-XL/2 and SD 1.5: together within 1% of the best of 13 cuts for one row and of 24 for 16, the
+# first alone within 4% and 8%.
 _FEW = {
-    8: (
-        Tile(8, 16, 128, 4, 4, 3, True, True),
-        Tile(8, 16, 128, 8, 4, 3, True, True),
-        Tile(8, 32, 128, 2, 4, 3, True, True),
-    ),
-    16: (
-        Tile(16, 16, 128, 4, 4, 3, True, True),
-        Tile(16, 16, 64, 4, 4, 4, True, True),
-        Tile(16, 32, 128, 2, 4, 3, True, True),
-    ),
-    64: (Tile(32, 64, 128, 1, 4, 3, True, True), Tile(16, 16, 128, 2, 2, 3, True, True)),
+    8: (FewRows(8, 16, 32), FewRows(8, 16, 32, 4), FewRows(8, 32, 32, 4), FewRows(8, warps=4)),
+    16: (FewRows(16, warps=4), FewRows(16, 32, warps=4), FewRows(16), FewRows(8, warps=4)),
+    64: (FewRows(32, 32, warps=4), FewRows(32, 32)),
 }
 
-# Many rows, mma.sync (sm_80 to 89, 120, 121): 8 warps as 4 x 2 would look up every codeword twice from registers;
-# copying codewords asynchronously through L1 into shared memory looks each up once and leaves the threads to the
-# 64 instructions of a turn. A turn of 128 x 128 x 64 is 1 Mi multiply-adds: 1024 cycles on Orin and A100 and 4096
-# on GeForce, against 64 look-ups of 14 cycles beside them.
-_SYNC = {256: Tile(64, 64, 64, 1, 4, 4), 1024: Tile(128, 64, 64, 1, 4, 4)}
+# On sm_90 from 17 rows on; the last two where a launch may ask for more than `STATIC_LIMIT`.
+_MANY_90 = (
+    ManyRows(64, line=64),
+    ManyRows(128, stages=2, line=32),
+    ManyRows(64, split=2),
+    ManyRows(128, groups=2),
+)
 
-# Many rows, wgmma and tcgen05 (sm_90, sm_110): a turn takes 512 and 256 cycles, so look-ups bound it: shared memory,
-# 64 of 6 cycles, with the left operand straight in registers.
-_ASYNC = {256: Tile(64, 64, 64, 1, 4, 3, True, True), 1024: Tile(128, 128, 64, 1, 8, 3, True, True)}
+# Many rows elsewhere, mma.sync and tcgen05: 8 warps as 4 x 2 would look up every codeword twice from registers; copying
+# codewords asynchronously through L1 into shared memory looks each up once and leaves the threads to the 64
+# instructions of a turn. A turn of 128 x 128 x 64 is 1 Mi multiply-adds: 1024 cycles on Orin and A100 and 4096 on
+# GeForce, against 64 look-ups of 14 cycles beside them.
+_MANY = {256: Tile(64, 64, 64, 4, 4), 1024: Tile(128, 64, 64, 4, 4)}
 
-_FUSED_ROWS = {90: 64}
-_FUSED_ROWS_ELSEWHERE = 1024
+FEW_ROWS = 64
+"""Up to so many are few."""
+
+_SMALL_90 = 400 << 20
+"""Multiply-adds of a product of many rows up to which decoding on the way is ahead on sm_90, as a rule."""
 
 DECODE: Mapping[Order, Tile] = {
     "matrix": Tile(256, 16, warps=4, stages=1, shared=True),
@@ -111,23 +187,27 @@ def order(shape: Sequence[int], d: int) -> Order:
     return "taps" if shape[1] % d else "grouped"
 
 
-def fuses(sm: int, rows: int) -> bool:
+def fuses(sm: int, rows: int, n: int, k: int) -> bool:
     """Whether a product decodes on the way; else its weight is decoded first, for TensorRT's own product to read.
 
-    On an H100, the fused kernel is ahead up to 64 rows, behind from 128 on, and takes twice the time of
-    decode-then-multiply at 1024. No other GPU was measured. There, decoding first adds about 300 / rows to the time of
-    a product on Orin (4 bytes a weight through 205 GB/s, beside 2 operations a row at 30 TFLOP/s), and less where the
-    L2 cache holds the weight: beyond 1024 rows, little can be lost by it.
+    Measured on sm_90: the fused kernel is ahead up to 64 rows, and beyond in small products. No other SM was measured.
+    There, decoding first adds about 300 / rows to the time of a product on Orin (4 bytes a weight
+    through 205 GB/s, beside 2 operations a row at 30 TFLOP/s), and less where the L2 cache holds the weight: beyond
+    1024 rows, little can be lost by it.
     """
-    return rows <= _FUSED_ROWS.get(sm, _FUSED_ROWS_ELSEWHERE)
+    if sm == 90 and rows > FEW_ROWS:
+        return rows * n * k <= _SMALL_90 and k % 8 == 0
+    return rows <= 1024
 
 
-def tiles(sm: int, rows: int) -> tuple[Tile, ...]:
-    """The tiles worth trying, the best guess first. One of them fits `STATIC_LIMIT` on every SM.
+def tiles(sm: int, rows: int, n: int, k: int) -> tuple[Cut, ...]:
+    """The cuts worth trying, the best guess first. One of them fits `STATIC_LIMIT` on every SM.
 
     Args:
         sm: As in sm_87.
-        rows: Of x: batch times tokens; as many as `fuses` takes.
+        rows: Of x: batch times tokens.
+        n: Output channels.
+        k: Input channels; with so many of each as `fuses` takes.
 
     Raises:
         UnsupportedOp: No kernel is compiled for this SM.
@@ -137,10 +217,11 @@ def tiles(sm: int, rows: int) -> tuple[Tile, ...]:
         raise UnsupportedOp(
             f"no kernel for sm_{sm}, only for {known}: compile for one of them, or without --vq"
         )
+    on_90 = _MANY_90 if sm == 90 and k % 8 == 0 else ()
     for limit, few in _FEW.items():
         if rows <= limit:
-            return few
-    table = _ASYNC if sm in (90, 110) else _SYNC
-    chosen = table[256 if rows <= 256 else 1024]
-    fallback = _SYNC[256]
+            return few if rows <= 16 else (*few, *on_90)
+    if on_90:
+        return on_90
+    chosen, fallback = _MANY[256 if rows <= 256 else 1024], _MANY[256]
     return (chosen,) if chosen == fallback else (chosen, fallback)

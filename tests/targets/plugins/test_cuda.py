@@ -1,0 +1,175 @@
+"""The CUDA kernels on the CPU, a fiber a thread (emulator/), against a plain loop; and that they refuse in words."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from trimtab.errors import BuildFailed, MissingDependency
+from trimtab.passes.vq_op import pack_indices
+from trimtab.targets.plugins import nvrtc
+from trimtab.targets.plugins.codes import as_words
+from trimtab.targets.plugins.tiles import FewRows, ManyRows
+
+EMULATOR = Path(__file__).parent / "emulator"
+TYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+
+needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+def emulate(
+    cut: FewRows | ManyRows,
+    m: int,
+    n: int,
+    k: int,
+    folder: Path,
+    *,
+    d: int = 4,
+    bits: int = 8,
+    dtype: str = "fp16",
+    late: bool = True,
+    order: int = 0,
+) -> float:
+    """The largest error of a product, by its largest value; NaN where nothing was written."""
+    random = np.random.default_rng(m * n * k)
+    half = TYPES[dtype]
+    codes = random.integers(0, 1 << bits, (n, -(-k // d)), dtype=np.uint8)
+    codebook = random.standard_normal((1 << bits, d)).astype(half)
+    x = random.standard_normal((m, k)).astype(half)
+    scale = random.uniform(0.5, 2, n).astype(np.float32)
+    bias = random.standard_normal(n).astype(half)
+    words = as_words(pack_indices(codes, bits).view(np.uint8))
+    for name, array in (("x", x), ("words", words), ("codebook", codebook), ("scale", scale), ("bias", bias)):
+        (folder / name).write_bytes(array.tobytes())
+    # A copy: beside the source itself lies the header that the emulator's stands for, and would be found first.
+    source = folder / ("few_rows.cu" if isinstance(cut, FewRows) else "many_rows.cu")
+    source.write_text((nvrtc.SOURCES / source.name).read_text())
+    values = {
+        "N": n,
+        "K": k,
+        "STRIDE": words.shape[1],
+        "D": d,
+        "BITS": bits,
+        "BFLOAT16": int(dtype == "bf16"),
+        "LATE": int(late),
+        "ORDER": order,
+        "SOURCE": f'"{source}"',
+        **cut.constants(k, d, bits),
+    }
+    program = folder / "program"
+    command = [
+        "g++",
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-I",
+        str(EMULATOR),
+        str(EMULATOR / "run.cpp"),
+        "-o",
+        str(program),
+    ]
+    done = subprocess.run(
+        command + [f"-D{name}={value}" for name, value in values.items()], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    programs = -(-m // cut.rows) * -(-n // cut.columns)
+    run = [str(program), str(programs), str(cut.threads(k, d, bits)), str(m), str(folder)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    y = np.frombuffer((folder / "y").read_bytes(), half).reshape(m, n).astype(np.float64)
+    w = codebook[codes].reshape(n, -1)[:, :k].astype(np.float64)
+    expected = (x.astype(np.float64) @ w.T) * scale + bias.astype(np.float64)
+    return float(np.abs(y - expected).max() / np.abs(expected).max())
+
+
+ONCE = {"fp16": 2.0**-11 + 1e-5, "bf16": 2.0**-8 + 1e-5}
+"""One rounding of the result."""
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("cut", "m", "n", "k", "d", "bits", "dtype"),
+    [
+        (FewRows(8, 16, 32), 1, 32, 256, 4, 8, "fp16"),
+        (FewRows(16, 32, 16, 4), 13, 40, 640, 4, 8, "bf16"),
+        (FewRows(16, 16, 16), 19, 17, 90, 4, 8, "fp16"),
+        (FewRows(8, 16, 32), 3, 16, 192, 2, 8, "bf16"),
+        (FewRows(16, 16, 16), 5, 20, 35, 2, 6, "fp16"),
+        (FewRows(32, 32, 16, 3), 33, 32, 320, 2, 6, "fp16"),
+    ],
+)
+def test_few_rows_are_rounded_once(
+    cut: FewRows, m: int, n: int, k: int, d: int, bits: int, dtype: str, tmp_path: Path
+) -> None:
+    assert emulate(cut, m, n, k, tmp_path, d=d, bits=bits, dtype=dtype) <= ONCE[dtype]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("cut", "m", "n", "k", "d", "bits", "dtype"),
+    [
+        (ManyRows(64), 70, 72, 328, 4, 8, "fp16"),
+        (ManyRows(32, 1, 2, line=64), 33, 64, 320, 4, 8, "bf16"),
+        (ManyRows(128, 2, 1, 2, 32), 40, 136, 192, 4, 8, "fp16"),
+        (ManyRows(64, 1, 2), 65, 51, 72, 2, 8, "fp16"),
+        (ManyRows(32, 2, 2), 20, 100, 136, 2, 6, "fp16"),
+    ],
+)
+def test_many_rows_are_rounded_once(
+    cut: ManyRows, m: int, n: int, k: int, d: int, bits: int, dtype: str, tmp_path: Path
+) -> None:
+    assert emulate(cut, m, n, k, tmp_path, d=d, bits=bits, dtype=dtype) <= ONCE[dtype]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("cut", [FewRows(8, 16, 16, 3), ManyRows(32, 1, 2)])
+@pytest.mark.parametrize(("late", "order"), [(False, 1), (True, 1), (True, 2)])
+def test_nothing_depends_on_which_thread_is_first_or_when_copies_arrive(
+    cut: FewRows | ManyRows, late: bool, order: int, tmp_path: Path
+) -> None:
+    assert emulate(cut, 9, 40, 448, tmp_path, late=late, order=order) <= ONCE["fp16"]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("cut", "wait"),
+    [
+        (FewRows(8, 16, 16, 3), "__syncthreads();"),
+        (ManyRows(32, 1, 2), "wait_for_copies<STAGES - 2>();"),
+        (ManyRows(32, 1, 2), "barrier(SPLIT == 1 ? 1 : 1 + split, kMembers);"),
+    ],
+)
+def test_the_emulator_sees_a_wait_that_is_missing(
+    cut: FewRows | ManyRows, wait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources = tmp_path / "cuda"
+    shutil.copytree(nvrtc.SOURCES, sources)
+    for source in sources.glob("*.cu"):
+        source.write_text(source.read_text().replace(wait, ""))
+    monkeypatch.setattr(nvrtc, "SOURCES", sources)
+    assert not emulate(cut, 9, 40, 448, tmp_path, order=1) <= ONCE["fp16"]
+
+
+def test_a_source_that_does_not_compile_is_named_with_its_first_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    (tmp_path / "bad.cu").write_text("__device__ int f() { return g; }")
+    (tmp_path / "ptx.cuh").write_text("")
+    monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
+    with pytest.raises(BuildFailed, match=r"refused bad\.cu for sm_87: .*identifier \"g\" is undefined"):
+        nvrtc.compile_ptx("bad.cu", 87, {})
+
+
+def test_a_compiler_that_is_not_installed_is_said_with_what_installs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(MissingDependency, match=r"pip install 'trimtab\[kernels\]'"):
+        nvrtc.library()
