@@ -1,7 +1,7 @@
 """Products with 2-bit weights against cuBLAS in FP16: goals are set, and what meets them is said (docs/kernels.md).
 
-    python benchmarks/vq_kernels.py [--tune] [--kernels FILE] [--json]
-    python benchmarks/vq_kernels.py --compile FILE --sm 90 [--tune]
+    python benchmarks/vq_kernels.py [--tune] [--rows N ...] [--kernels FILE] [--json]
+    python benchmarks/vq_kernels.py --compile FILE --sm 90 [--tune] [--rows N ...]
 
 On an NVIDIA GPU, over the layer shapes of DiT-XL/2 and Stable Diffusion 1.5 and 1, 16, 256, 1024 and 4096 rows: the
 kernels as they ship, compiled ahead of time, loaded by the driver, the best of those that TensorRT may choose from,
@@ -10,10 +10,11 @@ kernel, or the decoder with cuBLAS after it. The goals are 2 times cuBLAS's spee
 and never behind decode-then-multiply. Convolutions are decoded and then computed by cuDNN, against cuDNN on the decoded
 weights.
 
-Each time is the mean over a CUDA graph of launches that go round copies of the weights, packed or not, of at least
-twice the L2 cache: in a network, a layer's weights have left the cache when its turn comes again. What is computed is
-compared on every shape. --tune adds other tiles and prints the best ones as trimtab/targets/plugins/tiles.py would have
-them. Kernels may be compiled elsewhere, with --compile: a machine without Triton reads them with --kernels. Without a
+Each time is the mean over a CUDA graph of launches that go round copies of the weights and codebooks, packed or not, of
+at least twice the L2 cache: in a network, a layer's weights have left the cache when its turn comes again. What is
+computed is compared on every shape. --tune adds other cuts, also those that need more shared memory than TensorRT is
+known to give, and prints the best ones as trimtab/targets/plugins/tiles.py would have them. Kernels may be compiled
+elsewhere, with --compile: a machine without the compilers reads them with --kernels. Without a
 GPU it says so and stops.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -34,7 +36,18 @@ from typing import Any
 from trimtab.errors import MissingDependency, UnsupportedOp
 from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, read_kernels
 from trimtab.targets.plugins.codes import ROW_BYTES
-from trimtab.targets.plugins.tiles import Tile, fuses, order, tiles
+from trimtab.targets.plugins.tiles import (
+    FEW_ROWS,
+    SHARED_LIMIT,
+    STATIC_LIMIT,
+    Cut,
+    FewRows,
+    ManyRows,
+    Tile,
+    fuses,
+    order,
+    tiles,
+)
 
 ROWS = (1, 16, 256, 1024, 4096)
 LINEARS = {
@@ -66,7 +79,7 @@ class Candidate:
     """A kernel of the benchmark.
 
     Attributes:
-        tile: As tiles.py would have it; "" of a decoder.
+        tile: The cut, as tiles.py would have it; "" of a decoder.
         ships: Whether it is one that TensorRT may choose.
         kernel: It.
     """
@@ -92,7 +105,7 @@ class Line:
         decoded_us: Decode, then cuBLAS.
         fused: Whether trimtab lowers to the fused kernel.
         error: Largest difference of a fused kernel from cuBLAS, by the largest value.
-        tiles: Tile -> time of the fused kernel.
+        tiles: Cut -> time of the fused kernel.
     """
 
     layer: str
@@ -111,8 +124,8 @@ class Line:
 
     @property
     def goal(self) -> float:
-        """The least ratio to cuBLAS's speed."""
-        return 2.0 if self.rows <= 16 else 0.8
+        """The least ratio to cuBLAS's speed; none is set between 16 and 256 rows."""
+        return 2.0 if self.rows <= 16 else 0.8 if self.rows >= 256 else 0.0
 
     @property
     def ratio(self) -> float:
@@ -128,19 +141,20 @@ class Line:
 # ---- kernels, compiled ahead of time ----
 
 
-def candidates(sm: int, rows: int) -> Iterable[Tile]:
-    """Tiles worth compiling beside the table's."""
-    if rows <= 64:
-        height = 8 if rows <= 8 else 16
-        for columns, depth, split, warps in [(16, 64, 8, 8), (16, 64, 4, 4), (16, 128, 8, 8), (32, 64, 4, 4)]:
-            yield Tile(height, columns, depth, split, warps, 3, True, True)
-        yield Tile(height, 16, 256, 4, 4, 2, True, True)
-        yield Tile(height, 16, 128, 4, 4, 3, False, True)
+def candidates(sm: int, rows: int) -> Iterable[Cut]:
+    """Cuts worth compiling beside the table's."""
+    if rows <= FEW_ROWS:
+        for height in (8,) if rows <= 8 else (8, 16) if rows <= 16 else (32,):
+            for columns, stretch, warps in itertools.product((16, 32), (16, 32), (4, 12)):
+                yield FewRows(height, columns, stretch, warps)
+    if sm == 90 and rows > 16:
+        for cut in ((32, 1, 1, 3, 64), (32, 1, 2, 3, 64), (64, 1, 1, 3, 64), (64, 1, 1, 3), (64, 1, 2, 3),
+                    (128, 1, 1, 2, 32), (128, 2, 1, 2, 32), (128, 2, 1, 3)):  # fmt: skip
+            yield ManyRows(*cut)
+    if sm == 90 or rows <= FEW_ROWS:
         return
-    sizes = [(64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 128, 4), (256, 64, 4)]
-    for height, width, warps in sizes:
-        for shared, permuted in ((True, True), (True, False), (False, False)):
-            yield Tile(height, width, 64, 1, warps, 3, shared, permuted)
+    for height, width, warps in [(64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 128, 4), (256, 64, 4)]:
+        yield Tile(height, width, 64, warps, 3)
 
 
 def product_key(n: int, k: int, rows: int) -> str:
@@ -153,17 +167,20 @@ def decoder_key(shape: Sequence[int]) -> str:
     return f"decode {' '.join(map(str, shape))}"
 
 
-def compiled(sm: int, tune: bool) -> Book:
-    """All kernels of the benchmark, which takes Triton and no GPU."""
+def compiled(sm: int, tune: bool, sizes: Sequence[int] = ROWS) -> Book:
+    """All kernels of the benchmark, which takes no GPU; with ``tune``, also those that need more shared memory."""
     book: dict[str, list[Candidate]] = {}
     for n, k in LINEARS.values():
         book[decoder_key((n, k))] = [Candidate("", True, decode_kernel(sm, (n, k)))]
-        for rows in ROWS:
-            table = tiles(sm, rows)
-            cuts = [*table, *(tile for tile in candidates(sm, rows) if tune and tile not in table)]
-            made = [(tile, matmul_kernels(sm, rows, n, k, cuts=(tile,))) for tile in cuts]
+        for rows in sizes:
+            table = tiles(sm, rows, n, k)
+            cuts = [*table, *(cut for cut in candidates(sm, rows) if tune and cut not in table)]
+            limit = SHARED_LIMIT[sm] * 1024 if tune else STATIC_LIMIT
+            made = [(cut, matmul_kernels(sm, rows, n, k, limit=limit, cuts=(cut,))) for cut in cuts]
             book[product_key(n, k, rows)] = [
-                Candidate(str(tile), tile in table, *kernels) for tile, kernels in made if kernels
+                Candidate(str(cut), cut in table and kernel.shared_bytes <= STATIC_LIMIT, kernel)
+                for cut, kernels in made
+                for kernel in kernels
             ]
     for shape, _ in CONVOLUTIONS.values():
         book[decoder_key(shape)] = [Candidate("", True, decode_kernel(sm, shape))]
@@ -197,6 +214,9 @@ class Loaded:
         self._check(self._cuda.cuModuleLoadData(ctypes.byref(module), kernel.ptx.encode() + b"\0"))
         name = kernel.entry.encode()
         self._check(self._cuda.cuModuleGetFunction(ctypes.byref(self._function), module, name))
+        if kernel.shared_bytes > STATIC_LIMIT:
+            attribute = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+            self._check(self._cuda.cuFuncSetAttribute(self._function, attribute, kernel.shared_bytes))
 
     def _check(self, code: int) -> None:
         if code:
@@ -264,7 +284,10 @@ class Layer:
         self.words = [
             torch.randint(-(2**31), 2**31 - 1, size, device="cuda", dtype=torch.int32) for _ in range(copies)
         ]
-        self.codebook = (torch.randn(256, 4, device="cuda") / math.sqrt(self.k)).half().view(torch.int64)
+        self.codebooks = [
+            (torch.randn(256, 4, device="cuda") / math.sqrt(self.k)).half().view(torch.int64)
+            for _ in self.words
+        ]
         self.scale = torch.ones(self.n, device="cuda")
         self.bias = torch.randn(self.n, device="cuda").half()
         self.decoder = loaded(book[decoder_key(shape)][0].kernel)
@@ -276,7 +299,14 @@ class Layer:
 
     def decode(self, index: int) -> Any:
         """One of the weights, decoded; into one place."""
-        arguments = (self.words[index], self.codebook, self.scale, self.n, self.k, self.words[0].shape[1])
+        arguments = (
+            self.words[index],
+            self.codebooks[index],
+            self.scale,
+            self.n,
+            self.k,
+            self.words[0].shape[1],
+        )
         self.decoder(self.k, self.n, *arguments, self.taps, self.weight)
         return self.weight
 
@@ -294,7 +324,7 @@ def linear(name: str, layer: Layer, rows: int, sm: int, book: Book) -> Line:
 
     def fused(kernel: Kernel, index: int) -> None:
         words = layer.words[index]
-        given = (x, words, layer.codebook, layer.scale, layer.bias, rows, n, k, words.shape[1], y)
+        given = (x, words, layer.codebooks[index], layer.scale, layer.bias, rows, n, k, words.shape[1], y)
         loaded(kernel)(rows, n, *given)
 
     timed: dict[Candidate, float] = {}
@@ -311,7 +341,7 @@ def linear(name: str, layer: Layer, rows: int, sm: int, book: Book) -> Line:
         dense_us=clock([functools.partial(dense, x, weight, layer.bias) for weight in layer.dense]),
         fused_us=min(time for each, time in timed.items() if each.ships),
         decoded_us=clock([lambda i=i: dense(x, layer.decode(i), layer.bias) for i in range(count)]),  # type: ignore[misc]
-        fused=fuses(sm, rows),
+        fused=fuses(sm, rows, n, k),
         error=error,
         tiles={each.tile: time for each, time in timed.items()},
     )
@@ -331,12 +361,13 @@ def convolution(name: str, layer: Layer, size: int) -> dict[str, Any]:
     return {"layer": name, "dense_us": dense, "decode_us": decode, "both_us": both, "ratio": dense / both}
 
 
-def measure(kernels: Path | None = None, tune: bool = False) -> dict[str, Any]:
+def measure(kernels: Path | None = None, tune: bool = False, sizes: Sequence[int] = ROWS) -> dict[str, Any]:
     """All lines, as plain data.
 
     Args:
         kernels: From `write_book`; None to compile them here.
-        tune: Time other tiles too.
+        tune: Time other cuts too.
+        sizes: Rows to time.
 
     Raises:
         UnsupportedOp: There is no GPU, or one without kernels.
@@ -349,11 +380,11 @@ def measure(kernels: Path | None = None, tune: bool = False) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise UnsupportedOp("no CUDA GPU was found: run it on a machine with one")
     sm = 10 * torch.cuda.get_device_capability()[0] + torch.cuda.get_device_capability()[1]
-    book = compiled(sm, tune) if kernels is None else read_book(kernels)
+    book = compiled(sm, tune, sizes) if kernels is None else read_book(kernels)
     lines = []
     for name, shape in LINEARS.items():
         layer = Layer(shape, book)
-        lines += [linear(name, layer, rows, sm, book) for rows in ROWS]
+        lines += [linear(name, layer, rows, sm, book) for rows in sizes]
     return {
         "device": torch.cuda.get_device_name(),
         "sm": sm,
@@ -382,13 +413,13 @@ def show(result: dict[str, Any]) -> None:
         )
     met = sum(line["met"] for line in result["lines"])
     print(f"\n{met} of {len(result['lines'])} meet both goals")
-    for rows in ROWS:
+    for rows in sorted({line["rows"] for line in result["lines"]}):
         lines = [line for line in result["lines"] if line["rows"] == rows]
         ratios = [line["ratio"] for line in lines]
         print(
             f"{rows:5} rows: ratio {statistics.geometric_mean(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
         )
-        if any(len(line["tiles"]) > 3 for line in lines):
+        if any(len(line["tiles"]) > 4 for line in lines):
             shared = set.intersection(*(set(line["tiles"]) for line in lines))
             loss = {
                 tile: statistics.geometric_mean(
@@ -411,7 +442,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tune", action="store_true", help="time other tiles too")
+    parser.add_argument("--tune", action="store_true", help="time other cuts too")
+    parser.add_argument(
+        "--rows", type=int, nargs="+", default=ROWS, metavar="N", help="of x; those with goals"
+    )
     parser.add_argument("--kernels", type=Path, metavar="FILE", help="compiled elsewhere")
     parser.add_argument("--compile", type=Path, metavar="FILE", help="compile the kernels and stop")
     parser.add_argument("--sm", type=int, default=87, help="with --compile, as 87")
@@ -419,9 +453,9 @@ def main() -> int:
     given = parser.parse_args()
     try:
         if given.compile:
-            write_book(compiled(given.sm, given.tune), given.compile)
+            write_book(compiled(given.sm, given.tune, given.rows), given.compile)
             return 0
-        result = measure(given.kernels, given.tune)
+        result = measure(given.kernels, given.tune, given.rows)
     except (UnsupportedOp, MissingDependency) as error:
         print(f"skipped: {error}", file=sys.stderr)
         return 0
