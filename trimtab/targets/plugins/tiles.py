@@ -143,13 +143,8 @@ _FEW = {
     64: (FewRows(32, 32, warps=4), FewRows(32, 32)),
 }
 
-# On sm_90 from 17 rows on; the last two where a launch may ask for more than `STATIC_LIMIT`.
-_MANY_90 = (
-    ManyRows(64, line=64),
-    ManyRows(128, stages=2, line=32),
-    ManyRows(64, split=2),
-    ManyRows(128, groups=2),
-)
+# On sm_90 from 17 rows on; the last where a launch may ask for more than `STATIC_LIMIT`.
+_MANY_90 = (ManyRows(64, line=64), ManyRows(32, line=64), ManyRows(64, split=2))
 
 # Many rows elsewhere, mma.sync and tcgen05: 8 warps as 4 x 2 would look up every codeword twice from registers; copying
 # codewords asynchronously through L1 into shared memory looks each up once and leaves the threads to the 64
@@ -160,8 +155,8 @@ _MANY = {256: Tile(64, 64, 64, 4, 4), 1024: Tile(128, 64, 64, 4, 4)}
 FEW_ROWS = 64
 """Up to so many are few."""
 
-_SMALL_90 = 400 << 20
-"""Multiply-adds of a product of many rows up to which decoding on the way is ahead on sm_90, as a rule."""
+_SMALL_90 = 360 << 20
+"""Multiply-adds of a product of many rows up to which decoding on the way is ahead of decoding first on sm_90."""
 
 DECODE: Mapping[Order, Tile] = {
     "matrix": Tile(256, 16, warps=4, stages=1, shared=True),
