@@ -148,9 +148,8 @@ def candidates(sm: int, rows: int) -> Iterable[Cut]:
             for columns, stretch, warps in itertools.product((16, 32), (16, 32), (4, 12)):
                 yield FewRows(height, columns, stretch, warps)
     if sm == 90 and rows > 16:
-        for cut in ((32, 1, 1, 3, 64), (32, 1, 2, 3, 64), (64, 1, 1, 3, 64), (64, 1, 1, 3), (64, 1, 2, 3),
-                    (128, 1, 1, 2, 32), (128, 2, 1, 2, 32), (128, 2, 1, 3)):  # fmt: skip
-            yield ManyRows(*cut)
+        for height, stages, line in itertools.product((32, 64, 128), (2, 3, 4), (32, 64, 128)):
+            yield ManyRows(height, stages, line)
     if sm == 90 or rows <= FEW_ROWS:
         return
     for height, width, warps in [(64, 64, 4), (128, 64, 4), (128, 128, 8), (64, 128, 4), (256, 64, 4)]:

@@ -168,8 +168,8 @@ def _compile_cuda(sm: int, cut: FewRows | ManyRows, n: int, k: int, d: int, bits
     row_bytes = codes if bits == 8 else -(-codes // 4) * 3
     values = {"N": n, "K": k, "STRIDE": -(-row_bytes // ROW_BYTES) * ROW_BYTES // 4, "D": d, "BITS": bits,
               "BFLOAT16": int(dtype == "bf16"), **cut.constants(k, d, bits)}  # fmt: skip
-    ptx = nvrtc.compile_ptx("few_rows.cu" if isinstance(cut, FewRows) else "many_rows.cu", sm, values)
-    version = PTX_VERSIONS.get(sm, 80)
+    ptx = trimmed(nvrtc.compile_ptx(cut.source, sm, values), arguments=10)
+    version = f".version {PTX_VERSIONS.get(sm, 80) / 10}"  # the compiler writes its own
     return Kernel(
         entry=MATMUL,
         rows=cut.rows,
@@ -177,9 +177,7 @@ def _compile_cuda(sm: int, cut: FewRows | ManyRows, n: int, k: int, d: int, bits
         threads=cut.threads(k, d, bits),
         shared_bytes=cut.shared_bytes(k, d, bits),
         dtype=dtype,
-        ptx=re.sub(
-            r"^\.version .*", f".version {version / 10}", trimmed(ptx, 10), count=1, flags=re.MULTILINE
-        ),
+        ptx=re.sub(r"^\.version .*", version, ptx, count=1, flags=re.MULTILINE),
     )
 
 

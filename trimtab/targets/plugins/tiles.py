@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from trimtab.errors import UnsupportedOp
 
@@ -42,6 +42,7 @@ class FewRows:
     columns: int = 16
     stretch: int = 16
     warps: int = 12
+    source: ClassVar[str] = "few_rows.cu"
 
     def constants(self, k: int, d: int, bits: int) -> dict[str, int]:
         """What the kernel is compiled with."""
@@ -66,44 +67,28 @@ class ManyRows:
 
     Attributes:
         rows: Of x, and of y: 32, 64 or 128.
-        groups: Of four warps, each with 64 columns of y.
-        split: Parts of the depth, each with as many warps.
         stages: Of the pipeline.
         line: Bytes that the table has for each codeword: `LINE` of them give each bank a copy, fewer leave room.
     """
 
     rows: int
-    groups: int = 1
-    split: int = 1
     stages: int = 3
     line: int = LINE
-
-    @property
-    def columns(self) -> int:
-        """Of y."""
-        return 64 * self.groups
+    columns: ClassVar[int] = 64
+    source: ClassVar[str] = "many_rows.cu"
 
     def constants(self, k: int, d: int, bits: int) -> dict[str, int]:
         """What the kernel is compiled with."""
-        return {
-            "ROWS": self.rows,
-            "GROUPS": self.groups,
-            "SPLIT": self.split,
-            "STAGES": self.stages,
-            "LINE": self.line,
-        }
+        return {"ROWS": self.rows, "STAGES": self.stages, "LINE": self.line}
 
     def threads(self, k: int, d: int, bits: int) -> int:
         """Of one program."""
-        return 128 * self.groups * self.split
+        return 128
 
     def shared_bytes(self, k: int, d: int, bits: int) -> int:
-        """Of one program: x and the codes on their way and the table; then the sums of its parts, then y."""
-        codes = self.columns * 64 // d * bits // 8
-        table = (1 << bits) * self.line
-        sums = (self.split - 1) * self.rows * self.columns * 4
-        result = self.rows * (2 * self.columns + 16)
-        return max(self.split * self.stages * (self.rows * 128 + codes) + table, sums, result)
+        """Of one program: x and the codes on their way, and the table. In the end y lies where x did."""
+        codes = 64 * 64 // d * bits // 8
+        return self.stages * (self.rows * 128 + codes) + (1 << bits) * self.line
 
 
 @dataclass(frozen=True)
@@ -143,8 +128,8 @@ _FEW = {
     64: (FewRows(32, 32, warps=4), FewRows(32, 32)),
 }
 
-# On sm_90 from 17 rows on; the last where a launch may ask for more than `STATIC_LIMIT`.
-_MANY_90 = (ManyRows(64, line=64), ManyRows(32, line=64), ManyRows(64, split=2))
+# On sm_90 from 17 rows on.
+_MANY_90 = (ManyRows(64, line=64), ManyRows(32, line=64))
 
 # Many rows elsewhere, mma.sync and tcgen05: 8 warps as 4 x 2 would look up every codeword twice from registers; copying
 # codewords asynchronously through L1 into shared memory looks each up once and leaves the threads to the 64

@@ -106,11 +106,6 @@ inline void meet(int index, int count)
     }
 }
 
-inline void barrier(int index, int count)
-{
-    meet(index, count);
-}
-
 inline void __syncthreads()
 {
     meet(0, static_cast<int>(threads.size()));

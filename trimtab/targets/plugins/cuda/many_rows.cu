@@ -1,27 +1,26 @@
 // y = (x W^T) scale + bias for many rows of x, with W decoded on the way, on compute capability 9.0. Arguments are
 // those of few_rows.cu, and docs/kernels.md says why it looks so.
 //
-// A program makes ROWS x (64 GROUPS) numbers of y with four warps for every 64 columns, SPLIT times, each time for
-// another part of the depth. Four warps decode their rows of W into registers, one side of the instruction; x comes to
-// shared memory, its other side, STAGES - 1 turns ahead, with the codes of the turn after it. K is a multiple of 8.
+// A program makes ROWS x 64 numbers of y with four warps. They decode their rows of W into registers, one side of the
+// instruction; x comes to shared memory, its other side, STAGES - 1 turns ahead, with the codes of the turn after it.
+// The table has LINE bytes for each codeword. K is a multiple of 8.
 
 #include "ptx.cuh"
 
 enum : int
 {
-    kMembers = 128 * GROUPS, // threads of one part of the depth
-    kThreads = kMembers * SPLIT,
+    kThreads = 128,
     kCodewords = 1 << BITS,
     kWords = 64 / D * BITS / 32, // of the codes of one turn: 64 columns of a row of W
     kShift = LINE == 128 ? 7 : LINE == 64 ? 6 : 5,
     kStage = ROWS * 128, // bytes of x of one turn
-    kCodes = 64 * GROUPS * kWords * 4,
-    kCodesAt = SPLIT * STAGES * kStage,
-    kTableAt = kCodesAt + SPLIT * STAGES * kCodes,
-    kTurns = (K + 64 * SPLIT - 1) / (64 * SPLIT),
+    kCodes = 64 * kWords * 4,
+    kCodesAt = STAGES * kStage,
+    kTableAt = kCodesAt + STAGES * kCodes,
+    kTurns = (K + 63) / 64,
 };
 
-static_assert(LINE == 1 << kShift && K % 8 == 0 && ROWS * 8 % kMembers == 0, "whole copies of 16 bytes");
+static_assert(LINE == 1 << kShift && K % 8 == 0 && ROWS * 8 % kThreads == 0, "whole copies of 16 bytes");
 
 // The two registers of a thread for one row of 16 columns: columns 2 part, 2 part + 1 and those eight further on. A
 // codeword of four is read in halves, for its columns are those of two threads.
@@ -61,11 +60,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     extern __shared__ __align__(1024) u8 shared[];
     u32 const start = shared_address(shared);
     int const lane = threadIdx.x % 32, row = lane / 4, part = lane % 4;
-    int const split = threadIdx.x / kMembers, member = threadIdx.x % kMembers;
-    int const strip = member / 32; // sixteen columns of y
-    constexpr int programs_n = (N + 64 * GROUPS - 1) / (64 * GROUPS);
-    int const first_n = blockIdx.x % programs_n * (64 * GROUPS), first_m = blockIdx.x / programs_n * ROWS;
-    u32 const x_at = start + split * STAGES * kStage, codes_at = start + kCodesAt + split * STAGES * kCodes;
+    int const strip = threadIdx.x / 32; // sixteen columns of y
+    constexpr int programs_n = (N + 63) / 64;
+    int const first_n = blockIdx.x % programs_n * 64, first_m = blockIdx.x / programs_n * ROWS;
 
     // Codes are wanted from memory as soon as may be: all of them, into the L2 cache; and those of the first turn.
     u32 codes[2][kWords];
@@ -76,8 +73,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
         for (int i = 0; i < kWords; i += 2)
         {
-            int const at = split * kWords + i;
-            uint2 const two = at < STRIDE ? load(reinterpret_cast<uint2 const*>(from + at)) : make_uint2(0, 0);
+            uint2 const two = i < STRIDE ? load(reinterpret_cast<uint2 const*>(from + i)) : make_uint2(0, 0);
             codes[half][i] = two.x;
             codes[half][i + 1] = two.y;
         }
@@ -88,31 +84,30 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     }
 
     // Rows of x past the end are the last one again, and are never stored; columns past the end are zeros.
-    int const piece = member % 8, x_row = member / 8;
-    u16 const* from[ROWS * 8 / kMembers];
+    constexpr int kCopies = ROWS * 8 / kThreads;
+    int const piece = threadIdx.x % 8, x_row = threadIdx.x / 8;
+    u16 const* from[kCopies];
 #pragma unroll
-    for (int i = 0; i < ROWS * 8 / kMembers; ++i)
+    for (int i = 0; i < kCopies; ++i)
     {
-        int const at = min(first_m + x_row + i * (kMembers / 8), m - 1);
-        from[i] = x + static_cast<long long>(at) * K + piece * 8 + split * 64;
+        from[i] = x + static_cast<long long>(min(first_m + x_row + 16 * i, m - 1)) * K + piece * 8;
     }
     u32 const to = x_row * 128 + (piece ^ x_row % 8) * 16;
     auto const fetch = [&](int turn, int stage) {
-        int const column = (turn * SPLIT + split) * 64;
 #pragma unroll
-        for (int i = 0; i < ROWS * 8 / kMembers; ++i)
+        for (int i = 0; i < kCopies; ++i)
         {
-            copy16(x_at + stage * kStage + to + i * (kMembers / 8) * 128, from[i] + turn * (64 * SPLIT), column + piece * 8 < K);
+            copy16(start + stage * kStage + to + i * 16 * 128, from[i] + turn * 64, turn * 64 + piece * 8 < K);
         }
 #pragma unroll
-        for (int i = 0; i < (kCodes / 8 + kMembers - 1) / kMembers; ++i)
+        for (int i = 0; i < (kCodes / 8 + kThreads - 1) / kThreads; ++i)
         {
-            int const two = member + i * kMembers;
-            if (kCodes / 8 % kMembers == 0 || two < kCodes / 8)
+            int const two = threadIdx.x + i * kThreads;
+            if (kCodes / 8 % kThreads == 0 || two < kCodes / 8)
             {
                 int const at_n = min(first_n + two / (kWords / 2), N - 1);
-                int const at = ((turn + 1) * SPLIT + split) * kWords + two % (kWords / 2) * 2;
-                copy8(codes_at + stage * kCodes + two * 8, words + at_n * STRIDE + at, at < STRIDE);
+                int const at = (turn + 1) * kWords + two % (kWords / 2) * 2;
+                copy8(start + kCodesAt + stage * kCodes + two * 8, words + at_n * STRIDE + at, at < STRIDE);
             }
         }
         close_copies();
@@ -123,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         fetch(i, i);
     }
 
-    // A copy of each codeword for every bank that a thread reads from; eight threads that write together write to
-    // different banks.
+    // Copies of each codeword, for every bank that a thread reads from if LINE is 128; threads that write together
+    // write to different banks.
     for (int i = threadIdx.x; i < kCodewords; i += kThreads)
     {
         uint2 four = D == 4 ? load(reinterpret_cast<uint2 const*>(codebook) + i) : make_uint2(load(codebook + i), 0);
@@ -162,17 +157,17 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         }
     };
     decode_turn(w[0]);
-    u32 const own = codes_at + (16 * strip + row) * kWords * 4;
+    u32 const own = start + kCodesAt + (16 * strip + row) * kWords * 4;
     int stage = 0;
     auto const take_turn = [&](int turn, u32 const(&now)[4][4], u32(&next)[4][4]) {
         wait_for_copies<STAGES - 2>();
         show_to_tensor_cores();
-        barrier(SPLIT == 1 ? 1 : 1 + split, kMembers); // all have this turn's x, and are done with the turn before
+        __syncthreads(); // all have this turn's x, and are done with the turn before
         open_products();
 #pragma unroll
         for (int step = 0; step < 4; ++step)
         {
-            multiply_async<ROWS>(total, now[step], description(x_at + stage * kStage) + 2 * step);
+            multiply_async<ROWS>(total, now[step], description(start + stage * kStage) + 2 * step);
         }
         close_products();
         // Beside the products: a copy into the stage of the turn before, and the next turn's weights.
@@ -201,47 +196,19 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
     wait_for_copies<0>();
     __syncthreads(); // nothing is under way: shared memory is free
 
-    if (SPLIT > 1)
-    {
-        float* sums = reinterpret_cast<float*>(shared);
-        if (split > 0)
-        {
-#pragma unroll
-            for (int i = 0; i < ROWS / 2; ++i)
-            {
-                sums[((split - 1) * (ROWS / 2) + i) * kMembers + member] = total[i];
-            }
-        }
-        __syncthreads();
-        if (split == 0)
-        {
-            for (int other = 0; other < SPLIT - 1; ++other)
-            {
-#pragma unroll
-                for (int i = 0; i < ROWS / 2; ++i)
-                {
-                    total[i] += sums[(other * (ROWS / 2) + i) * kMembers + member];
-                }
-            }
-        }
-        __syncthreads();
-    }
     // Turned in shared memory, so that a row of y is written in one go; rows there are 16 bytes longer, for the banks.
-    constexpr int kWide = 128 * GROUPS + 16;
-    if (split == 0)
-    {
+    constexpr int kWide = 128 + 16;
 #pragma unroll
-        for (int i = 0; i < ROWS / 8; ++i)
-        {
-            u32 const first = narrow(total[4 * i] * by[0] + plus[0], total[4 * i + 1] * by[0] + plus[0]);
-            u32 const second = narrow(total[4 * i + 2] * by[1] + plus[1], total[4 * i + 3] * by[1] + plus[1]);
-            store_turned(start + (8 * i + lane % 8) * kWide + (16 * strip + lane / 8 % 2 * 8) * 2, first, second);
-        }
+    for (int i = 0; i < ROWS / 8; ++i)
+    {
+        u32 const first = narrow(total[4 * i] * by[0] + plus[0], total[4 * i + 1] * by[0] + plus[0]);
+        u32 const second = narrow(total[4 * i + 2] * by[1] + plus[1], total[4 * i + 3] * by[1] + plus[1]);
+        store_turned(start + (8 * i + lane % 8) * kWide + (16 * strip + lane / 8 % 2 * 8) * 2, first, second);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * 8 * GROUPS; i += kThreads)
+    for (int i = threadIdx.x; i < ROWS * 8; i += kThreads)
     {
-        int const at_m = i / (8 * GROUPS), at_n = i % (8 * GROUPS) * 8;
+        int const at_m = i / 8, at_n = i % 8 * 8;
         if (first_m + at_m >= m || first_n + at_n >= N)
         {
             continue;

@@ -89,11 +89,6 @@ INLINE void wait_for_copies() // until at most kOpen groups of this thread are u
     asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
 }
 
-INLINE void barrier(int index, int threads)
-{
-    asm volatile("bar.sync %0, %1;" ::"r"(index), "r"(threads) : "memory");
-}
-
 // ---- numbers ----
 
 INLINE float widen(u16 half)
