@@ -20,7 +20,11 @@ ATTRIBUTES = (int, float, str, bool, bytes, npt.NDArray[np.int32])
 
 
 class SymInt32:
+    has_builder = True
+    """Whether a number may become an expression: not where a plugin is asked for types alone."""
+
     def __init__(self, value: int | SymInt32 | None = None) -> None:
+        assert self.has_builder or isinstance(value, SymInt32)
         self.value: int = value.value if isinstance(value, SymInt32) else value  # type: ignore[assignment]
         assert isinstance(self.value, int)
 
@@ -29,7 +33,16 @@ class SymInt32:
 
 
 class ShapeExpr(SymInt32):
-    pass
+    is_fake = False
+
+
+class FakeExpr(ShapeExpr):
+    """A size where types are asked for and not sizes; only other fakes may be made of it."""
+
+    is_fake = True
+
+    def __init__(self) -> None:
+        pass
 
 
 class SymExprs:
@@ -49,8 +62,12 @@ class SymIntExprs(SymExprs):
 
 
 class TensorDesc:
-    def __init__(self, shape: tuple[Any, ...], dtype: str) -> None:
-        self.shape_expr = [size if isinstance(size, ShapeExpr) else ShapeExpr(size) for size in shape]
+    def __init__(self, shape: tuple[Any, ...], dtype: str, fake: bool = False) -> None:
+        self.shape_expr = (
+            [FakeExpr()] * len(shape)
+            if fake
+            else [size if isinstance(size, ShapeExpr) else ShapeExpr(size) for size in shape]
+        )
         self.dtype = dtype
         self.ndim = len(shape)
 

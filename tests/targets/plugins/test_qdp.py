@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from targets.plugins.quick_plugins import Definition, TensorDesc, fake
+from targets.plugins.quick_plugins import Definition, SymInt32, TensorDesc, fake
 
 from trimtab.errors import BundleError, MissingDependency, TargetError
 from trimtab.targets.plugins import qdp
@@ -75,6 +75,25 @@ def test_the_decoder_writes_the_shape_it_is_told(definitions: dict[str, Any]) ->
     name, _, launch, extra = definition.implement(*inputs, text, shape, (), 1)
     assert name == "vq_decode" and launch.grid_x.value == 2
     assert [scalar.value for scalar in extra.items] == [18, 108, 16, 9]  # n, k, words a row, taps
+
+
+def test_a_type_is_told_without_sizes(definitions: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SymInt32, "has_builder", False)
+    inputs = [
+        TensorDesc((1,) * rank, dtype, fake=True) for rank, dtype in ((2, "int"), (2, "half"), (1, "float"))
+    ]
+    decoder = definitions["trimtab::TrimtabVQDecode1"]
+    described = decoder.describe(
+        *inputs, kernels=write_kernels((DECODER,)), shape=np.array([18, 12, 3, 3], np.int32)
+    )
+    assert (
+        described.dtype == "half"
+        and all(size.is_fake for size in described.shape_expr)
+        and described.ndim == 4
+    )
+    inputs = [TensorDesc((1,) * rank, "half", fake=True) for rank in (3, 2, 2, 1, 1)]
+    described = definitions["trimtab::TrimtabVQMatMul1"].describe(*inputs, kernels=write_kernels(KERNELS))
+    assert described.dtype == "half" and all(size.is_fake for size in described.shape_expr)
 
 
 def test_a_tactic_that_no_kernel_has_is_refused() -> None:

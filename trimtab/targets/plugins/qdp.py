@@ -155,7 +155,11 @@ def _register_decode(trtp: Any) -> None:
         kernels: str,
         shape: npt.NDArray[np.int32],
     ) -> trtp.TensorDesc:
-        return trtp.from_shape_expr(tuple(int(size) for size in shape), dtype=codebook.dtype)
+        # Asked for its type alone, it gets sizes that stand for none, and a number has nothing to become a size by:
+        # TensorRT would take the last call's builder of expressions, which may be gone.
+        unknown = words.shape_expr[0]
+        sizes = [unknown] * len(shape) if unknown.is_fake else [int(size) for size in shape]
+        return trtp.from_shape_expr(tuple(sizes), dtype=codebook.dtype)
 
     @trtp.autotune(name)  # type: ignore[untyped-decorator]
     def combinations(
