@@ -36,7 +36,10 @@ def emulate(
     late: bool = True,
     order: int = 0,
 ) -> float:
-    """The largest error of a product, by its largest value; NaN where nothing was written."""
+    """The largest error of a product, by its largest value; NaN where nothing was written.
+
+    Fails where a tensor, or shared memory as the cut asks for it, is left, or a wide access is not aligned.
+    """
     random = np.random.default_rng(m * n * k)
     half = TYPES[dtype]
     codes = random.integers(0, 1 << bits, (n, -(-k // d)), dtype=np.uint8)
@@ -63,23 +66,15 @@ def emulate(
         **cut.constants(k, d, bits),
     }
     program = folder / "program"
-    command = [
-        "g++",
-        "-std=c++20",
-        "-O1",
-        "-w",
-        "-I",
-        str(EMULATOR),
-        str(EMULATOR / "run.cpp"),
-        "-o",
-        str(program),
-    ]
+    options = ["-std=c++20", "-O1", "-w", "-fsanitize=address,alignment", "-fno-sanitize-recover"]
+    command = ["g++", *options, "-I", str(EMULATOR), str(EMULATOR / "run.cpp"), "-o", str(program)]
     done = subprocess.run(
         command + [f"-D{name}={value}" for name, value in values.items()], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     programs = -(-m // cut.rows) * -(-n // cut.columns)
-    run = [str(program), str(programs), str(cut.threads(k, d, bits)), str(m), str(folder)]
+    numbers = (programs, cut.threads(k, d, bits), cut.shared_bytes(k, d, bits), m)
+    run = [str(program), *map(str, numbers), str(folder)]
     done = subprocess.run(run, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     y = np.frombuffer((folder / "y").read_bytes(), half).reshape(m, n).astype(np.float64)
@@ -102,6 +97,8 @@ ONCE = {"fp16": 2.0**-11 + 1e-5, "bf16": 2.0**-8 + 1e-5}
         (FewRows(8, 16, 32), 3, 16, 192, 2, 8, "bf16"),
         (FewRows(16, 16, 16), 5, 20, 35, 2, 6, "fp16"),
         (FewRows(32, 32, 16, 3), 33, 32, 320, 2, 6, "fp16"),
+        (FewRows(8, 32, 32, 4), 9, 1, 1, 4, 8, "fp16"),
+        (FewRows(32, 32), 31, 33, 1544, 4, 8, "bf16"),
     ],
 )
 def test_few_rows_are_rounded_once(
@@ -119,6 +116,8 @@ def test_few_rows_are_rounded_once(
         (ManyRows(128, 2, 32), 40, 136, 192, 4, 8, "fp16"),
         (ManyRows(64, 4), 65, 51, 72, 2, 8, "fp16"),
         (ManyRows(32), 20, 100, 136, 2, 6, "fp16"),
+        (ManyRows(64, line=64), 1, 1, 8, 2, 6, "bf16"),
+        (ManyRows(128, stages=2, line=32), 129, 65, 200, 2, 8, "fp16"),
     ],
 )
 def test_many_rows_are_rounded_once(
@@ -136,6 +135,15 @@ def test_nothing_depends_on_which_thread_is_first_or_when_copies_arrive(
     assert emulate(cut, 9, 40, 448, tmp_path, late=late, order=order) <= ONCE["fp16"]
 
 
+def spoil(there: str, instead: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has other kernels compiled."""
+    sources = folder / "cuda"
+    shutil.copytree(nvrtc.SOURCES, sources)
+    for source in sources.glob("*.cu"):
+        source.write_text(source.read_text().replace(there, instead))
+    monkeypatch.setattr(nvrtc, "SOURCES", sources)
+
+
 @needs_a_compiler
 @pytest.mark.parametrize(
     ("cut", "wait"),
@@ -148,12 +156,39 @@ def test_nothing_depends_on_which_thread_is_first_or_when_copies_arrive(
 def test_the_emulator_sees_a_wait_that_is_missing(
     cut: FewRows | ManyRows, wait: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = tmp_path / "cuda"
-    shutil.copytree(nvrtc.SOURCES, sources)
-    for source in sources.glob("*.cu"):
-        source.write_text(source.read_text().replace(wait, "//"))
-    monkeypatch.setattr(nvrtc, "SOURCES", sources)
+    spoil(wait, "//", tmp_path, monkeypatch)
     assert not emulate(cut, 9, 40, 448, tmp_path, order=1) <= ONCE["fp16"]
+
+
+@needs_a_compiler
+@pytest.mark.parametrize(
+    ("cut", "check", "instead"),
+    [
+        (FewRows(8, 16, 16, 3), "stretch * kWords + i < STRIDE", "true"),  # words, of the last row
+        (FewRows(8, 16, 16, 3), "at < m", "true"),  # x
+        (FewRows(8, 16, 16, 3), "out_m >= m", "false"),  # y
+        (ManyRows(32, 1, 2), "at < STRIDE);", "true);"),
+        (ManyRows(32, 1, 2), "column + piece * 8 < K", "true"),
+        (ManyRows(32, 1, 2), "first_m + at_m >= m", "false"),
+    ],
+)
+def test_the_emulator_sees_what_lies_outside_of_a_tensor(
+    cut: FewRows | ManyRows, check: str, instead: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(check, instead, tmp_path, monkeypatch)
+    with pytest.raises(AssertionError, match="AddressSanitizer"):
+        emulate(cut, 9, 40, 320, tmp_path)
+
+
+@needs_a_compiler
+@pytest.mark.parametrize("cut", [FewRows(8, 16, 16, 3), ManyRows(32, 1, 2)])
+def test_the_emulator_sees_that_a_kernel_asks_for_too_little_shared_memory(
+    cut: FewRows | ManyRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bytes_of = type(cut).shared_bytes
+    monkeypatch.setattr(type(cut), "shared_bytes", lambda *given: bytes_of(*given) - 16)
+    with pytest.raises(AssertionError, match="AddressSanitizer"):
+        emulate(cut, 9, 40, 320, tmp_path)
 
 
 def test_a_source_that_does_not_compile_is_named_with_its_first_error(

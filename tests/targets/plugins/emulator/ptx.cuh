@@ -1,9 +1,11 @@
 // A GPU's program on the CPU, in the place of trimtab/targets/plugins/cuda/ptx.cuh: each thread is a fiber that runs
 // until it waits for others. What is asynchronous happens at once, or as late as the program allows (LATE), and the
-// order of the threads is forwards, backwards or shuffled (ORDER): a wait that is missing shows as a wrong number.
+// order of the threads is forwards, backwards or shuffled (ORDER): a wait that is missing shows as a wrong number. The
+// address sanitizer sees what lies outside of a tensor, or of the shared memory that a kernel asks for.
 
 #pragma once
 
+#include <sanitizer/asan_interface.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -32,11 +34,11 @@ typedef unsigned long long u64;
 #define __launch_bounds__(...)
 #define HOST 1
 
-struct uint2
+struct alignas(8) uint2
 {
     u32 x, y;
 };
-struct uint4
+struct alignas(16) uint4
 {
     u32 x, y, z, w;
 };
@@ -132,12 +134,13 @@ inline void run_program()
     swapcontext(&self().context, &scheduler);
 }
 
-inline void run_block(int block, int count)
+inline void run_block(int block, int count, int shared_bytes)
 {
+    ASAN_POISON_MEMORY_REGION(shared + shared_bytes, sizeof shared - shared_bytes);
     blockIdx.x = block;
     threads = std::vector<Thread>(count);
     meetings.clear();
-    std::memset(shared, 0xff, sizeof shared); // NaN, wherever nothing was written
+    std::memset(shared, 0xff, shared_bytes); // NaN, wherever nothing was written
     std::vector<int> order(count);
     for (int i = 0; i < count; ++i)
     {
@@ -203,7 +206,7 @@ inline u32 shared_address(void const* at)
 template <typename Value>
 inline Value read_shared(u32 from)
 {
-    assert(from % sizeof(Value) == 0 && from + sizeof(Value) <= sizeof shared);
+    assert(from % sizeof(Value) == 0);
     Value value;
     std::memcpy(&value, shared + from, sizeof value);
     return value;

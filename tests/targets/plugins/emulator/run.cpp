@@ -1,4 +1,5 @@
-// Runs one kernel's programs, one after the other: run PROGRAMS THREADS M FOLDER. The tensors are files of the folder.
+// Runs one kernel's programs, one after the other: run PROGRAMS THREADS SHARED_BYTES M FOLDER. The tensors are files of
+// the folder.
 
 #include "ptx.cuh"
 
@@ -20,8 +21,9 @@ std::vector<Value> read(std::string const& path)
 
 int main(int, char** arguments)
 {
-    int const programs = std::atoi(arguments[1]), count = std::atoi(arguments[2]), m = std::atoi(arguments[3]);
-    std::string const folder = std::string(arguments[4]) + "/";
+    int const programs = std::atoi(arguments[1]), count = std::atoi(arguments[2]);
+    int const shared_bytes = std::atoi(arguments[3]), m = std::atoi(arguments[4]);
+    std::string const folder = std::string(arguments[5]) + "/";
     auto const x = read<u16>(folder + "x"), bias = read<u16>(folder + "bias");
     auto const words = read<u32>(folder + "words"), codebook = read<u32>(folder + "codebook");
     auto const scale = read<float>(folder + "scale");
@@ -31,7 +33,7 @@ int main(int, char** arguments)
     };
     for (int i = 0; i < programs; ++i)
     {
-        run_block(i, count);
+        run_block(i, count, shared_bytes);
     }
     std::ofstream(folder + "y", std::ios::binary).write(reinterpret_cast<char const*>(y.data()), y.size() * 2);
     return 0;
