@@ -35,7 +35,7 @@ from typing import Any
 
 from trimtab.errors import MissingDependency, UnsupportedOp
 from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, read_kernels
-from trimtab.targets.plugins.codes import ROW_BYTES
+from trimtab.targets.plugins.codes import row_words
 from trimtab.targets.plugins.tiles import (
     FEW_ROWS,
     SHARED_LIMIT,
@@ -277,7 +277,7 @@ class Layer:
         self.shape, self.n, self.k = shape, shape[0], math.prod(shape[1:])
         self.taps = math.prod(shape[2:])
         assert order(shape, 4) != "taps", "channels of these layers come in fours"
-        width = -(-self.k // (4 * ROW_BYTES)) * ROW_BYTES // 4
+        width = row_words(self.k, 4, 8)
         size = (self.n, width)
         copies = min(max(2 * cache // (4 * self.n * width), 2), 300)
         self.words = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,14 @@ import pytest
 from trimtab.errors import BuildFailed, MissingDependency
 from trimtab.passes.vq_op import pack_indices
 from trimtab.targets.plugins import nvrtc
-from trimtab.targets.plugins.codes import as_words
-from trimtab.targets.plugins.tiles import FewRows, ManyRows
+from trimtab.targets.plugins.aot import macros
+from trimtab.targets.plugins.codes import as_words, row_words
+from trimtab.targets.plugins.tiles import SHARED_LIMIT, SMS, STATIC_LIMIT, FewRows, ManyRows, Tile, tiles
 
 EMULATOR = Path(__file__).parent / "emulator"
 TYPES = {"fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+FORMATS = [(4, 8), (2, 8), (2, 6)]
+"""Weights of a codeword and bits of a code."""
 
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
@@ -53,18 +57,7 @@ def emulate(
     # A copy: beside the source itself lies the header that the emulator's stands for, and would be found first.
     source = folder / cut.source
     source.write_text((nvrtc.SOURCES / source.name).read_text())
-    values = {
-        "N": n,
-        "K": k,
-        "STRIDE": words.shape[1],
-        "D": d,
-        "BITS": bits,
-        "BFLOAT16": int(dtype == "bf16"),
-        "LATE": int(late),
-        "ORDER": order,
-        "SOURCE": f'"{source}"',
-        **cut.constants(k, d, bits),
-    }
+    values = {"LATE": int(late), "ORDER": order, "SOURCE": f'"{source}"', **macros(cut, n, k, d, bits, dtype)}
     program = folder / "program"
     options = ["-std=c++20", "-O1", "-w", "-fsanitize=address,alignment", "-fno-sanitize-recover"]
     command = ["g++", *options, "-I", str(EMULATOR), str(EMULATOR / "run.cpp"), "-o", str(program)]
@@ -167,9 +160,9 @@ def test_the_emulator_sees_a_wait_that_is_missing(
         (FewRows(8, 16, 16, 3), "stretch * kWords + i < STRIDE", "true"),  # words, of the last row
         (FewRows(8, 16, 16, 3), "at < m", "true"),  # x
         (FewRows(8, 16, 16, 3), "out_m >= m", "false"),  # y
-        (ManyRows(32, 1, 2), "at < STRIDE);", "true);"),
-        (ManyRows(32, 1, 2), "column + piece * 8 < K", "true"),
-        (ManyRows(32, 1, 2), "first_m + at_m >= m", "false"),
+        (ManyRows(32), "at < STRIDE);", "true);"),
+        (ManyRows(32), "turn * 64 + piece * 8 < K", "true"),
+        (ManyRows(32), "first_m + at_m >= m", "false"),
     ],
 )
 def test_the_emulator_sees_what_lies_outside_of_a_tensor(
@@ -181,7 +174,7 @@ def test_the_emulator_sees_what_lies_outside_of_a_tensor(
 
 
 @needs_a_compiler
-@pytest.mark.parametrize("cut", [FewRows(8, 16, 16, 3), ManyRows(32, 1, 2)])
+@pytest.mark.parametrize("cut", [FewRows(8, 16, 16, 3), ManyRows(32)])
 def test_the_emulator_sees_that_a_kernel_asks_for_too_little_shared_memory(
     cut: FewRows | ManyRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +182,25 @@ def test_the_emulator_sees_that_a_kernel_asks_for_too_little_shared_memory(
     monkeypatch.setattr(type(cut), "shared_bytes", lambda *given: bytes_of(*given) - 16)
     with pytest.raises(AssertionError, match="AddressSanitizer"):
         emulate(cut, 9, 40, 320, tmp_path)
+
+
+@pytest.mark.parametrize(("d", "bits"), FORMATS)
+def test_a_kernel_knows_how_many_words_a_row_has(d: int, bits: int) -> None:
+    for k in range(1, 300):
+        codes = np.zeros((1, -(-k // d)), np.uint8)
+        assert as_words(pack_indices(codes, bits)).shape == (1, row_words(k, d, bits))
+
+
+@pytest.mark.parametrize(("d", "bits"), FORMATS)
+@pytest.mark.parametrize("sm", SMS)
+def test_a_kernel_of_each_list_can_be_launched_without_asking_for_more_memory(
+    sm: int, d: int, bits: int
+) -> None:
+    for rows, k in itertools.product((1, 8, 9, 16, 17, 64, 65, 256), (1, 8, 320, 1152, 1160, 15360)):
+        cuts = [cut for cut in tiles(sm, rows, 320, k) if not isinstance(cut, Tile)]
+        asked = [cut.shared_bytes(k, d, bits) for cut in cuts]
+        assert min(asked, default=0) <= STATIC_LIMIT and max(asked, default=0) <= SHARED_LIMIT[sm] * 1024
+        assert all(cut.threads(k, d, bits) <= 1024 for cut in cuts)
 
 
 def test_a_source_that_does_not_compile_is_named_with_its_first_error(

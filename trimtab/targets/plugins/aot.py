@@ -11,7 +11,7 @@ from types import ModuleType
 
 from trimtab.errors import BuildFailed, BundleError, MissingDependency, first_line
 from trimtab.targets.plugins import nvrtc
-from trimtab.targets.plugins.codes import ROW_BYTES
+from trimtab.targets.plugins.codes import row_words
 from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Cut, FewRows, ManyRows, Tile, order, tiles
 
 MATMUL = "vq_matmul"
@@ -162,13 +162,15 @@ def _divisor(size: int) -> int:
     return min(size & -size, 16)
 
 
+def macros(cut: FewRows | ManyRows, n: int, k: int, d: int, bits: int, dtype: str) -> dict[str, int]:
+    """What a source of `nvrtc.SOURCES` leaves open. The arguments are those of `matmul_kernels`."""
+    return {"N": n, "K": k, "STRIDE": row_words(k, d, bits), "D": d, "BITS": bits,
+            "BFLOAT16": int(dtype == "bf16"), **cut.constants(k, d, bits)}  # fmt: skip
+
+
 @functools.lru_cache(maxsize=256)
 def _compile_cuda(sm: int, cut: FewRows | ManyRows, n: int, k: int, d: int, bits: int, dtype: str) -> Kernel:
-    codes = -(-k // d)
-    row_bytes = codes if bits == 8 else -(-codes // 4) * 3
-    values = {"N": n, "K": k, "STRIDE": -(-row_bytes // ROW_BYTES) * ROW_BYTES // 4, "D": d, "BITS": bits,
-              "BFLOAT16": int(dtype == "bf16"), **cut.constants(k, d, bits)}  # fmt: skip
-    ptx = trimmed(nvrtc.compile_ptx(cut.source, sm, values), arguments=10)
+    ptx = trimmed(nvrtc.compile_ptx(cut.source, sm, macros(cut, n, k, d, bits, dtype)), arguments=10)
     version = f".version {PTX_VERSIONS.get(sm, 80) / 10}"  # the compiler writes its own
     return Kernel(
         entry=MATMUL,

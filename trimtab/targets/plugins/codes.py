@@ -15,6 +15,18 @@ ROW_BYTES = 16
 """Rows start at a multiple of it: the widest load that a thread has."""
 
 
+def row_words(k: int, d: int, bits: int) -> int:
+    """Words of one row of codes, as `as_words` pads it.
+
+    Args:
+        k: Weights of the row.
+        d: Of one codeword.
+        bits: Of a code, 8 or 6; those of six come in fours.
+    """
+    codes = -(-k // d)
+    return _padded(codes if bits == 8 else -(-codes // 4) * 3) // 4
+
+
 def as_words(rows: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     """Rows of packed codes, each padded with zeros to whole 16 bytes, as words; the bytes stay in their order.
 
@@ -27,7 +39,7 @@ def as_words(rows: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
     Returns:
         (n, words) int32, little-endian.
     """
-    padded = np.zeros((rows.shape[0], -(-rows.shape[1] // ROW_BYTES) * ROW_BYTES), np.uint8)
+    padded = np.zeros((rows.shape[0], _padded(rows.shape[1])), np.uint8)
     padded[:, : rows.shape[1]] = rows
     return padded.view("<i4").astype(np.int32, copy=False)
 
@@ -47,3 +59,7 @@ def grouped(rows: npt.NDArray[Any], shape: Sequence[int], d: int, bits: int) -> 
     indices = unpack_indices(rows.view(np.uint8), bits)[:, : taps * groups]  # six-bit codes come in fours
     turned = indices.reshape(n, taps, groups).swapaxes(1, 2).reshape(n, taps * groups)
     return pack_indices(np.ascontiguousarray(turned), bits)
+
+
+def _padded(size: int) -> int:
+    return -(-size // ROW_BYTES) * ROW_BYTES
