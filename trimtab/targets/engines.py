@@ -56,7 +56,7 @@ def check_targets(devices: Iterable[Device], *, kernels: Iterable[Device] = ()) 
         kernels: Those whose engines will have packed weights in 16 bits.
 
     Raises:
-        MissingDependency: A builder is not installed, or Triton, which compiles the kernels.
+        MissingDependency: A builder is not installed, or a compiler of the kernels.
         TargetError: It does not build for the device.
     """
     for device in kernels:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -207,7 +209,7 @@ def test_a_source_that_does_not_compile_is_named_with_its_first_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("cuda.bindings")
-    (tmp_path / "bad.cu").write_text("__device__ int f() { return g; }")
+    (tmp_path / "bad.cu").write_text("#warning that comes first\n__device__ int f() { return g; }")
     (tmp_path / "ptx.cuh").write_text("")
     monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
     with pytest.raises(BuildFailed, match=r"refused bad\.cu for sm_87: .*identifier \"g\" is undefined"):
@@ -218,5 +220,9 @@ def test_a_compiler_that_is_not_installed_is_said_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'trimtab\[kernels\]'"):
+    with pytest.raises(MissingDependency, match=r"cuda-bindings.*pip install 'trimtab\[kernels\]'"):
+        nvrtc.library()
+    without_library = SimpleNamespace(nvrtcVersion=lambda: ctypes.CDLL("libnvrtc-of-nobody.so"))
+    monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=without_library))
+    with pytest.raises(MissingDependency, match=r"nvidia-cuda-nvrtc.*pip install 'trimtab\[kernels\]'"):
         nvrtc.library()

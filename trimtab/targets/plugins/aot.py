@@ -252,7 +252,7 @@ def trimmed(ptx: str, arguments: int) -> str:
     arguments alone would make the driver read past the end of the list, so they have to go.
 
     Args:
-        ptx: As Triton writes it: one entry.
+        ptx: As Triton or NVRTC writes it: one entry.
         arguments: How many of its parameters are the kernel's own.
 
     Raises:

@@ -50,10 +50,11 @@ def compile_ptx(name: str, sm: int, values: Mapping[str, int]) -> str:
     options += [f"-D{macro}={value}" for macro, value in values.items()]
     try:
         (result,) = nvrtc.nvrtcCompileProgram(program, len(options), [each.encode() for each in options])
-        if result != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        if result:
             log = b" " * _checked(nvrtc.nvrtcGetProgramLogSize(program))
             nvrtc.nvrtcGetProgramLog(program, log)
-            said = log.decode(errors="replace").strip("\0 \n").partition("\n")[0]
+            lines = log.decode(errors="replace").strip("\0 \n").splitlines()
+            said = next((line for line in lines if "error" in line), result.name)
             raise BuildFailed(f"CUDA's compiler refused {name} for sm_{sm}: {said}")
         ptx = b" " * _checked(nvrtc.nvrtcGetPTXSize(program))
         _checked((*nvrtc.nvrtcGetPTX(program, ptx), None))

@@ -3,7 +3,7 @@
 A quickly deployable plugin with an ahead-of-time implementation hands TensorRT compiled PTX with its launch
 parameters. An engine that was built so needs neither Python nor a library to run. The PTX was compiled where the
 bundle was made and stands in the node's attribute ``kernels`` (`aot.write_kernels`), so the device that builds the
-engine needs no Triton either.
+engine needs no compiler either.
 
 No ``from __future__ import annotations`` here: TensorRT reads the annotations as types.
 """
