@@ -62,7 +62,8 @@ def emulate(
     values = {"LATE": int(late), "ORDER": order, "SOURCE": f'"{source}"', **macros(cut, n, k, d, bits, dtype)}
     program = folder / "program"
     options = ["-std=c++20", "-O1", "-w", "-fsanitize=address,alignment", "-fno-sanitize-recover"]
-    command = ["g++", *options, "-I", str(EMULATOR), str(EMULATOR / "run.cpp"), "-o", str(program)]
+    folders = ["-I", str(EMULATOR), "-I", str(nvrtc.SOURCES)]
+    command = ["g++", *options, *folders, str(EMULATOR / "run.cpp"), "-o", str(program)]
     done = subprocess.run(
         command + [f"-D{name}={value}" for name, value in values.items()], capture_output=True, text=True
     )
@@ -210,7 +211,8 @@ def test_a_source_that_does_not_compile_is_named_with_its_first_error(
 ) -> None:
     pytest.importorskip("cuda.bindings")
     (tmp_path / "bad.cu").write_text("#warning that comes first\n__device__ int f() { return g; }")
-    (tmp_path / "ptx.cuh").write_text("")
+    for name in ("ptx.cuh", "table.cuh"):
+        (tmp_path / name).touch()
     monkeypatch.setattr(nvrtc, "SOURCES", tmp_path)
     with pytest.raises(BuildFailed, match=r"refused bad\.cu for sm_87: .*identifier \"g\" is undefined"):
         nvrtc.compile_ptx("bad.cu", 87, {})

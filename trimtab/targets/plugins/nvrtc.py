@@ -11,7 +11,7 @@ from trimtab.errors import BuildFailed, MissingDependency
 
 SOURCES = Path(__file__).parent / "cuda"
 
-_HEADER = "ptx.cuh"
+_HEADERS = ("ptx.cuh", "table.cuh")
 
 
 def library() -> ModuleType:
@@ -44,8 +44,9 @@ def compile_ptx(name: str, sm: int, values: Mapping[str, int]) -> str:
         MissingDependency: As `library`.
     """
     nvrtc = library()
-    texts = [(SOURCES / each).read_bytes() for each in (name, _HEADER)]
-    program = _checked(nvrtc.nvrtcCreateProgram(texts[0], name.encode(), 1, texts[1:], [_HEADER.encode()]))
+    text, *headers = [(SOURCES / each).read_bytes() for each in (name, *_HEADERS)]
+    names = [each.encode() for each in _HEADERS]
+    program = _checked(nvrtc.nvrtcCreateProgram(text, name.encode(), len(names), headers, names))
     options = [f"--gpu-architecture=compute_{sm}{'a' if sm == 90 else ''}", "--std=c++17"]
     options += [f"-D{macro}={value}" for macro, value in values.items()]
     try:

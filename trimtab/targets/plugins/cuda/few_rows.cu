@@ -6,6 +6,7 @@
 // depth. A thread takes STRETCH columns of a row of W at a time.
 
 #include "ptx.cuh"
+#include "table.cuh"
 
 enum : int
 {
@@ -99,8 +100,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kLines; ++i)
     {
-        int const code = min(static_cast<int>(threadIdx.x) + i * kThreads, kCodewords - 1);
-        codeword[i] = D == 4 ? load(reinterpret_cast<uint2 const*>(codebook) + code) : make_uint2(load(codebook + code), 0);
+        codeword[i] = load_codeword(codebook, min(static_cast<int>(threadIdx.x) + i * kThreads, kCodewords - 1));
     }
     u32 code[kRounds][kGroups][2][kWords];
 #pragma unroll
@@ -131,20 +131,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         load_rows(1);
     }
 
-    // A copy of each codeword for every bank that a thread reads from, so that none waits for another; eight threads
-    // that write together write to different banks.
 #pragma unroll
     for (int i = 0; i < kLines; ++i)
     {
-        int const at = threadIdx.x + i * kThreads;
-        if (kCodewords % kThreads == 0 || at < kCodewords)
+        int const code = threadIdx.x + i * kThreads;
+        if (kCodewords % kThreads == 0 || code < kCodewords)
         {
-            u32 const low = codeword[i].x, high = D == 4 ? codeword[i].y : low;
-#pragma unroll
-            for (int j = 0; j < kLine / 16; ++j)
-            {
-                *reinterpret_cast<uint4*>(shared + at * kLine + (j + at) % (kLine / 16) * 16) = make_uint4(low, high, low, high);
-            }
+            write_line<kLine>(shared, code, codeword[i]);
         }
     }
     __syncthreads();

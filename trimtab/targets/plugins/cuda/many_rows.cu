@@ -6,6 +6,7 @@
 // The table has LINE bytes for each codeword. K is a multiple of 8.
 
 #include "ptx.cuh"
+#include "table.cuh"
 
 enum : int
 {
@@ -118,17 +119,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         fetch(i, i);
     }
 
-    // Copies of each codeword, for every bank that a thread reads from if LINE is 128; threads that write together
-    // write to different banks.
     for (int i = threadIdx.x; i < kCodewords; i += kThreads)
     {
-        uint2 four = D == 4 ? load(reinterpret_cast<uint2 const*>(codebook) + i) : make_uint2(load(codebook + i), 0);
-        four.y = D == 4 ? four.y : four.x;
-#pragma unroll
-        for (int j = 0; j < LINE / 16; ++j)
-        {
-            *reinterpret_cast<uint4*>(shared + kTableAt + i * LINE + (j + i) % (LINE / 16) * 16) = make_uint4(four.x, four.y, four.x, four.y);
-        }
+        write_line<LINE>(shared + kTableAt, i, load_codeword(codebook, i));
     }
     float by[2], plus[2];
 #pragma unroll
