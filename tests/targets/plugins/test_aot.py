@@ -27,8 +27,9 @@ from trimtab.targets.plugins.tiles import SHARED_LIMIT, SMS, STATIC_LIMIT, fuses
 
 TENSOR_CORES = {90: "wgmma.mma_async", 110: "tcgen05.mma"}
 ROWS = (1, 16, 64, 128, 256, 1024)
-SIZE = (640, 320)
-"""Of a weight that every SM multiplies as it decodes it, with all of these rows."""
+SIZES = ((640, 320), (1152, 4608))
+"""Of weights. The first is one that every SM multiplies as it decodes it, with all of these rows; few rows keep the
+codes of a program in registers, and the second has many."""
 
 
 def assemble(kernel: Kernel, sm: int, folder: Path) -> str:
@@ -45,19 +46,21 @@ def assemble(kernel: Kernel, sm: int, folder: Path) -> str:
 
 
 def check(sm: int, rows: int, folder: Path) -> None:
-    assert fuses(sm, rows, *SIZE)
-    kernels = matmul_kernels(sm, rows, *SIZE, limit=SHARED_LIMIT[sm] * 1024)
-    assert len(kernels) == len(tiles(sm, rows, *SIZE))
-    for kernel in kernels:
-        said = assemble(kernel, sm, folder)
-        assert "0 bytes spill stores" in said
-        assert kernel.ptx.startswith(f".version {PTX_VERSIONS.get(sm, 80) / 10}\n")
-        parameters = re.findall(r"\.param \.(u64|u32)", kernel.ptx)
-        assert parameters == ["u64"] * 5 + ["u32"] * 4 + ["u64"]
-        assert kernel.ptx.count("mma.sync") or kernel.ptx.count(TENSOR_CORES.get(sm, "mma.sync"))
-    if rows > 64 and sm in TENSOR_CORES:
-        assert kernels[0].ptx.count(TENSOR_CORES[sm])
-    assert all(kernel.shared_bytes <= STATIC_LIMIT for kernel in matmul_kernels(sm, rows, *SIZE))
+    fused = [size for size in SIZES if fuses(sm, rows, *size)]
+    assert SIZES[0] in fused
+    for size in fused:
+        kernels = matmul_kernels(sm, rows, *size, limit=SHARED_LIMIT[sm] * 1024)
+        assert len(kernels) == len(tiles(sm, rows, *size))
+        for kernel in kernels:
+            said = assemble(kernel, sm, folder)
+            assert "0 bytes spill stores" in said
+            assert kernel.ptx.startswith(f".version {PTX_VERSIONS.get(sm, 80) / 10}\n")
+            parameters = re.findall(r"\.param \.(u64|u32)", kernel.ptx)
+            assert parameters == ["u64"] * 5 + ["u32"] * 4 + ["u64"]
+            assert kernel.ptx.count("mma.sync") or kernel.ptx.count(TENSOR_CORES.get(sm, "mma.sync"))
+        if rows > 64 and sm in TENSOR_CORES:
+            assert kernels[0].ptx.count(TENSOR_CORES[sm])
+        assert all(kernel.shared_bytes <= STATIC_LIMIT for kernel in matmul_kernels(sm, rows, *size))
 
 
 @pytest.mark.parametrize(("sm", "rows"), [(87, 1), (87, 256), (90, 64), (110, 256)])

@@ -32,7 +32,6 @@ typedef unsigned long long u64;
 #define __shared__
 #define __align__(bytes) __attribute__((aligned(bytes)))
 #define __launch_bounds__(...)
-#define HOST 1
 
 struct alignas(8) uint2
 {

@@ -120,7 +120,7 @@ INLINE void multiply(float (&total)[4], u32 const (&a)[4], u32 b0, u32 b1)
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-#if __CUDA_ARCH_FEAT_SM90_ALL || defined(HOST)
+#if __CUDA_ARCH_FEAT_SM90_ALL
 
 // The rest is of compute capability 9.0 alone.
 
