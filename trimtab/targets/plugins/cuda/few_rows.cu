@@ -24,7 +24,7 @@ enum : int
     kWhole = K % STRETCH == 0,
 };
 
-static_assert(STRETCH * BITS % (32 * D) == 0, "whole words of codes");
+static_assert(STRETCH * BITS % (32 * D) == 0 && kThreads % COLUMNS == 0, "whole words; a column for each thread");
 
 // Where the line of code i of a stretch begins.
 INLINE u32 line_of(u32 const (&words)[kWords], int i)
@@ -120,11 +120,13 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
         for (int i = 0; i < kBlocks; ++i)
         {
             int const at = first_m + 8 * i + row;
-            load_row(b[round % 2][i], x + static_cast<long long>(at) * K, ((warp + round * WARPS) * 4 + part) * STRETCH, at < m);
+            int const column = ((warp + round * WARPS) * 4 + part) * STRETCH;
+            load_row(b[round % 2][i], x + static_cast<long long>(at) * K, column, at < m);
         }
     };
     int const at_n = threadIdx.x % COLUMNS, out_n = first_n + at_n; // what this thread writes in the end
-    float const by = N % COLUMNS == 0 || out_n < N ? scale[out_n] : 0, plus = N % COLUMNS == 0 || out_n < N ? widen(bias[out_n]) : 0;
+    bool const writes = N % COLUMNS == 0 || out_n < N;
+    float const by = writes ? scale[out_n] : 0, plus = writes ? widen(bias[out_n]) : 0;
     load_rows(0);
     if (kRounds > 1)
     {
@@ -181,7 +183,8 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
                 for (int i = 0; i < kBlocks; ++i)
                 {
-                    multiply(total[step % kChains][group][i], a, b[round % 2][i][2 * step], b[round % 2][i][2 * step + 1]);
+                    auto const& columns = b[round % 2][i];
+                    multiply(total[step % kChains][group][i], a, columns[2 * step], columns[2 * step + 1]);
                 }
             }
         }
@@ -196,14 +199,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
     for (int i = 0; i < kGroups * kBlocks * 4; ++i)
     {
-        float const sum = total[0][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
-        sums[warp * kTile + i * 32 + lane] = kChains == 1 ? sum : sum + total[kChains - 1][i / 4 / kBlocks][i / 4 % kBlocks][i % 4];
+        int const group = i / 4 / kBlocks, block = i / 4 % kBlocks;
+        float const first = total[0][group][block][i % 4], other = total[kChains - 1][group][block][i % 4];
+        sums[warp * kTile + i * 32 + lane] = kChains == 1 ? first : first + other;
     }
     __syncthreads();
     for (int i = threadIdx.x; i < kTile; i += kThreads)
     {
         int const at_m = i / COLUMNS, out_m = first_m + at_m;
-        if (out_m >= m || N % COLUMNS != 0 && out_n >= N)
+        if (out_m >= m || !writes)
         {
             break;
         }
