@@ -1,5 +1,5 @@
-// The codebook in shared memory: a line for each codeword, with a copy of it for every bank that a thread reads from, so
-// that none waits for another.
+// The codebook in shared memory: a line for each codeword, with a copy of it for every bank that a thread reads from,
+// so that none waits for another.
 
 #pragma once
 
