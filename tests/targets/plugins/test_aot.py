@@ -156,8 +156,12 @@ def test_what_compiling_kernels_needs_is_said_before_any_work(monkeypatch: pytes
     check_targets([orin, turing], kernels=[orin])
     with pytest.raises(UnsupportedOp, match=r"no kernel for sm_75"):
         check_targets([turing], kernels=[turing])
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "cuda.bindings", None)
+        with pytest.raises(MissingDependency, match=r"cuda-bindings"):
+            check_targets([orin], kernels=[orin])
     monkeypatch.delitem(sys.modules, "trimtab.targets.plugins.kernels", raising=False)
     monkeypatch.delattr("trimtab.targets.plugins.kernels", raising=False)
     monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(MissingDependency, match=r"pip install 'trimtab\[kernels\]'"):
+    with pytest.raises(MissingDependency, match=r"triton.*pip install 'trimtab\[kernels\]'"):
         check_targets([orin], kernels=[orin])
