@@ -242,9 +242,10 @@ def test_a_source_that_does_not_compile_is_named_with_its_first_error(
 def test_a_compiler_that_is_not_installed_is_said_with_what_installs_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(MissingDependency, match=r"cuda-bindings.*pip install 'trimtab\[kernels\]'"):
-        nvrtc.library()
+    for bindings in (None, SimpleNamespace()):
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+        with pytest.raises(MissingDependency, match=r"cuda-bindings.*pip install 'trimtab\[kernels\]'"):
+            nvrtc.library()
     without_library = SimpleNamespace(nvrtcVersion=lambda: ctypes.CDLL("libnvrtc-of-nobody.so"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(nvrtc=without_library))
     with pytest.raises(MissingDependency, match=r"nvidia-cuda-nvrtc.*pip install 'trimtab\[kernels\]'"):

@@ -22,7 +22,7 @@ def library() -> ModuleType:
     """
     try:
         from cuda.bindings import nvrtc
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # also of releases before there was this module
         raise MissingDependency("cuda-bindings", "kernels") from error
     try:
         nvrtc.nvrtcVersion()
