@@ -50,7 +50,7 @@ def check(sm: int, rows: int, folder: Path) -> None:
     assert SIZES[0] in fused
     for size in fused:
         kernels = matmul_kernels(sm, rows, *size, limit=SHARED_LIMIT[sm] * 1024)
-        assert len(kernels) == len(tiles(sm, rows, *size))
+        assert 0 < len(kernels) == len(set(kernels)) <= len(tiles(sm, rows, *size))
         for kernel in kernels:
             said = assemble(kernel, sm, folder)
             assert "0 bytes spill stores" in said
@@ -86,6 +86,17 @@ def test_every_format_assembles_on_every_sm(sm: int, d: int, bits: int, dtype: s
     decoder = decode_kernel(sm, (321, 111, 3), d=d, bits=bits, dtype=dtype)
     assert decoder.dtype == dtype
     assert f"'{decoder.entry}' for 'sm_{sm}" in assemble(decoder, sm, tmp_path)
+
+
+def test_a_deep_layers_turns_are_shared_by_more_warps() -> None:
+    shallow, deep = (matmul_kernels(87, 16, 1152, k) for k in (1152, 4608))
+    assert [kernel.threads // 32 for kernel in shallow] == [4, 4, 9, 4]
+    assert [kernel.threads // 32 for kernel in deep] == [8, 8, 12, 8]
+
+
+def test_where_two_cuts_are_one_its_kernel_comes_once() -> None:
+    once = matmul_kernels(87, 1, 320, 320)  # four and twelve warps at the most are three in both
+    assert len(once) == len(set(once)) == len(tiles(87, 1, 320, 320)) - 1
 
 
 def test_the_decoder_assembles(tmp_path: Path) -> None:

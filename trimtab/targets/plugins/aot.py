@@ -11,7 +11,6 @@ from types import ModuleType
 
 from trimtab.errors import BuildFailed, BundleError, MissingDependency, first_line
 from trimtab.targets.plugins import nvrtc
-from trimtab.targets.plugins.codes import row_words
 from trimtab.targets.plugins.tiles import DECODE, STATIC_LIMIT, Cut, FewRows, ManyRows, Tile, order, tiles
 
 MATMUL = "vq_matmul"
@@ -134,7 +133,7 @@ def matmul_kernels(
         if kernel.shared_bytes <= limit:
             kernels.append(kernel)
     assert kernels or cuts, "one cut of each list fits"
-    return tuple(kernels)
+    return tuple(dict.fromkeys(kernels))  # in a shallow layer two cuts may be one
 
 
 def decode_kernel(sm: int, shape: Sequence[int], *, d: int = 4, bits: int = 8, dtype: str = "fp16") -> Kernel:
@@ -164,6 +163,8 @@ def _divisor(size: int) -> int:
 
 def macros(cut: FewRows | ManyRows, n: int, k: int, d: int, bits: int, dtype: str) -> dict[str, int]:
     """What a source of `nvrtc.SOURCES` leaves open. The arguments are those of `matmul_kernels`."""
+    from trimtab.targets.plugins.codes import row_words  # which needs onnx; who reads kernels does not
+
     return {"N": n, "K": k, "STRIDE": row_words(k, d, bits), "D": d, "BITS": bits,
             "BFLOAT16": int(dtype == "bf16"), **cut.constants(k, d, bits)}  # fmt: skip
 

@@ -35,7 +35,7 @@ class FewRows:
         rows: Of x, and of y; in eights.
         columns: Of y, which are rows of the weights: 16 or 32.
         stretch: Columns of a row that a thread takes at a time, 16 or 32.
-        warps: Of 32 threads, which share the depth; at most, for all have nearly the same number of turns.
+        warps: Of 32 threads, which share the depth, in layers of no great one; fewer where that makes turns more even.
     """
 
     rows: int
@@ -48,7 +48,9 @@ class FewRows:
         """What the kernel is compiled with."""
         stretch = 32 if bits == 6 else self.stretch  # whole words of codes
         units = -(-k // (4 * stretch))
-        warps = -(-units // -(-units // self.warps))
+        # Each turn is written out, and its codes wait in registers: deep layers get 8 warps at least.
+        most = max(self.warps, min(8, -(-units // 8)))
+        warps = -(-units // -(-units // most))
         return {"ROWS": self.rows, "COLUMNS": self.columns, "STRETCH": stretch, "WARPS": warps}
 
     def threads(self, k: int, d: int, bits: int) -> int:
