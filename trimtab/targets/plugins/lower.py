@@ -15,7 +15,7 @@ from trimtab.passes.vq_op import is_packed
 from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, write_kernels
 from trimtab.targets.plugins.codes import as_words, grouped
 from trimtab.targets.plugins.qdp import DECODE_OP, MATMUL_OP, NAMESPACE
-from trimtab.targets.plugins.tiles import STATIC_LIMIT, fuses, order
+from trimtab.targets.plugins.tiles import fuses, order
 
 _DTYPES = {ir.DataType.FLOAT16: "fp16", ir.DataType.BFLOAT16: "bf16"}
 
@@ -29,12 +29,10 @@ class UseKernels(Pass):
 
     Args:
         sm: Of the device, as in sm_87.
-        limit: Bytes of shared memory that a kernel may ask for.
     """
 
-    def __init__(self, sm: int, limit: int = STATIC_LIMIT) -> None:
+    def __init__(self, sm: int) -> None:
         self.sm = sm
-        self.limit = limit
 
     def call(self, model: ir.Model) -> PassResult:
         """Lowers every packed weight that computes in FP16 or BF16; refuses the others, which stay as they are."""
@@ -101,7 +99,6 @@ class UseKernels(Pass):
             d=weight.d,
             bits=weight.bits,
             dtype=weight.dtype or "",
-            limit=self.limit,
         )
         stored = np.zeros(n) if bias is None else _vector(bias, n)
         inputs = [x, *weight.operands(graph), weight.constant(graph, f"bias.{out.name}", stored)]
