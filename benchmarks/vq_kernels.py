@@ -14,8 +14,8 @@ Each time is the mean over a CUDA graph of launches that go round copies of the 
 at least twice the L2 cache: in a network, a layer's weights have left the cache when its turn comes again. What is
 computed is compared on every shape. --tune adds other cuts, also those that need more shared memory than TensorRT is
 known to give, and prints the best ones as trimtab/targets/plugins/tiles.py would have them. Kernels may be compiled
-elsewhere, with --compile: a machine without the compilers reads them with --kernels. Without a
-GPU it says so and stops.
+elsewhere, with --compile: a machine without the compilers reads them with --kernels. Without a GPU it says so and
+stops.
 """
 
 from __future__ import annotations

@@ -123,8 +123,11 @@ def test_many_rows_are_rounded_once(
     assert emulate(cut, m, n, k, tmp_path, d=d, bits=bits, dtype=dtype) <= ONCE[dtype]
 
 
+FEW, MANY = FewRows(8, 16, 16, 3), ManyRows(32)
+
+
 @needs_a_compiler
-@pytest.mark.parametrize("cut", [FewRows(8, 16, 16, 3), ManyRows(32)])
+@pytest.mark.parametrize("cut", [FEW, MANY])
 @pytest.mark.parametrize(("late", "order"), [(False, 1), (True, 1), (True, 2)])
 def test_nothing_depends_on_which_thread_is_first_or_when_copies_arrive(
     cut: FewRows | ManyRows, late: bool, order: int, tmp_path: Path
@@ -141,9 +144,6 @@ def spoil(there: str, instead: str, folder: Path, monkeypatch: pytest.MonkeyPatc
         if place + 1 < len(parts):
             source.write_text(there.join(parts[: place + 1]) + instead + there.join(parts[place + 1 :]))
     monkeypatch.setattr(nvrtc, "SOURCES", sources)
-
-
-FEW, MANY = FewRows(8, 16, 16, 3), ManyRows(32)
 
 
 @needs_a_compiler

@@ -53,9 +53,11 @@ def _codes(words, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, CO
 
 
 @triton.jit
-def _weights(words, codebook, table, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
+def _weights(words, codebook, row, first, stride, EVEN: tl.constexpr, BITS: tl.constexpr, D: tl.constexpr,
              SHARED: tl.constexpr, DEPTH: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """(rows, DEPTH) decoded weights from code ``first`` on."""
+    if SHARED:  # asked for before the codes are, which all of it waits for
+        table = tl.load(codebook + tl.arange(0, 256 if BITS == 8 else 64))
     code = _codes(words, row, first, stride, EVEN, BITS, DEPTH // D)
     if SHARED:
         flat = tl.gather(table, tl.reshape(code, (row.shape[0] * (DEPTH // D),)), 0)
@@ -97,8 +99,8 @@ def vq_matmul(x, words, codebook, scale, bias, m, n, k, stride, y, D: tl.constex
             rows = tl.load(x_at + at)
         else:
             rows = tl.load(x_at + at, mask=(column < k - at)[None, :], other=0.0)
-        weights = _weights(words, codebook, codebook, row_n, (tl.zeros_like(row_n) + at) // D, stride, EVEN, BITS, D,
-                           False, BLOCK_K, x.dtype.element_ty)  # fmt: skip
+        weights = _weights(words, codebook, row_n, (tl.zeros_like(row_n) + at) // D, stride, EVEN, BITS, D, False,
+                           BLOCK_K, x.dtype.element_ty)  # fmt: skip
         total = tl.dot(weights, tl.trans(rows), total)
     by = tl.load(scale + row_n)
     plus = tl.load(bias + row_n).to(tl.float32)
@@ -119,9 +121,8 @@ def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BI
     start = (tl.program_id(0) // blocks_n) * BLOCK_K
     row = tl.minimum(out_n, n - 1)
     dtype: tl.constexpr = y.dtype.element_ty
-    table = tl.load(codebook + tl.arange(0, 256 if BITS == 8 else 64))
-    weights = _weights(words, codebook, table, row, (tl.zeros_like(row) + start) // D, stride, False, BITS, D,
-                       SHARED, BLOCK_K, dtype)  # fmt: skip
+    weights = _weights(words, codebook, row, (tl.zeros_like(row) + start) // D, stride, False, BITS, D, SHARED,
+                       BLOCK_K, dtype)  # fmt: skip
     by = tl.load(scale + row)
     weights = (weights.to(tl.float32) * by[:, None]).to(dtype)
     column = start + tl.arange(0, BLOCK_K)

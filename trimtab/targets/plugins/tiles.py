@@ -35,7 +35,7 @@ class FewRows:
         rows: Of x, and of y; in eights.
         columns: Of y, which are rows of the weights: 16 or 32.
         stretch: Columns of a row that a thread takes at a time, 16 or 32.
-        warps: Of 32 threads, which share the depth, in layers of no great one; fewer where that makes turns more even.
+        warps: Of 32 threads, which share the depth: at most, but where it is great; fewer where turns are as many then.
     """
 
     rows: int
@@ -173,9 +173,9 @@ def fuses(sm: int, rows: int, n: int, k: int) -> bool:
     """Whether a product decodes on the way; else its weight is decoded first, for TensorRT's own product to read.
 
     Measured on sm_90: the fused kernel is ahead up to 64 rows, and beyond in small products. No other SM was measured.
-    There, decoding first adds about 300 / rows to the time of a product on Orin (4 bytes a weight
-    through 205 GB/s, beside 2 operations a row at 30 TFLOP/s), and less where the L2 cache holds the weight: beyond
-    1024 rows, little can be lost by it.
+    There, decoding first adds about 300 / rows to the time of a product on Orin (4 bytes a weight through 205 GB/s,
+    beside 2 operations a row at 30 TFLOP/s), and less where the L2 cache holds the weight: beyond 1024 rows, little
+    can be lost by it.
     """
     if sm == 90 and rows > FEW_ROWS:
         return rows * n * k <= _SMALL_90 and k % 8 == 0
