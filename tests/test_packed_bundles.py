@@ -151,6 +151,22 @@ def test_compile_packs_on_request(
         assert np.isfinite(pipe(label=1, seed=0).pixels).all()
 
 
+def test_a_jetson_s_bundle_holds_the_graphs_that_it_builds_from_and_none_that_calibration_ran(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("triton")
+    options: dict[str, Any] = {"targets": "orin-nano-8gb", "vq": 2, "precision": "fp16", "steps": 2}
+    bundle = trimtab.compile(pipeline_folder("dit"), tmp_path / "b", **options, cache=None)
+    bundle.verify()
+    graphs = {file.path for file in bundle.contents.files if file.path.endswith(".onnx")}
+    segments = bundle.contents.segments.values()
+    lowered = {engine.path for segment in segments for engine in segment.engines}
+    open_forms = {segment.graph for segment in segments} | {
+        segment.graph.replace(".onnx", ".fp16.onnx") for segment in segments
+    }
+    assert graphs == lowered | open_forms
+
+
 @pytest.mark.xdist_group("ddpm")
 def test_a_model_that_is_asked_for_nothing_is_calibrated(bundle_folder: BundleFolder, tmp_path: Path) -> None:
     program = read_program(open_bundle(bundle_folder("ddpm")))

@@ -110,9 +110,7 @@ def compile(
             _check_larger(program, (program.size, *chosen.buckets), devices)
         program = transform(program, chosen, stage, progress, device=device)
         store.compact({name: segment.model for name, segment in program.segments.items()})
-        for path in (stage / GRAPHS).glob("*.onnx"):  # of drafts: what was cut since has no place in a bundle
-            path.unlink()
-
+        _drop_drafts(stage)
         write_graphs(program, stage, store)
         sizes = (program.size, *chosen.buckets)
         contents = write_contents(program, stage)
@@ -121,7 +119,8 @@ def compile(
         if "fp16" in groups:
             ranges = measure_ranges(program, stage, earlier=output / RANGES, progress=progress)
             ranges.save(stage / RANGES)
-            write_graphs(program, stage, store)  # in the place of those that measured themselves
+            _drop_drafts(stage)  # they measured themselves
+            write_graphs(program, stage, store)
         forms = {precision: in_precision(program, precision, ranges) for precision in groups}
         contents = replace(contents, passes=tuple(dict.fromkeys(e for f in forms.values() for e in f.passes)))
         engines: dict[str, tuple[Engine, ...]] = dict.fromkeys(program.segments, ())
@@ -133,6 +132,12 @@ def compile(
             engines = {name: engines[name] + made[name] for name in engines}
         write_manifest(stage, with_engines(contents, engines))
     return open_bundle(output)
+
+
+def _drop_drafts(stage: Path) -> None:
+    """Removes the graphs that calibration ran: their names need not be those of the bundle's."""
+    for path in (stage / GRAPHS).glob("*.onnx"):
+        path.unlink()
 
 
 def _check_larger(program: Program, sizes: Iterable[tuple[int, int]], devices: Iterable[Device]) -> None:

@@ -26,6 +26,7 @@ from trimtab.targets.base import BuildOptions, EngineInfo, Progress
 from trimtab.targets.device import Device
 from trimtab.targets.lowering import lower
 from trimtab.targets.operators import Parser
+from trimtab.targets.plugins.embed import spell_out
 from trimtab.targets.process import run_worker
 from trimtab.weights import WeightStore
 
@@ -188,7 +189,9 @@ class NetworkBuilder(abc.ABC):
 
 
 def write_graph(model: ir.Model, folder: Path) -> Path:
-    """Writes a graph for a parser that reads files. Weights that lie in files are linked there, and not copied.
+    """Writes a graph for a parser that reads files, with its kernels where they are launched.
+
+    Weights that lie in files are linked there, and not copied.
 
     Args:
         model: Stays as it was.
@@ -196,8 +199,12 @@ def write_graph(model: ir.Model, folder: Path) -> Path:
 
     Returns:
         The .onnx file.
+
+    Raises:
+        BundleError: It has not the kernels that its packed layers name.
     """
     model = model.clone()
+    spell_out(model)
     links: dict[Path, str] = {}
     for value in model.graph.initializers.values():
         tensor = value.const_value

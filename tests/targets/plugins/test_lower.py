@@ -20,7 +20,8 @@ from trimtab.storage import GRAPHS
 from trimtab.targets.device import find_device
 from trimtab.targets.engines import _Maker
 from trimtab.targets.operators import RTX
-from trimtab.targets.plugins.aot import Kernel, matmul_kernels, read_kernels
+from trimtab.targets.plugins.aot import matmul_kernels
+from trimtab.targets.plugins.embed import embedded
 from trimtab.targets.plugins.lower import UseKernels
 from trimtab.targets.tensorrt import TensorRTBuilder
 from trimtab.weights import WeightStore
@@ -247,7 +248,7 @@ def test_the_kernels_are_those_for_the_rows_and_the_type() -> None:
     model = matmul()
     UseKernels(87)(model)
     (node,) = model.graph
-    kernels: tuple[Kernel, ...] = read_kernels(node.attributes["kernels"].as_string())
+    kernels = embedded(model, node)
     n, k = node.inputs[1].shape[0], node.inputs[0].shape[-1]
     assert kernels == matmul_kernels(87, 12, n, k)  # 2 x 6 rows
     assert {kernel.dtype for kernel in kernels} == {"fp16"}
@@ -298,6 +299,7 @@ def test_chips_that_share_a_parser_have_kernels_of_their_own(tmp_path: Path) -> 
     made = list(maker.fixed(Segment("denoiser", matmul()), devices, {"x": (2, 6, 22)}, ""))
     assert [engine.sm for engine in made] == ["8.7", "8.7", "8.6"] and made[0].path == made[1].path
     for engine in made:
-        (node,) = ir.load(tmp_path / engine.path).graph
+        model = ir.load(tmp_path / engine.path)
+        (node,) = model.graph
         target = f".target sm_{str(engine.sm).replace('.', '')}\n"
-        assert all(target in kernel.ptx for kernel in read_kernels(node.attributes["kernels"].as_string()))
+        assert all(target in kernel.ptx for kernel in embedded(model, node))

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
 from trimtab.passes.vq_op import is_packed
-from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels, write_kernels
+from trimtab.targets.plugins.aot import Kernel, decode_kernel, matmul_kernels
 from trimtab.targets.plugins.codes import as_words, grouped
+from trimtab.targets.plugins.embed import ATTRIBUTE, embed
 from trimtab.targets.plugins.qdp import DECODE_OP, MATMUL_OP, NAMESPACE
 from trimtab.targets.plugins.tiles import fuses, order
 
@@ -47,7 +48,7 @@ class UseKernels(Pass):
                     Refusal(name, f"its weight is {node.outputs[0].dtype}, and kernels take FP16 and BF16")
                 )
                 continue
-            self._lower(model.graph, weight)
+            self._lower(model, weight)
             if node.graph is None:
                 applied.append(name)
             else:
@@ -56,22 +57,23 @@ class UseKernels(Pass):
             model.opset_imports[NAMESPACE] = 1
         return PassResult(model, bool(applied), tuple(applied), tuple(refused))
 
-    def _lower(self, graph: ir.Graph, weight: _Weight) -> None:
+    def _lower(self, model: ir.Model, weight: _Weight) -> None:
+        graph = model.graph
         for value, turned in weight.views():
             for reader, index in list(value.uses()):
                 if index == 1 and reader.op_type in ("MatMul", "Gemm") and reader.domain == "":
-                    self._product(graph, weight, reader, turned)
+                    self._product(model, weight, reader, turned)
         _remove_unread(graph, weight)
         for value, _ in reversed(weight.views()):  # W itself last: only what its Transposes do not serve
             if value.uses():
-                self._decode(graph, weight, value)
+                self._decode(model, weight, value)
         _remove_unread(graph, weight)
         for value in weight.sources:
             if value.name and value.name in graph.initializers and not value.uses():
                 del graph.initializers[value.name]
 
-    def _product(self, graph: ir.Graph, weight: _Weight, reader: ir.Node, turned: bool) -> None:
-        x, n = reader.inputs[0], weight.shape[0]
+    def _product(self, model: ir.Model, weight: _Weight, reader: ir.Node, turned: bool) -> None:
+        graph, x, n = model.graph, reader.inputs[0], weight.shape[0]
         # The plugin takes no vector: a MatMul of one reads the weight decoded.
         rows = None if x is None or x.shape is None or len(x.shape) < 2 else _count(x.shape[:-1])
         if rows is None or len(weight.shape) != 2 or turned != _reads_turned(reader):
@@ -102,11 +104,10 @@ class UseKernels(Pass):
         )
         stored = np.zeros(n) if bias is None else _vector(bias, n)
         inputs = [x, *weight.operands(graph), weight.constant(graph, f"bias.{out.name}", stored)]
-        _replace(
-            graph, [reader] if addition is None else [reader, addition[0]], out, MATMUL_OP, inputs, kernels
-        )
+        replaced = [reader] if addition is None else [reader, addition[0]]
+        _replace(model, replaced, out, MATMUL_OP, inputs, kernels)
 
-    def _decode(self, graph: ir.Graph, weight: _Weight, value: ir.Value) -> None:
+    def _decode(self, model: ir.Model, weight: _Weight, value: ir.Value) -> None:
         producer, shape = value.producer(), weight.shape
         assert producer is not None
         if producer is not weight.node:
@@ -118,7 +119,8 @@ class UseKernels(Pass):
         elif math.prod(shape[2:]) > 1:
             return  # its Transpose is served
         kernel = decode_kernel(self.sm, shape, d=weight.d, bits=weight.bits, dtype=weight.dtype or "")
-        _replace(graph, [producer], value, DECODE_OP, weight.operands(graph, shape), (kernel,), shape)
+        operands = weight.operands(model.graph, shape)
+        _replace(model, [producer], value, DECODE_OP, operands, (kernel,), shape)
 
 
 class _Weight:
@@ -238,7 +240,7 @@ def _addition(value: ir.Value, n: int) -> tuple[ir.Node, ir.Value] | None:
 
 
 def _replace(
-    graph: ir.Graph,
+    model: ir.Model,
     nodes: list[ir.Node],
     out: ir.Value,
     op_type: str,
@@ -248,7 +250,7 @@ def _replace(
 ) -> None:
     """Puts a plugin's node in the place of others, the last of which has the result."""
     attributes: dict[str, Any] = {
-        "kernels": write_kernels(kernels),
+        ATTRIBUTE: embed(model, kernels),
         "plugin_namespace": NAMESPACE,
         "plugin_version": "1",
     }
@@ -258,9 +260,9 @@ def _replace(
     made.metadata_props.update(nodes[0].metadata_props)
     result = made.outputs[0]
     result.shape, result.type = out.shape, out.type
-    graph.insert_after(nodes[-1], made)
+    model.graph.insert_after(nodes[-1], made)
     out.replace_all_uses_with(result, replace_graph_outputs=True)
     result.name, out.name = out.name, None
     for node in reversed(nodes):
         if not any(output.uses() for output in node.outputs):
-            graph.remove(node, safe=True)
+            model.graph.remove(node, safe=True)
