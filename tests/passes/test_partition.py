@@ -258,17 +258,20 @@ def test_a_transformer_s_tail_without_a_tensor_of_its_sizes_takes_them_from_the_
     assert len(holders) == (positions == "cropped")
 
 
-def test_a_size_that_was_doubled_and_multiplied_out_follows_from_the_one_that_it_is_twice() -> None:
+@pytest.mark.parametrize(
+    ("read", "doubled"),
+    [("(n - 1)//2 + 1", "2*((n - 1)//2) + 2"), ("2*(n//8)", "4*(n//8)"), ("2*(n//8) + 2", "4*(n//8) + 4")],
+)
+def test_a_size_that_was_doubled_and_multiplied_out_follows_from_the_one_that_it_is_twice(
+    read: str, doubled: str
+) -> None:
     model = chain(3)
-    sizes = {
-        "x0": "(n - 1)//2 + 1",
-        "x3": "2*((n - 1)//2) + 2",
-    }  # as the exporter writes one behind an upsampler
     for value in (model.graph.inputs[0], *(v for node in model.graph for v in node.outputs)):
-        value.shape = ir.Shape([sizes.get(str(value.name), sizes["x0"]), 1, 8])
+        # As the exporter writes the size behind an upsampler.
+        value.shape = ir.Shape([doubled if value.name == "x3" else read, 1, 8])
     cut = partition(program(model, call(model, kept={"branch1": "f"}), call(model, {"branch1": "f"})))
     last = list(cut.segments.values())[-1].model.graph
-    (read, *_), (given,) = ([str(v.shape) for v in values] for values in (last.inputs, last.outputs))
-    assert read == "[size_0,1,8]"
-    size = given.removeprefix("[").removesuffix(",1,8]")
-    assert [evaluate(size, {"size_0": half}) for half in (3, 8)] == [6, 16]
+    (given, *_), (made,) = ([str(v.shape) for v in values] for values in (last.inputs, last.outputs))
+    assert given == "[size_0,1,8]"
+    size = made.removeprefix("[").removesuffix(",1,8]")
+    assert [evaluate(size, {"size_0": half}) for half in (4, 8)] == [8, 16]

@@ -41,7 +41,7 @@ def own_symbols(name: str, graph: ir.Graph) -> None:
                 if key not in known:
                     known[key] = ast.Name(next(fresh), ast.Load())
     names = {name.id for name in known.values() if isinstance(name, ast.Name)}
-    _learn_sums(known, graph.inputs)
+    _learn_parts(known, graph.inputs)
     rename = _Rename(known)
     for value in graph.inputs:
         rename.apply(value)
@@ -70,20 +70,27 @@ def _key(expression: str) -> str:
     return ast.dump(ast.parse(expression, mode="eval").body)
 
 
-def _learn_sums(known: dict[str, ast.expr], inputs: Iterable[ir.Value]) -> None:
-    """Adds what is one less: a size of ``n//4 + 1`` is ``2*(n//4) + 2`` once it is doubled and multiplied out."""
+def _learn_parts(known: dict[str, ast.expr], inputs: Iterable[ir.Value]) -> None:
+    """Adds what a size of the inputs was made of by multiplying with a number or adding one.
+
+    ``n//4 + 1`` is ``2*(n//4) + 2`` once it is doubled and multiplied out, and ``2*(n//4)`` is ``4*(n//4)``.
+    """
     for dim in (dim for value in inputs for dim in value.shape or ()):
         if not isinstance(dim, ir.SymbolicDim) or dim.value is None:
             continue
         whole = ast.parse(dim.value, mode="eval").body
-        if (
-            isinstance(whole, ast.BinOp)
-            and isinstance(whole.op, ast.Add)
-            and isinstance(whole.right, ast.Constant)
-            # n + 0 is another size than n: see `alternatives.relabel`.
-            and not isinstance(whole.left, ast.Name)
-        ):
-            known.setdefault(ast.dump(whole.left), ast.BinOp(known[ast.dump(whole)], ast.Sub(), whole.right))
+        while isinstance(whole, ast.BinOp):
+            same = known[ast.dump(whole)]
+            if isinstance(whole.op, ast.Add) and isinstance(whole.right, ast.Constant):
+                part, same = whole.left, ast.BinOp(same, ast.Sub(), whole.right)
+            elif isinstance(whole.op, ast.Mult) and isinstance(whole.left, ast.Constant):
+                part, same = whole.right, ast.BinOp(same, ast.FloorDiv(), whole.left)
+            else:
+                break
+            if isinstance(part, ast.Name):
+                break  # n + 0 is another size than n: see `alternatives.relabel`
+            known.setdefault(ast.dump(part), same)
+            whole = part
 
 
 def _learn_strides(node: ir.Node, known: dict[str, ast.expr]) -> None:
