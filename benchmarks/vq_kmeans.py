@@ -25,8 +25,9 @@ import faiss
 import numpy as np
 import onnx_ir as ir
 
+from trimtab.calibration.codebook_plan import Settings, choose, plan
 from trimtab.calibration.codebooks import FORMATS
-from trimtab.calibration.kmeans import ITERATIONS, Settings, choose, cluster, make_codebooks
+from trimtab.calibration.kmeans import ITERATIONS, cluster, make_codebooks
 from trimtab.passes import vq_op
 from trimtab.passes.vq import Site, sites
 from trimtab.runtime.bench import peak_bytes
@@ -107,16 +108,16 @@ def main() -> None:
     )
     print(f"peak memory  {result['peak_bytes'] / 1e9:8.2f} GB (goal: {BYTES_GOAL / 1e9:g})")
     print(f"load average {os.getloadavg()[0]:8.1f}")
-    found = list(sites(ir.load(options.graph)))
-    choices = choose(found, SETTINGS)
+    found = {site.name: site for site in sites(ir.load(options.graph))}
+    groups = plan(found, choose(found, SETTINGS), SETTINGS)
+    own = {group.names[0]: group.codewords for group in groups if len(group.names) == 1}
     shapes: dict[tuple[int, ...], Site] = {}
-    for site in found:
-        if not isinstance(choices[site.name], str):
-            shapes.setdefault(site.shape, site)
+    for name in own:
+        shapes.setdefault(found[name].shape, found[name])
     print(f"\n{'weight':<52}{'sub-vectors':>12}{'MSE / faiss':>13}{'time / faiss':>14}")
     ratios = []
     for site in list(shapes.values())[: options.compare]:
-        row = compare(site, int(choices[site.name][1]), options.threads)
+        row = compare(site, own[site.name], options.threads)
         ratios.append(row["ours"] / row["faiss"])
         print(
             f"{row['name']:<52}{row['vectors']:>12,}{ratios[-1]:>13.5f}"

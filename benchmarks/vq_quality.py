@@ -35,9 +35,10 @@ import torch  # noqa: E402
 from shapes import sample_scenes  # noqa: E402
 
 import trimtab  # noqa: E402
+from trimtab.calibration.codebook_plan import Settings  # noqa: E402
 from trimtab.calibration.codebooks import Codebooks, CodebookStore, read_index  # noqa: E402
 from trimtab.calibration.draft import draft  # noqa: E402
-from trimtab.calibration.kmeans import Settings, make_codebooks  # noqa: E402
+from trimtab.calibration.kmeans import make_codebooks  # noqa: E402
 from trimtab.calibration.trajectories import record  # noqa: E402
 from trimtab.calibration.vq4dit import Training, calibrate  # noqa: E402
 from trimtab.passes import vq_op  # noqa: E402
@@ -100,9 +101,8 @@ def _weights(row: str, store: str, options: argparse.Namespace) -> tuple[Rows, f
         candidates = int(row.partition("-")[2].partition("+")[0])
         books = _calibrated(model, work, books, Training(options.minutes, candidates))
     count = sum(len(layer.codes) * layer.columns for layer in books.layers.values())
-    size = sum(layer.nbytes for layer in books.layers.values())
     made = {_parameter(name): layer.rows() for name, layer in books.layers.items()}
-    return made | dict(books.parameters), 8 * size / count
+    return made | dict(books.parameters), 8 * books.nbytes / count
 
 
 def _calibrated(model: str, work: Path, books: Codebooks, training: Training) -> Codebooks:

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from trimtab.calibration.codebook_plan import Settings, choose, plan
 from trimtab.calibration.codebooks import FORMATS, Codebooks, PackedWeight
-from trimtab.calibration.kmeans import Settings, choose
 from trimtab.passes import vq_op
 from trimtab.passes.precision import convert
 from trimtab.passes.vq import PackWeights, Site, sites
@@ -85,18 +85,16 @@ def _built(model: ir.Model, name: str, sizes: dict[str, int]) -> tuple[int, int,
 
 def _random_codes(found: list[Site], settings: Settings) -> Codebooks:
     random, layers = np.random.default_rng(0), {}
-    shapes = {site.name: site.shape for site in found}
-    for name, choice in choose(found, settings).items():
-        if isinstance(choice, str):
-            continue
-        bits, codewords = choice
-        form = FORMATS[bits]
-        columns = math.prod(shapes[name][1:])
-        count = -(-columns // form.length)
-        codes = random.integers(0, codewords, (shapes[name][0], count), np.uint8, endpoint=False)
-        codebook = random.standard_normal((codewords, form.length)).astype(np.float32) * 0.02
-        packed = vq_op.pack_indices(codes, form.index_bits)
-        layers[name] = PackedWeight(bits, packed, codebook, None, columns, 0.0)
+    named = {site.name: site for site in found}
+    for group in plan(named, choose(named, settings), settings):
+        form = FORMATS[group.bits]
+        codebook = random.standard_normal((group.codewords, form.length)).astype(np.float32) * 0.02
+        for name in group.names:
+            rows, *rest = named[name].shape
+            size = (rows, -(-math.prod(rest) // form.length))
+            codes = random.integers(0, group.codewords, size, np.uint8, endpoint=False)
+            packed = vq_op.pack_indices(codes, form.index_bits)
+            layers[name] = PackedWeight(group.bits, packed, codebook, None, math.prod(rest), 0.0)
     return Codebooks("", layers)
 
 

@@ -19,9 +19,10 @@ import pytest
 import trimtab
 from trimtab.bundle import Bundle, open_bundle, update_manifest
 from trimtab.calibration import packing
+from trimtab.calibration.codebook_plan import Settings
 from trimtab.calibration.codebooks import Codebooks
 from trimtab.calibration.draft import draft
-from trimtab.calibration.kmeans import Settings, make_codebooks
+from trimtab.calibration.kmeans import make_codebooks
 from trimtab.calibration.ranges import Ranges
 from trimtab.errors import BundleError, PassError
 from trimtab.inspection import inspect
@@ -61,7 +62,7 @@ def test_inspect_says_what_was_packed_and_bytes_fall(
         for f in (bundle_folder("dit"), packed_folder)
     )
     dense = sum(4 * len(layer.codes) * layer.columns for layer in codebooks.layers.values())
-    small = sum(layer.nbytes for layer in codebooks.layers.values())
+    small = codebooks.nbytes
     assert before["weight_bytes"] - after["weight_bytes"] == dense - small > 0
     assert before["parameters"] == after["parameters"]
     entry = inspect(trimtab.load(packed_folder).bundle)["passes"][-1]

@@ -81,7 +81,7 @@ def _searched(
 
 def _packed(program: Program, recipe: Recipe, bits: int, folder: Path, progress: Progress) -> Program:
     """The denoisers' weights as codes into codebooks."""
-    from trimtab.calibration.kmeans import Settings
+    from trimtab.calibration.codebook_plan import Settings
     from trimtab.calibration.packing import packed
 
     return packed(

@@ -11,9 +11,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from trimtab.calibration.codebook_plan import Settings
 from trimtab.calibration.codebooks import FORMATS, PackedWeight
-from trimtab.calibration.kmeans import Settings, choose, cluster, make_codebooks, nearest, pack, rounded
-from trimtab.errors import CalibrationError, InputError
+from trimtab.calibration.kmeans import cluster, make_codebooks, nearest, pack, rounded
+from trimtab.errors import CalibrationError
 from trimtab.passes.vq import PackWeights, sites
 
 
@@ -38,51 +39,9 @@ def weight(seed: int = 0, shape: tuple[int, int] = (64, 64)) -> Any:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def test_layers_of_repeated_blocks_are_packed_and_the_rest_says_why_not() -> None:
-    graph = model(
-        conv_in=weight(),
-        blocks__0__attn__to_q=weight(),
-        blocks__0__time_emb_proj=weight(),
-        blocks__0__norm1__emb__linear_1=weight(),
-        blocks__0__tiny=weight(shape=(64, 64))[:, :64],
-        proj_out=weight(),
-    )
-    choices = choose(sites(graph), Settings())
-    assert choices == {
-        "conv_in.weight.T": "it lies outside of the repeated blocks",
-        "blocks.0.attn.to_q.weight.T": (2, 128),  # 1024 sub-vectors, 8 for each codeword
-        "blocks.0.time_emb_proj.weight.T": (2, 128),
-        "blocks.0.norm1.emb.linear_1.weight.T": "it is an embedder",
-        "blocks.0.tiny.weight.T": (2, 128),
-        "proj_out.weight.T": "it lies outside of the repeated blocks",
-    }
-
-
-def test_the_first_rule_that_fits_decides_and_an_idle_one_is_refused() -> None:
-    graph = model(conv_in=weight(), blocks__0__to_q=weight(), blocks__1__to_q=weight())
-    rules = (("conv_in", 4), ("blocks.0.*", "keep"), ("blocks.*", 3))
-    assert choose(sites(graph), Settings(rules=rules)) == {
-        "conv_in.weight.T": (4, 256),
-        "blocks.0.to_q.weight.T": "a rule keeps it",
-        "blocks.1.to_q.weight.T": (3, 64),
-    }
-    with pytest.raises(InputError, match=r"the rule 'up\.\*' fits no layer"):
-        choose(sites(graph), Settings(rules=(("up.*", 4),)))
-    with pytest.raises(InputError, match="5 bits were asked for"):
-        Settings(bits=5)
-
-
-def test_a_weight_with_too_few_sub_vectors_stays() -> None:
-    graph = model(blocks__0__a=weight(shape=(7, 64)), blocks__0__b=weight(shape=(64, 7)))
-    assert choose(sites(graph), Settings()) == {
-        "blocks.0.a.weight.T": "it is too small: 7 x 64",  # 112 sub-vectors
-        "blocks.0.b.weight.T": (2, 16),  # 128
-    }
-
-
 def test_fewer_sub_vectors_than_codewords_are_refused() -> None:
     with pytest.raises(CalibrationError, match="16 sub-vectors were given for 64 codewords"):
-        pack(weight(shape=(4, 16)), 2, 64)
+        pack([weight(shape=(4, 16))], 2, 64)
 
 
 def test_numbers_that_are_not_finite_are_refused_by_name() -> None:
@@ -117,7 +76,7 @@ def test_steps_on_everything_mend_what_a_sample_misses() -> None:
 
 def test_a_scale_for_every_row_helps_where_rows_differ() -> None:
     rows = weight(shape=(64, 128)) * np.geomspace(0.01, 1, 64, dtype=np.float32)[:, None]
-    plain, scaled = pack(rows, 2, 64), pack(rows, 2, 64, scaled=True)
+    (plain,), (scaled,) = pack([rows], 2, 64), pack([rows], 2, 64, scaled=True)
     relative = [
         float((np.square(p.rows() - rows).sum(1) / np.square(rows).sum(1)).mean()) for p in (plain, scaled)
     ]
@@ -127,11 +86,12 @@ def test_a_scale_for_every_row_helps_where_rows_differ() -> None:
 def test_a_row_of_zeros_stays_zero_under_a_scale() -> None:
     rows = weight(shape=(64, 128))
     rows[5] = 0
-    assert np.isfinite(pack(rows, 2, 64, scaled=True).rows()).all()
+    (packed,) = pack([rows], 2, 64, scaled=True)
+    assert np.isfinite(packed.rows()).all()
 
 
 def test_codewords_are_numbers_of_fp16_unless_that_would_cost_them() -> None:
-    packed = pack(weight(), 2, 64)
+    (packed,) = pack([weight()], 2, 64)
     np.testing.assert_array_equal(packed.codebook, packed.codebook.astype(np.float16))
     tiny = weight() * np.float32(1e-9)
     np.testing.assert_array_equal(rounded(tiny), tiny)
@@ -143,7 +103,7 @@ def test_more_bits_lose_less_and_the_error_is_what_it_says() -> None:
     rows = weight(shape=(128, 256))
     errors = []
     for bits in (2, 3, 4):
-        packed = pack(rows, bits, FORMATS[bits].codewords)
+        (packed,) = pack([rows], bits, FORMATS[bits].codewords)
         assert packed.error == pytest.approx(
             np.square(packed.rows() - rows).sum() / np.square(rows).sum(), 1e-4
         )
@@ -156,7 +116,7 @@ def same(first: PackedWeight, second: PackedWeight) -> bool:
 
 
 def test_work_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    models = {"denoiser": model(blocks__0__to_q=weight(0), blocks__1__to_q=weight(1))}
+    models = {"denoiser": model(blocks__0__to_q=weight(0), blocks__1__to_q=3 * weight(1))}
     whole = make_codebooks(models, Settings())
     done: list[str] = []
 
@@ -175,6 +135,23 @@ def test_work_that_was_cut_off_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert len(done) == len(whole.layers)
     for name, packed in whole.layers.items():
         assert same(packed, again.layers[name]) and same(packed, third.layers[name])
+
+
+def test_weights_that_share_a_codebook_have_the_same_one_and_are_made_together(tmp_path: Path) -> None:
+    models = {"denoiser": model(blocks__0__to_q=weight(0), blocks__1__to_q=weight(1))}
+    store, told = tmp_path / "books", list[str]()
+    books = make_codebooks(models, Settings(), store, progress=told.append)
+    first, second = books.layers.values()
+    np.testing.assert_array_equal(first.codebook, second.codebook)
+    assert len(first.codebook) == 256  # 2 x 1024 sub-vectors; one of them alone would have 128
+    assert books.nbytes == 2 * 64 * 64 // 4 + 256 * 4 * 4
+    assert told == ["k-means of blocks.0.to_q.weight.T and 1 more"]
+    for packed, site in zip(books.layers.values(), sites(models["denoiser"]), strict=True):
+        vectors, codes = site.rows().reshape(-1, 4), packed.codes.reshape(-1)
+        np.testing.assert_array_equal(codes, nearest(vectors, packed.codebook))
+    next(store.glob("*.safetensors")).unlink()  # half of what was stored together
+    again = make_codebooks(models, Settings(), store, progress=told.append)
+    assert len(told) == 2 and all(same(again.layers[name], books.layers[name]) for name in books.layers)
 
 
 def test_a_store_of_another_model_or_other_settings_is_refused(tmp_path: Path) -> None:
@@ -212,7 +189,10 @@ def test_segments_that_differ_in_a_weight_of_one_name_are_packed_each_from_its_o
 def test_a_narrower_denoiser_s_weights_have_codewords_for_their_own_number(
     sizes: tuple[tuple[int, int], ...],
 ) -> None:
-    models = {name: model(blocks__0__to_q=weight(shape=s)) for name, s in zip("ab", sizes, strict=True)}
+    models = {
+        name: model(blocks__0__to_q=spread * weight(shape=s))
+        for name, spread, s in zip("ab", (1, 3), sizes, strict=True)
+    }
     books = make_codebooks(models, Settings())
     for name, (rows, _) in zip("ab", sizes, strict=True):
         result = PackWeights(books.of(name))(models[name])
@@ -254,7 +234,7 @@ def test_parts_that_do_not_fit_each_other_are_damage(
     from trimtab.calibration.codebooks import CodebookStore
 
     store = CodebookStore(tmp_path, "f", {})
-    packed = pack(weight(), 2, 64)
+    (packed,) = pack([weight()], 2, 64)
     store.put("w", dataclasses.replace(packed, **change(packed)))
     with pytest.raises(CalibrationError, match="is damaged"):
         store.get("w")

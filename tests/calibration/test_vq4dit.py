@@ -69,7 +69,7 @@ def model() -> ir.Model:
 
 
 def packed(model: ir.Model) -> Codebooks:
-    return Codebooks("", {site.name: pack(site.rows(), 2, 16) for site in sites(model)})
+    return Codebooks("", {site.name: pack([site.rows()], 2, 16)[0] for site in sites(model)})
 
 
 def inputs(count: int = 6) -> list[dict[str, np.ndarray]]:
@@ -99,7 +99,8 @@ def error(model: ir.Model, books: Codebooks) -> float:
 
 def layer_of(model: ir.Model, name: str, candidates: int) -> PackedLayer:
     site = next(site for site in sites(model) if site.name == name)
-    return PackedLayer(packed(model).layers[name], site, candidates)
+    weight = packed(model).layers[name]
+    return PackedLayer(weight, torch.nn.Parameter(torch.from_numpy(weight.codebook)), site, candidates)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.conv.weight", "blocks.0.out.weight", "blocks.2.weight.T"])
@@ -145,6 +146,15 @@ def test_one_candidate_keeps_the_assignments(model: ir.Model) -> None:
     made = calibrate(model, books, inputs(2), Training(minutes=1 / 60, candidates=1))
     for name, layer in made.layers.items():
         np.testing.assert_array_equal(layer.codes, books.layers[name].codes)
+
+
+def test_a_codebook_that_layers_share_is_trained_once_for_all_of_them(model: ir.Model) -> None:
+    places = {site.name: site for site in sites(model)}
+    shared = dict(zip(places, pack([site.rows() for site in places.values()], 2, 16), strict=True))
+    made = calibrate(model, Codebooks("", shared), inputs(2), Training(minutes=1 / 60, codebook_rate=2e-3))
+    first, *others = made.layers.values()
+    assert others and all(np.array_equal(layer.codebook, first.codebook) for layer in others)
+    assert not np.array_equal(first.codebook, next(iter(shared.values())).codebook)
 
 
 def test_what_is_calibrated_already_stays(model: ir.Model) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from trimtab.calibration.codebook_plan import Settings, choose, plan
 from trimtab.calibration.codebooks import FORMATS
-from trimtab.calibration.kmeans import Settings, choose
 from trimtab.passes.vq import Site
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -49,15 +49,16 @@ def test_dit_xl_2_packs_to_the_papers_bytes(
     linear = {
         name: shape for name, shape in shapes.items() if len(shape) == 2 and "embedding_table" not in name
     }
-    choices = choose((site(*item) for item in linear.items()), Settings(bits))
-    packed = {name: choice for name, choice in choices.items() if not isinstance(choice, str)}
-    assert len(packed) == 28 * 7
+    found, settings = {name: site(name, shape) for name, shape in linear.items()}, Settings(bits)
+    groups = plan(found, choose(found, settings), settings)
+    packed = [name for group in groups for name in group.names]
+    assert len(packed) == len(groups) == 28 * 7  # as in the paper, each has its own codebook
     form, total, books = FORMATS[bits], 0, 0
-    for name, (chosen, codewords) in packed.items():
-        outputs, inputs = linear[name]
-        assert chosen == bits and inputs % form.length == 0
+    for group in groups:
+        outputs, inputs = linear[group.names[0]]
+        assert group.bits == bits and inputs % form.length == 0
         total += outputs * (inputs // form.length) * form.index_bits // 8
-        books += codewords * form.length * 4
+        books += group.codewords * form.length * 4
     assert sum(linear[name][0] * linear[name][1] for name in packed) == WEIGHTS
     assert total == codes
     biases = [name for name in shapes if name.removesuffix(".bias") + ".weight" in packed]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from trimtab.bundle import open_bundle
+from trimtab.calibration.codebook_plan import Settings
 from trimtab.calibration.draft import draft
-from trimtab.calibration.kmeans import Settings, make_codebooks
+from trimtab.calibration.kmeans import make_codebooks
 from trimtab.comparison import compare
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import FILE as INHERITED

@@ -143,6 +143,7 @@ def test_codes_of_another_shape_are_refused_by_name() -> None:
 def test_bytes_fall_and_parameters_do_not() -> None:
     packed = random_codes((64, 256))
     model = graph({"x": (3, 256)}, {"w": packed.rows().T.copy()}, node("MatMul", "x", "w"))
-    PackWeights(Codebooks("", {"w": packed}))(model)
+    books = Codebooks("", {"w": packed})
+    PackWeights(books)(model)
     assert parameter_count(model) == 64 * 256
-    assert weight_bytes(model) == packed.nbytes == 64 * 256 // 4 + 256 * 4 * 4
+    assert weight_bytes(model) == books.nbytes == 64 * 256 // 4 + 256 * 4 * 4

@@ -10,7 +10,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from trimtab.calibration.kmeans import Settings, make_codebooks
+from trimtab.calibration.codebook_plan import Settings
+from trimtab.calibration.kmeans import make_codebooks
 from trimtab.passes.vq import PackWeights
 from trimtab.passes.vq_on_demand import DecodeOnDemand
 

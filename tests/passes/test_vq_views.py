@@ -11,7 +11,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 import pytest
 
-from trimtab.calibration.kmeans import Settings, make_codebooks
+from trimtab.calibration.codebook_plan import Settings
+from trimtab.calibration.kmeans import make_codebooks
 from trimtab.errors import BundleError
 from trimtab.manifest import VIEWS
 from trimtab.passes import vq_op

@@ -49,7 +49,7 @@ class PackedWeight:
     Attributes:
         bits: A key of `FORMATS`.
         codes: As `trimtab.passes.vq_op` stores them: (O, bytes) uint8.
-        codebook: (k, d) float32.
+        codebook: (k, d) float32; the same numbers in weights that share one.
         scale: (O,) float32, or None.
         columns: Weights in a row, (I / group) * kernel.
         error: |W - decoded|^2 / |W|^2.
@@ -68,11 +68,6 @@ class PackedWeight:
     def index_bits(self) -> int:
         """Bits of a stored index."""
         return FORMATS[self.bits].index_bits
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, codebook and scale."""
-        return self.codes.nbytes + self.codebook.nbytes + (0 if self.scale is None else self.scale.nbytes)
 
     def rows(self) -> vq_op.Floats:
         """The decoded weight as rows (O, columns) float32."""
@@ -98,6 +93,13 @@ class Codebooks:
     layers: Mapping[str, PackedWeight]
     kept: Mapping[str, str] = field(default_factory=dict)
     parameters: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes, scales and codebooks, of which equal ones stand once."""
+        books = {layer.codebook.tobytes(): layer.codebook.nbytes for layer in self.layers.values()}
+        scales = sum(layer.scale.nbytes for layer in self.layers.values() if layer.scale is not None)
+        return sum(layer.codes.nbytes for layer in self.layers.values()) + scales + sum(books.values())
 
     def of(self, segment: str) -> Codebooks:
         """Those of one segment, by the names of its own initializers."""

@@ -1,13 +1,12 @@
-"""Codebooks by k-means: every weight on its own, by nothing but its values."""
+"""Codebooks by k-means: by nothing but the weights' values."""
 
 from __future__ import annotations
 
-import fnmatch
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from trimtab.calibration.codebook_plan import Group, Settings, choose, plan
 from trimtab.calibration.codebooks import FORMATS, Codebooks, CodebookStore, PackedWeight, fingerprint
-from trimtab.errors import CalibrationError, InputError, MissingDependency
+from trimtab.errors import CalibrationError, MissingDependency
 from trimtab.passes import vq_op
 from trimtab.passes.vq import Site, sites
 from trimtab.weights import same_tensor
 
 logger = logging.getLogger(__name__)
-
-KEEP = "keep"
 
 ITERATIONS = (80, 20)
 """Lloyd steps on a sample, then on all sub-vectors: 100 as in VQ4DiT. The sample finds the codewords, and what it
@@ -39,105 +37,10 @@ for vector quantizer design, IEEE Signal Processing Letters 4(1), 1997). It ends
 _PLAIN = 3
 """Last steps of each part that move to the mean itself."""
 
-PER_CODEWORD = 8
-"""Sub-vectors for each codeword, at least: smaller weights get fewer codewords. Then a codebook of 32-bit numbers is
-at most twice as large as its codes, and a small weight still shrinks to 6 bits."""
-
-FEWEST = 16
-"""Codewords, at least. A weight with fewer than 16 * 8 sub-vectors stays as it is: packing saves it under 2 KB."""
-
 _LEAST_VECTORS, _LEAST_LENGTH = 32768, 4
 """From these sizes on, faiss 1.15 has a search that takes a twelfth of the time: less is filled up with zeros."""
 
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides the codebooks.
-
-    Attributes:
-        bits: For a weight: 2, 3 or 4.
-        rules: Pattern of module paths (``*`` and ``?``) -> its own bits, or ``"keep"``; the first that fits decides.
-        scale: Whether every output channel has a factor of its own.
-        seed: Of the samples and the first codewords.
-    """
-
-    bits: int = 2
-    rules: tuple[tuple[str, int | str], ...] = ()
-    scale: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for bits in (self.bits, *(bits for _, bits in self.rules if bits != KEEP)):
-            if bits not in FORMATS:
-                raise InputError(f"{bits!r} bits were asked for, and weights are packed to 2, 3 or 4 bits")
-
-
-def choose(found: Iterable[Site], settings: Settings) -> dict[str, tuple[int, int] | str]:
-    """Decides for every weight: (bits, codewords), or why it stays as it is.
-
-    What no rule names is packed if its layer lies in a block that the model repeats (its path has a number in it),
-    as in VQ4DiT, and is no embedder in there. So the first and the last layers stay, and embeddings do.
-
-    Args:
-        found: Of the denoiser.
-        settings: The user's.
-
-    Raises:
-        InputError: A rule that fits no layer.
-    """
-    every = list(found)
-    _check_rules(every, settings)
-    return {site.name: _choice(site, settings) for site in every}
-
-
-def _check_rules(found: Iterable[Site], settings: Settings) -> None:
-    idle = {pattern for pattern, _ in settings.rules} - {
-        own[0] for site in found if (own := _rule(site, settings)) is not None
-    }
-    if idle:
-        raise InputError(f"the rule {min(idle)!r} fits no layer: see the layers with trimtab inspect")
-
-
-def _rule(site: Site, settings: Settings) -> tuple[str, int | str] | None:
-    """The first rule that fits a weight's layer."""
-    return next((rule for rule in settings.rules if fnmatch.fnmatchcase(site.module, rule[0])), None)
-
-
-def _choice(site: Site, settings: Settings) -> tuple[int, int] | str:
-    """(bits, codewords) of one weight, or why it stays as it is."""
-    own = _rule(site, settings)
-    bits = settings.bits
-    if own is None:
-        if (reason := _outside(site.module)) is not None:
-            return reason
-    elif own[1] == KEEP:
-        return "a rule keeps it"
-    else:
-        bits = int(own[1])
-    shape = FORMATS[bits]
-    rows, columns = site.shape[0], int(np.prod(site.shape[1:]))
-    codewords = _codewords(rows * -(-columns // shape.length), shape.codewords)
-    return (bits, codewords) if codewords else f"it is too small: {rows} x {columns}"
-
-
-def _outside(module: str) -> str | None:
-    """Why a layer is not one of a repeated block's own; None if it is."""
-    parts = module.split(".")
-    if not any(part.isdecimal() for part in parts):
-        return "it lies outside of the repeated blocks"
-    if any(
-        part == "emb" or part.endswith(("embed", "embedder", "embedding", "embeddings")) for part in parts
-    ):
-        return "it is an embedder"
-    return None
-
-
-def _codewords(vectors: int, most: int) -> int:
-    """The codewords for so many sub-vectors, a power of two; 0 where they are too few."""
-    fitting = min(most, vectors // PER_CODEWORD)
-    return 0 if fitting < FEWEST else 1 << (fitting.bit_length() - 1)
 
 
 def make_codebooks(
@@ -163,34 +66,36 @@ def make_codebooks(
         MissingDependency: faiss is not installed.
     """
     found = _distinct(models)
-    _check_rules(found.values(), settings)  # before anything is read
-    choices = {name: _choice(site, settings) for name, site in found.items()}
-    picked = {name: choice for name, choice in choices.items() if not isinstance(choice, str)}
-    for name in picked:
-        if not _finite(found[name].rows()):
+    choices = choose(found, settings)
+    for name, choice in choices.items():
+        if not isinstance(choice, str) and not _finite(found[name].rows()):
             raise CalibrationError(f"{name} holds numbers that are not finite: mend the model's weights")
     mark = fingerprint((name, site.rows()) for name, site in found.items())  # whichever the settings pick
     kept = {name: choice for name, choice in choices.items() if isinstance(choice, str)}
     noted = {"bits": settings.bits, "rules": settings.rules, "scale": settings.scale, "seed": settings.seed}
     files = None if store is None else CodebookStore(store, mark, noted)
 
-    def one(name: str) -> PackedWeight:
-        if files is not None and name in files:
-            return files.get(name)
-        bits, codewords = picked[name]
-        packed = pack(found[name].rows(), bits, codewords, scaled=settings.scale, seed=settings.seed)
+    def one(group: Group) -> dict[str, PackedWeight]:
+        first, *others = group.names
+        if files is not None and all(name in files for name in group.names):
+            return {name: files.get(name) for name in group.names}
+        rows = [found[name].rows() for name in group.names]
+        packed = pack(rows, group.bits, group.codewords, scaled=settings.scale, seed=settings.seed)
+        made = dict(zip(group.names, packed, strict=True))
         if files is not None:
-            files.put(name, packed)
-        progress(f"k-means of {name}")
-        return packed
+            for name, weight in made.items():
+                files.put(name, weight)
+        progress(f"k-means of {first}{f' and {len(others)} more' if others else ''}")
+        return made
 
-    # A weight a thread: threads that share one wait for each other at every step, and most weights are small.
+    # A codebook a thread: threads that share one wait for each other at every step, and most weights are small.
     pool = ThreadPoolExecutor(threads or os.cpu_count(), initializer=_alone)
     try:
-        layers = dict(zip(picked, pool.map(one, picked), strict=True))
+        parts = list(pool.map(one, plan(found, choices, settings)))
     finally:
         pool.shutdown(cancel_futures=True)
-    return Codebooks(mark, layers, kept)
+    layers = {name: weight for part in parts for name, weight in part.items()}
+    return Codebooks(mark, {name: layers[name] for name in found if name in layers}, kept)
 
 
 def _distinct(models: Mapping[str, ir.Model]) -> dict[str, Site]:
@@ -209,12 +114,12 @@ def _distinct(models: Mapping[str, ir.Model]) -> dict[str, Site]:
 
 
 def pack(
-    rows: npt.NDArray[Any], bits: int, codewords: int, *, scaled: bool = False, seed: int = 0
-) -> PackedWeight:
-    """Packs one weight.
+    weights: Sequence[npt.NDArray[Any]], bits: int, codewords: int, *, scaled: bool = False, seed: int = 0
+) -> list[PackedWeight]:
+    """Packs weights with one codebook for all of them.
 
     Args:
-        rows: (O, n), the input channels innermost, finite.
+        weights: Each (O, n), the input channels innermost, finite.
         bits: A key of `FORMATS`.
         codewords: Of the codebook; no more than there are sub-vectors.
         scaled: Divides every row by its root mean square first.
@@ -225,19 +130,27 @@ def pack(
         MissingDependency: faiss is not installed.
     """
     shape = FORMATS[bits]
-    rows = np.asarray(rows, np.float32)
-    scale = None
-    if scaled:
-        scale = np.sqrt(np.square(rows, dtype=np.float64).mean(1)).astype(np.float32)
-        scale[scale == 0] = 1.0
-    vectors = vq_op.cut(rows if scale is None else rows / scale[:, None], shape.length)
-    flat = np.ascontiguousarray(vectors.reshape(-1, shape.length))
-    codebook = rounded(cluster(flat, codewords, seed=seed))
-    codes = vq_op.pack_indices(
-        nearest(flat, codebook).astype(np.uint8).reshape(vectors.shape[:2]), shape.index_bits
-    )
-    packed = PackedWeight(bits, codes, codebook, scale, rows.shape[1], error=0.0)
-    return with_error(packed, rows)
+    weights = [np.asarray(rows, np.float32) for rows in weights]
+    scales = [_row_scales(rows) if scaled else None for rows in weights]
+    vectors = [
+        vq_op.cut(rows if scale is None else rows / scale[:, None], shape.length)
+        for rows, scale in zip(weights, scales, strict=True)
+    ]
+    flat = [np.ascontiguousarray(own.reshape(-1, shape.length)) for own in vectors]
+    codebook = rounded(cluster(np.concatenate(flat) if len(flat) > 1 else flat[0], codewords, seed=seed))
+    packed = []
+    for rows, scale, own, mine in zip(weights, scales, vectors, flat, strict=True):
+        indices = nearest(mine, codebook).astype(np.uint8).reshape(own.shape[:2])
+        codes = vq_op.pack_indices(indices, shape.index_bits)
+        packed.append(with_error(PackedWeight(bits, codes, codebook, scale, rows.shape[1], error=0.0), rows))
+    return packed
+
+
+def _row_scales(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """(O,) the root mean square of every row; 1 for one of zeros."""
+    scale: npt.NDArray[np.float32] = np.sqrt(np.square(rows, dtype=np.float64).mean(1)).astype(np.float32)
+    scale[scale == 0] = 1.0
+    return scale
 
 
 def with_error(packed: PackedWeight, rows: npt.NDArray[np.float32]) -> PackedWeight:

@@ -10,10 +10,11 @@ from typing import Any
 
 import onnx_ir as ir
 
+from trimtab.calibration.codebook_plan import Settings
 from trimtab.calibration.codebooks import CALIBRATED, Codebooks, CodebookStore
 from trimtab.calibration.draft import draft
 from trimtab.calibration.gates import OUTPUT
-from trimtab.calibration.kmeans import Settings, make_codebooks
+from trimtab.calibration.kmeans import make_codebooks
 from trimtab.calibration.trajectories import own_requests, record
 from trimtab.passes.vq import pack_weights, sites
 from trimtab.program import DENOISER, Program

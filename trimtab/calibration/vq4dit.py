@@ -71,6 +71,7 @@ class PackedLayer(nn.Module):
 
     Args:
         packed: The layer's codes.
+        codebook: (k, d) what is trained of its codebook; of layers that share one, the same.
         site: What they stand for.
         candidates: See `Training`; 1 leaves the codes as they are.
     """
@@ -78,9 +79,9 @@ class PackedLayer(nn.Module):
     choices: Tensor
     scale: Tensor | None
 
-    def __init__(self, packed: PackedWeight, site: Site, candidates: int) -> None:
+    def __init__(self, packed: PackedWeight, codebook: nn.Parameter, site: Site, candidates: int) -> None:
         super().__init__()
-        self.packed, self.site = packed, site
+        self.packed, self.codebook, self.site = packed, codebook, site
         length = packed.codebook.shape[1]
         rows = site.rows()
         if packed.scale is not None:
@@ -88,7 +89,6 @@ class PackedLayer(nn.Module):
         vectors = np.ascontiguousarray(vq_op.cut(rows, length).reshape(-1, length), np.float32)
         n = min(candidates, len(packed.codebook))
         indices, distances = neighbours(vectors, packed.codebook, n)
-        self.codebook = nn.Parameter(torch.from_numpy(packed.codebook.copy()))
         self.register_buffer("choices", torch.from_numpy(indices))
         scale = None if packed.scale is None else torch.from_numpy(packed.scale)[:, None]
         self.register_buffer("scale", scale)
@@ -231,12 +231,17 @@ class _Run:
         self._weights = dict(self._graph.weights)
         held = {name: torch.from_numpy(array).to(device) for name, array in codebooks.parameters.items()}
         self._weights |= {name: value for name, value in held.items() if name in self._weights}
+        shared: dict[bytes, nn.Parameter] = {}
         with torch.no_grad():
             for name, packed in codebooks.layers.items():
                 if packed.method == CALIBRATED:  # its codes need not be the nearest
                     self._weights[name] = torch.from_numpy(places[name].laid_out(packed.rows())).to(device)
                 else:
-                    self.layers[name] = PackedLayer(packed, places[name], training.candidates).to(device)
+                    numbers = torch.from_numpy(packed.codebook.copy()).to(device)
+                    book = shared.setdefault(packed.codebook.tobytes(), nn.Parameter(numbers))
+                    self.layers[name] = PackedLayer(packed, book, places[name], training.candidates).to(
+                        device
+                    )
                     self._weights[name] = self.layers[name].weight()
         names = (name for layer in self.layers.values() for name in _biases(layer.site))
         self._biases = [n for n in dict.fromkeys(names) if n in self._weights and n not in held]
@@ -304,7 +309,8 @@ class _Run:
             return self._graph(self._inputs[index])[OUTPUT]
 
         biases = {name: self._weights[name].clone() for name in self._biases}
-        trained = [layer.codebook for layer in self.layers.values()] + list(biases.values())
+        books = dict.fromkeys(layer.codebook for layer in self.layers.values())
+        trained = [*books, *biases.values()]
         if not trained:
             return {}
         for value in trained:
