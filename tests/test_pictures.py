@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,19 @@ def test_inpainting_equals_diffusers(
         **options,
     )
     assert_equal(ours, theirs)
+
+
+@families("dit")
+def test_threads_that_share_a_pipeline_draw_their_own_pictures(family: str, load: Load) -> None:
+    pipe, seeds = load(family), (1, 2, 3, 4)
+
+    def draw(seed: int) -> Any:
+        return pipe(label=1, seed=seed, schedule=3).pixels
+
+    alone = [draw(seed) for seed in seeds]
+    with ThreadPoolExecutor(len(seeds)) as pool:
+        for found, expected in zip(pool.map(draw, seeds), alone, strict=True):
+            np.testing.assert_array_equal(found, expected)
 
 
 @families("dit")

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from trimtab.errors import InputError
 from trimtab.program import Task, TensorSpec
-from trimtab.runtime.arguments import all_negatives, check_count, guidance_scale
+from trimtab.runtime.arguments import (
+    all_labels,
+    all_negatives,
+    all_seeds,
+    check_count,
+    guidance_scale,
+    whole_size,
+)
 
 KINDS = {"tokens": TensorSpec("tokens", "int64", ("rows*batch", 77), {"kind": "tokens"})}
 
@@ -45,3 +55,24 @@ def test_a_model_without_guidance_refuses_a_scale(scale: float) -> None:
         InputError, match=f"of {scale} was given and this model has no guidance: leave it out"
     ):
         guidance_scale(Task((), (), {}), {}, scale)
+
+
+def test_numbers_may_be_numpys() -> None:
+    kinds = {"label": TensorSpec("label", "int64", ("rows*batch",), {"kind": "label"})}
+    assert all_labels(kinds, np.int64(3), 2) == all_labels(kinds, np.array([3, 3]), 1) == (3, 3)
+    assert all_seeds(np.array([1, 2]), 2) == (1, 2) and all_seeds(np.int64(7), 2) == (7,)
+    assert whole_size([np.int64(64), 32]) == (64, 32) and whole_size(None) is None
+
+
+@pytest.mark.parametrize("value", [1.5, "one", [1.0, 2.0], object()])
+def test_seeds_and_sizes_that_are_no_whole_numbers_are_refused_in_one_line(value: Any) -> None:
+    with pytest.raises(InputError, match="is no whole number: give one, or one for each picture"):
+        all_seeds(value, 2)
+    with pytest.raises(InputError, match="is not a width and a height in pixels"):
+        whole_size(value)
+
+
+def test_a_class_that_is_neither_number_nor_name_is_refused_in_one_line() -> None:
+    kinds = {"label": TensorSpec("label", "int64", ("rows*batch",), {"kind": "label"})}
+    with pytest.raises(InputError, match=r"the class 1\.5 is neither a whole number nor a name"):
+        all_labels(kinds, 1.5, 1)  # type: ignore[arg-type]

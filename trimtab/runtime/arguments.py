@@ -7,8 +7,9 @@ import difflib
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,11 +168,22 @@ def all_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
     """One seed for all pictures, or one for each; a random one for None."""
     if seed is None:
         return (secrets.randbelow(2**32),)
-    if isinstance(seed, int | np.integer):
+    if isinstance(seed, Integral):
         return (int(seed),)
+    if not isinstance(seed, Sized) or not all(isinstance(each, Integral) for each in seed):
+        raise InputError(f"the seed {seed!r:.60} is no whole number: give one, or one for each picture")
     if len(seed) != batch:
         raise InputError(f"{len(seed)} seeds were given for {batch} pictures: give one, or one for each")
-    return tuple(seed)
+    return tuple(map(int, seed))
+
+
+def whole_size(size: Sequence[int] | None) -> tuple[int, int] | None:
+    """(width, height) as whole numbers; None for none."""
+    if size is None:
+        return None
+    if not isinstance(size, Sized) or len(size) != 2 or not all(isinstance(side, Integral) for side in size):
+        raise InputError(f"the size {size!r:.60} is not a width and a height in pixels")
+    return int(size[0]), int(size[1])
 
 
 def all_texts(
@@ -211,16 +223,18 @@ def all_labels(
         if label is not None:
             raise InputError("a class was given and this model has none: leave it out")
         return ()
-    if label is None or (not isinstance(label, int) and len(label) == 0):
+    if label is None or (isinstance(label, Sized) and len(label) == 0):
         raise InputError("no class was given and this model needs one: give label= (--class N)")
-    labels = [label] if isinstance(label, int | str) else list(label)
+    labels = list(label) if isinstance(label, Sized) and not isinstance(label, str) else [label]
     names = class_names(kinds["label"])
     return tuple(number for value in labels for number in [_class_number(names, value)] * count)
 
 
 def _class_number(names: Mapping[str, int], label: int | str) -> int:
-    if not isinstance(label, str):
+    if isinstance(label, Integral):
         return int(label)
+    if not isinstance(label, str):
+        raise InputError(f"the class {label!r:.60} is neither a whole number nor a name: give one of them")
     if label in names:
         return names[label]
     with contextlib.suppress(ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from trimtab.runtime.arguments import (
     for_size,
     guidance_scale,
     plain,
+    whole_size,
 )
 from trimtab.runtime.engines import Engines
 from trimtab.runtime.executor import OnStep, Plan, make_plan
@@ -129,6 +131,7 @@ class Pipeline:
         self._sizes = fixed_sizes(bundle.contents, self.engines.target)
         self._tokenizers: dict[str, Tokenizer] | None = None
         self._plan: tuple[tuple[Any, ...], Plan] | None = None
+        self._turn = threading.RLock()  # buffers are bound once, so one call has them at a time
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -157,7 +160,7 @@ class Pipeline:
         strength: float | None = None,
         on_step: OnStep | None = None,
     ) -> Result:
-        """Makes pictures.
+        """Makes pictures. Threads that share a pipeline take turns.
 
         Args:
             prompt: What to draw: one text, or one for each picture.
@@ -179,21 +182,14 @@ class Pipeline:
             BundleError: A file of the bundle is missing or was changed.
             TargetError: An engine failed, or gave numbers that are not finite.
         """
-        requests, plan, settings = self._prepare(
-            Asked(
-                prompt,
-                negative_prompt,
-                label,
-                guidance,
-                seed,
-                count,
-                size,
-                schedule,
-                image,
-                mask,
-                strength,
-            )
+        asked = Asked(
+            prompt, negative_prompt, label, guidance, seed, count, size, schedule, image, mask, strength
         )
+        with self._turn:
+            return self._draw(asked, on_step)
+
+    def _draw(self, asked: Asked, on_step: OnStep | None) -> Result:
+        requests, plan, settings = self._prepare(asked)
         pictures, total = [], len(requests) * len(plan.steps)
         for part, request in enumerate(requests):
             done = part * len(plan.steps)
@@ -220,7 +216,7 @@ class Pipeline:
     ) -> tuple[Request, Plan, dict[str, Any]]:
         """What `__call__` runs: the request, the plan for it, and the settings that make the picture again.
 
-        The plan is kept and given again for the same task, schedule, batch and size.
+        The plan is kept and given again for the same task, schedule, batch and size: it is for one thread.
 
         Raises:
             InputError: As in `__call__`; or more pictures than the engines draw at a time.
@@ -241,7 +237,7 @@ class Pipeline:
         contents = self.bundle.contents
         name = self._task_name(asked.image, asked.mask)
         task = contents.tasks[name]
-        size = asked.size or contents.size
+        size = whole_size(asked.size) or contents.size
         check_size(size, contents.size, contents.size_multiple, contents.fixed_size, contents.largest_side)
         kinds = {str(spec.source.get("kind")): spec for spec in task.inputs}
         check_count(asked.count, size)
@@ -296,9 +292,10 @@ class Pipeline:
         return self.engines.session(segment)
 
     def close(self) -> None:
-        """Lets go of engines and buffers."""
-        self._plan = None
-        self.engines.close()
+        """Lets go of engines and buffers, once no thread draws with them."""
+        with self._turn:
+            self._plan = None
+            self.engines.close()
 
     def __enter__(self) -> Pipeline:
         return self
