@@ -34,6 +34,15 @@ def test_damaged_exif_is_passed_over(tmp_path: Path) -> None:
     assert read_image(path, (9, 6)).shape == (1, 6, 9, 3)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 255), (-1, 1)])
+def test_an_array_of_floats_far_from_0_to_1_is_refused(low: float, high: float) -> None:
+    array = np.linspace(low, high, 48, dtype=np.float32).reshape(4, 4, 3)
+    with pytest.raises(
+        InputError, match=f"from {low} to {high} was given and floats in 0..1 are needed: scale"
+    ):
+        read_image(array, (4, 4))
+
+
 def test_an_array_of_levels_is_not_taken_for_one_of_numbers_up_to_1() -> None:
     levels = np.full((6, 9, 3), 255, np.uint8)
     with pytest.raises(InputError, match="uint8 was given and floats"):

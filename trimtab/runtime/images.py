@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.float32]
 
+_LEAST, _MOST = -0.5, 1.5
+"""What a picture that was resized may overshoot by; one in -1..1 or 0..255 is beyond."""
+
 
 def to_images(pictures: Pixels) -> list[Image]:
     """Pictures (n, height, width, 3) or (n, height, width, 1) in 0..1 as 8-bit images, rounded to nearest.
@@ -52,7 +55,7 @@ def read_image(
 
     Raises:
         InputError: The file is missing or no picture, its pixels have neither 8 nor 16 bits, or the array has another
-            shape or whole numbers.
+            shape, whole numbers, or numbers far from 0..1 as levels up to 255 are, or -1..1.
     """
     import PIL.Image
     import PIL.ImageOps
@@ -65,6 +68,11 @@ def read_image(
         if image.dtype.kind not in "fb":  # levels up to 255 would be taken for numbers up to 1
             raise InputError(
                 f"an array of {image.dtype} was given and floats in 0..1 are needed: divide by 255"
+            )
+        if image.dtype.kind == "f" and not (image.min() >= _LEAST and image.max() <= _MOST):
+            raise InputError(
+                f"an array from {image.min():.3g} to {image.max():.3g} was given and floats in 0..1 are needed: "
+                "scale it"
             )
         return np.ascontiguousarray(image[None], np.float32)
     name = str(image) if isinstance(image, str | Path) else f"the {'mask' if gray else 'picture'}"
