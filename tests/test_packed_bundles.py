@@ -270,3 +270,37 @@ def test_a_jetson_s_kernels_and_an_rtx_s_engine_keep_weights_packed_and_embedder
     engine = (tmp_path / "engine").read_bytes()
     for layer in codebooks.layers.values():
         assert (layer.codes.astype(np.int16) - 128).astype(np.int8).tobytes() in engine
+
+
+def cpu_target(folder: Path) -> Path:
+    """A file with a device like the CPU by another name."""
+    file = folder / "devices.toml"
+    file.write_text('[desk]\ntitle = "a desk\'s CPU"\nbackend = "onnxruntime"\n')
+    return file
+
+
+def test_another_cpu_s_engine_is_the_one_that_is_there(packed_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(packed_folder, tmp_path / "b"))
+    before = {path: path.read_bytes() for path in (folder / "graphs").iterdir()}
+    build(folder, ["desk"], device_file=cpu_target(tmp_path), cache=None)
+    open_bundle(folder).verify()
+    first, second = open_bundle(folder).contents.segments["denoiser"].engines
+    assert (second.target, second.path, second.built) == ("desk", first.path, True)
+    assert {path: path.read_bytes() for path in (folder / "graphs").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"another")])
+def test_a_form_for_the_cpu_that_is_missing_or_damaged_is_made_again(
+    packed_folder: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    folder = Path(shutil.copytree(packed_folder, tmp_path / "b"))
+    (engine,) = open_bundle(folder).contents.segments["denoiser"].engines
+    whole = (folder / engine.path).read_bytes()
+    damage(folder / engine.path)
+    report = build(folder, cache=None)
+    assert [(made.segment, made.reason) for made in report.made] == [
+        ("denoiser", "its file was missing or damaged")
+    ]
+    open_bundle(folder).verify()
+    assert (folder / engine.path).read_bytes() == whole
+    assert not build(folder, cache=None).made

@@ -135,7 +135,7 @@ def make_engines(
     fixed = [size for size in sizes if any(device.backend != "onnxruntime" for device in devices)]
     shapes = {size: segment_shapes(contents, size) for size in fixed}
     opened = [device for device in devices if device.backend == "onnxruntime"]
-    native = _native_shapes(contents) if sizes and opened else {}
+    native = native_shapes(contents) if sizes and opened else {}
     engines = {}
     for name, segment in segments.items():
         made: dict[str, list[Engine]] = {device.name: [] for device in devices}
@@ -156,7 +156,7 @@ def make_engines(
     return engines
 
 
-def _native_shapes(contents: Contents) -> dict[str, tuple[Shapes, ...]]:
+def native_shapes(contents: Contents) -> dict[str, tuple[Shapes, ...]]:
     """`segment_shapes` of the native size; nothing for graphs of one's own that take no single picture."""
     try:
         return segment_shapes(contents, contents.size)

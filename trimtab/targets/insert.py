@@ -32,9 +32,11 @@ from trimtab.targets.engines import (
     builder_for,
     engine_entry,
     lowered_path,
+    native_shapes,
     obtain,
     specialized,
 )
+from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
 from trimtab.targets.plugins.build import build_library
 from trimtab.targets.wanted import needs_library, present_library, reason_to_build
 
@@ -97,7 +99,7 @@ class Inserter:
         start = time.perf_counter()
         self._progress(f"{name} for {device.name}: {why}")
         if old.backend == "onnxruntime":
-            new = self._open(old, device) if old.packed else replace(old, built=True)
+            new = self._open(name, old, device)
         else:
             new = self._same(name, old, device, version) or self._built(name, old, device, version)
         self._put(old, new)
@@ -124,10 +126,17 @@ class Inserter:
                 return as_wanted
         return None
 
-    def _open(self, old: Engine, device: Device) -> Engine:
-        """ONNX Runtime's form of a graph with packed weights, beside it."""
-        builder, path = builder_for(device), lowered_path(old.graph, old.backend)
-        model = builder.lower(read_graph(self._bundle, old.graph), device)
+    def _open(self, name: str, old: Engine, device: Device) -> Engine:
+        """ONNX Runtime's form of a graph: another target's, the graph itself, or what that is lowered to, beside it."""
+        for engine in self._contents.segments[name].engines:
+            like = (engine.backend, engine.graph, engine.packed) == (old.backend, old.graph, old.packed)
+            if engine.built and like and reason_to_build(self._now(), engine, device, "") is None:
+                return replace(old, path=engine.path, bytes=engine.bytes, built=True)
+        builder = OnnxRuntimeBuilder(*native_shapes(self._contents).get(name, ())[:1])
+        graph = read_graph(self._bundle, old.graph)
+        model, path = builder.lower(graph, device), lowered_path(old.graph, old.backend)
+        if model is graph:
+            return replace(old, path=old.graph, built=True)
         stage = self._bundle.folder / ENGINES / _STAGE
         stage.mkdir(parents=True, exist_ok=True)
         info = builder.build(model, device, BuildOptions(), stage / "engine", self._progress)

@@ -104,13 +104,14 @@ def reason_to_build(bundle: Bundle, engine: Engine, device: Device, version: str
     """Why an engine must be made; None where it is right as it is."""
     if not engine.built:
         return "it was not built yet"
-    if engine.backend == "onnxruntime":
+    if engine.path == engine.graph:
         return None  # it is the graph
-    title = TITLES[engine.backend]
-    if engine.version != version:
-        return f"{title} {engine.version} built it and {version} is installed"
-    if engine.sm != device.sm:
-        return f"it was built for compute capability {engine.sm} and {device.name} has {device.sm}"
+    if engine.backend != "onnxruntime":
+        title = TITLES[engine.backend]
+        if engine.version != version:
+            return f"{title} {engine.version} built it and {version} is installed"
+        if engine.sm != device.sm:
+            return f"it was built for compute capability {engine.sm} and {device.name} has {device.sm}"
     try:
         bundle.verify([engine.path, *engine.plugins])
     except BundleError:
