@@ -197,3 +197,25 @@ def test_a_folder_is_not_replaced_while_somebody_works_in_it(
 def test_who_does_not_wait_is_told_that_a_folder_is_not_free(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(BlockingIOError), locked(tmp_path, wait=False):
         pass
+
+
+def test_who_waited_for_a_folder_that_was_replaced_meanwhile_has_the_new_one(tmp_path: Path) -> None:
+    folder, held = tmp_path / "out", threading.Event()
+    folder.mkdir()
+
+    def late() -> bool:
+        held.set()
+        with locked(folder):
+            return (folder / "new").exists()
+
+    with ThreadPoolExecutor(1) as pool:
+        with locked(folder):
+            waiting = pool.submit(late)
+            held.wait()
+            time.sleep(0.1)
+            folder.replace(tmp_path / "old")
+            folder.mkdir()
+            with locked(folder):  # by who put it there
+                time.sleep(0.2)
+                (folder / "new").touch()
+        assert waiting.result(timeout=10)

@@ -105,22 +105,37 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
         BlockingIOError: It is not free, and is not waited for.
     """
     try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
+        handle = _lock(folder, wait)
+    except BlockingIOError:
+        raise
     except (ImportError, OSError):  # Windows has no locks on folders
         yield
         return
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise
-        except OSError as error:
-            logger.debug("%s cannot be locked (%s)", folder, error)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(folder: Path, wait: bool) -> int:
+    """A handle on the folder that has its lock, or that no lock can be had on."""
+    import fcntl
+
+    while True:
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            if os.path.samestat(os.fstat(handle), folder.stat()):
+                return handle
+        except BlockingIOError:
+            os.close(handle)
+            raise
+        except FileNotFoundError:
+            pass  # it was taken away meanwhile
+        except OSError as error:
+            logger.debug("%s cannot be locked (%s)", folder, error)
+            return handle
+        os.close(handle)  # another one has its name since
 
 
 def check_replaceable(target: Path, marker: str) -> None:
