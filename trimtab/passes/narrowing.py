@@ -22,8 +22,8 @@ LOSS = 2.0**-10
 (above 6.1e-5); a weight that loses twice as much lies where numbers are subnormal. BF16 has float32's exponents."""
 
 _SCALES = frozenset(("MatMul", "Gemm", "Conv", "ConvTranspose", "Mul", "Div"))
-"""Operators that multiply by their second input: its relative error is the result's. What is added may be lost where
-it is tiny."""
+"""Operators that multiply or divide their first two inputs: the relative error of each is the result's. What is added
+may be lost where it is tiny."""
 
 
 def why_wide(value: ir.Value, node: ir.Node, dtype: ir.DataType) -> str | None:
@@ -35,7 +35,7 @@ def why_wide(value: ir.Value, node: ir.Node, dtype: ir.DataType) -> str | None:
     largest = max(float(array.max()), -float(array.min()))
     if LARGEST[dtype] < largest < FILL:
         return f"the weight {value.name} reaches {largest:.3g}, and the type ends at {LARGEST[dtype]:.5g}"
-    multiplies = node.op_type in _SCALES and value is node.inputs[1]
+    multiplies = node.op_type in _SCALES and value in node.inputs[:2]
     if dtype == ir.DataType.FLOAT16 and multiplies and largest < FILL:
         norm = float(np.linalg.norm(array))
         loss = float(np.linalg.norm(array - array.astype(np.float16))) / norm if norm else 0.0
