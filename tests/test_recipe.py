@@ -36,6 +36,8 @@ def test_a_toml_file_says_the_same(tmp_path: Path) -> None:
         ({"size": [64]}, "not a width"),
         ({"precision": "fp4"}, "fp4"),
         ({"eta": 2}, "0 to 1"),
+        ({"remove": 0.3, "remove_by": "luck"}, "no method luck: choose one of output-loss,"),
+        ({"remove_by": "random"}, "how to choose is given, and no share to remove"),
         ({"drifts": "file", "inherit": 2}, "no plan of inheritance asks for a speed"),
         ({"vq": 2, "vq_minutes": 0}, "more than 0 are needed"),
         ({"eta": "much"}, "eta = 'much' in a recipe: a number"),

@@ -24,6 +24,9 @@ VQ_BITS = (2, 3, 4)
 MEASURES = ("parameters", "bytes", "time")
 """What a share to remove may be of."""
 
+METHODS = ("output-loss", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "magnitude", "random")
+"""How what is removed may be chosen (`trimtab.calibration.planning`)."""
+
 
 _TEXT: tuple[tuple[type, ...], str] = ((str,), "a text")
 _PATH: tuple[tuple[type, ...], str] = ((str, Path), "a path")
@@ -54,7 +57,7 @@ class Recipe:
         remove: The share of the denoiser to remove, in 0..1.
         remove_of: What it is a share of, one of `MEASURES`: bytes of the weights as they are exported, or the time of
             a step that is predicted for the one target whose peaks are known.
-        remove_by: How they are chosen: one of `trimtab.calibration.planning.METHODS`.
+        remove_by: How they are chosen: one of `METHODS`.
         keep: Globs of modules that are not removed.
         drop: Globs of modules that are removed in any case.
         scores: A file of losses that `trimtab score` wrote; what it lacks is measured and added.
@@ -120,6 +123,10 @@ class Recipe:
             raise InputError(f"the share {self.remove} of layers to remove is not between 0 and 1")
         if self.remove_of not in MEASURES:
             raise InputError(f"remove_of {self.remove_of!r} is not one of {', '.join(MEASURES)}")
+        if self.remove_by not in METHODS:
+            raise InputError(f"there is no method {self.remove_by}: choose one of {', '.join(METHODS)}")
+        if self.remove is None and self.remove_by != METHODS[0]:
+            raise InputError("how to choose is given, and no share to remove: give remove as well")
         if self.remove is None and self.remove_of != "parameters":
             raise InputError("what a share is of is given, and no share to remove: give remove as well")
         if self.remove is not None and self.removal_plan is not None:

@@ -23,12 +23,12 @@ from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import RemovalPlan
 from trimtab.passes.split_attention import SplitAttention
 from trimtab.program import DENOISER, Program, Segment
+from trimtab.recipe import METHODS
 from trimtab.storage import write_contents
 from trimtab.targets.bindings import Shapes, segment_shapes
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("output-loss", *choice.HANDCRAFTED, "magnitude", "random")
 
 _STEPS_PER_TRAJECTORY = 4
 """Four time steps of one trajectory for every one of its samples: neighbours say nearly the same."""
