@@ -25,6 +25,7 @@ from trimtab.__main__ import main as command
 from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.cli import main
+from trimtab.export import source
 from trimtab.program import Schedule
 from trimtab.storage import read_program
 
@@ -274,7 +275,32 @@ def test_a_hub_id_without_a_network_fails_with_one_line(
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
     assert "the network" in compile_fails(capsys, "someone/some-model", tmp_path)
+
+
+def test_of_a_hub_s_weights_those_that_are_read_are_downloaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub
+
+    unet, text = "unet/diffusion_pytorch_model", "text_encoder/model"
+    read = [f"{unet}.safetensors", f"{text}.fp16.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+    shards = [f"transformer/diffusion_pytorch_model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    others = [f"{unet}.fp16.safetensors", f"{unet}.non_ema.safetensors", "v1-5-pruned.safetensors"]
+    others += ["transformer/diffusion_pytorch_model.fp16-00001-of-00001.safetensors", "unet/lora.safetensors"]
+    asked: dict[str, Any] = {}
+
+    def download(model: str, **options: Any) -> str:
+        asked.update(options)
+        return str(tmp_path)
+
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "list_repo_files", lambda *_: [*read, *shards, *others, "unet/config.json"]
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert source.find("someone/some-model") == tmp_path
+    assert {name for name in asked["ignore_patterns"] if name.endswith(".safetensors")} == set(others)
 
 
 def test_a_damaged_index(damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +137,34 @@ class Source:
             )
         for file in files:
             _check_safetensors(file)
-        shard = r"-\d+-of-\d+"
-        variants = {re.sub(shard, "", f.name)[len(stem) :].rpartition(".")[0][1:] or None for f in files}
-        return next(v for v in (None, "fp32", "fp16", *sorted(map(str, variants))) if v in variants)
+        return _variant({file.name: _variant_of(file.name, stem) for file in files}.values())
+
+
+def _variant_of(name: str, stem: str) -> str | None:
+    """The variant that a file of weights belongs to, such as "fp16" or "non_ema"; None for the plain ones."""
+    return re.sub(r"-\d+-of-\d+", "", name)[len(stem) :].rpartition(".")[0][1:] or None
+
+
+def _variant(found: Iterable[str | None]) -> str | None:
+    """Of several variants of one model's weights the one that is read."""
+    variants = set(found)
+    return next(v for v in (None, "fp32", "fp16", *sorted(map(str, variants))) if v in variants)
+
+
+def _unread(names: Iterable[str]) -> list[str]:
+    """Of a pipeline's files the weights that nothing reads: other variants, and other forms of the same."""
+    weights: dict[str, list[str]] = {}
+    unread: list[str] = []
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if file.endswith(".safetensors"):
+            stem = next((s for s in _STEMS.values() if re.match(rf"{s}[.-]", file)), None)
+            (unread if stem is None else weights.setdefault(f"{folder}/{stem}", [])).append(name)
+    for place, found in weights.items():
+        variants = {name: _variant_of(name, place) for name in found}
+        wanted = _variant(variants.values())
+        unread += [name for name, variant in variants.items() if variant != wanted]
+    return unread
 
 
 @contextlib.contextmanager
@@ -207,6 +232,8 @@ def _download(model: str) -> Path:
     patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
     # Single-file checkpoints of the same weights, and what other frameworks would load.
     ignored = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "openvino*", "flax*", "safety_checker/*"]
+    with contextlib.suppress(Exception):  # without a network the cache is looked into below
+        ignored += _unread(huggingface_hub.HfApi().list_repo_files(model))
     try:
         return Path(
             huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored)
