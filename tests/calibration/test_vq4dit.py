@@ -12,7 +12,7 @@ import torch
 from trimtab.calibration.codebooks import CALIBRATED, Codebooks
 from trimtab.calibration.kmeans import pack
 from trimtab.calibration.torch_graph import TorchGraph
-from trimtab.calibration.vq4dit import PackedLayer, Training, block_of, calibrate
+from trimtab.calibration.vq4dit import PackedLayer, Training, _distance, block_of, calibrate
 from trimtab.errors import CalibrationError
 from trimtab.passes import vq_op
 from trimtab.passes.scopes import SCOPES
@@ -187,6 +187,12 @@ def test_what_is_calibrated_already_is_read_as_its_codes_say(model: ir.Model) ->
         (text,) = [line for line in told if line.startswith("assigned blocks.1")]
         errors[shift] = float(text.partition("error ")[2].partition(" ")[0])
     assert errors[1] > 3 * errors[0]
+
+
+def test_a_block_that_gives_zeros_is_held_against_zeros() -> None:
+    found, zeros = torch.full((2, 2), 0.5), torch.zeros(2, 2)
+    assert float(_distance([zeros], [zeros])) == 0 and float(_distance([found], [zeros])) == 0.25
+    assert float(_distance([zeros], [found])) == 1
 
 
 def test_what_it_cannot_work_on_is_refused(model: ir.Model) -> None:

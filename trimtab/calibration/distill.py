@@ -220,7 +220,8 @@ def _loss(pairs: Sequence[tuple[Tensor, Tensor]], normalized: bool) -> Tensor:
     loss = (prediction - answer).square().mean()
     for wanted, given in features:
         error = (wanted - given).square()
-        loss = loss + (error.sum() / wanted.square().sum() if normalized else error.mean())
+        power = wanted.square().sum() if normalized else 0
+        loss = loss + (error.sum() / power if power else error.mean())  # of zeros, the error itself
     return loss
 
 

@@ -285,7 +285,7 @@ class _Run:
             fit = _distance(block(read, now).values(), wanted)
             first = first or float(fit.detach())
             soft = [layer.undecided() for layer in own.values() if not layer.hard]
-            loss = fit / first + torch.stack(soft).mean()
+            loss = fit / (first or 1.0) + torch.stack(soft).mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -358,6 +358,8 @@ def _names(values: Iterable[ir.Value]) -> list[str]:
 
 
 def _distance(found: Iterable[Tensor], wanted: Iterable[Tensor]) -> Tensor:
-    """Squared error relative to what is wanted, the mean over tensors of numbers."""
+    """Squared error relative to what is wanted, the mean over tensors of numbers; of zeros, the error itself."""
     pairs = [(f, w) for f, w in zip(found, wanted, strict=True) if w.is_floating_point()]
-    return torch.stack([(f - w).square().mean() / w.square().mean() for f, w in pairs]).mean()
+    powers = [w.square().mean() for _, w in pairs]
+    errors = [(f - w).square().mean() / (p if p else 1.0) for (f, w), p in zip(pairs, powers, strict=True)]
+    return torch.stack(errors).mean()
