@@ -301,7 +301,8 @@ class _Journal:
         add(self.path, {"schedule": schedule, "trajectory": number, "errors": listed.tolist()})
 
     def add_drift(self, schedule: str, number: int, choices: Choices, drift: float) -> None:
-        add(self.path, {"schedule": schedule, "trajectory": number, "choices": choices, "drift": drift})
+        listed = None if math.isinf(drift) else drift
+        add(self.path, {"schedule": schedule, "trajectory": number, "choices": choices, "drift": listed})
 
     def _parse(self, entry: dict[str, Any]) -> None:
         schedule, number = str(entry["schedule"]), int(entry["trajectory"])
@@ -312,7 +313,7 @@ class _Journal:
             self.errors[schedule, number] = np.where(np.isnan(errors), np.inf, errors)
         else:
             choices = tuple(int(choice) for choice in entry["choices"])
-            drift = float(entry["drift"])
+            drift = math.inf if entry["drift"] is None else float(entry["drift"])
             if math.isnan(drift):
                 raise ValueError("a drift that is no number")
             self.drifts.setdefault(schedule, {})[number, choices] = drift

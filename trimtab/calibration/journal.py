@@ -92,4 +92,4 @@ def add(path: Path, measurement: Mapping[str, object]) -> None:
 
 
 def _line(data: Mapping[str, object]) -> str:
-    return json.dumps(data) + "\n"
+    return json.dumps(data, allow_nan=False) + "\n"

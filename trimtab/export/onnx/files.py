@@ -63,7 +63,8 @@ def export_onnx(
     opened = {table.name: open_graph(table.name, table.file) for table in files.tables}
     _check_references(files, opened)
 
-    parts = Parts(f"ONNX files ({path.name})", keep)
+    title = "".join(letter if letter.isprintable() else "?" for letter in path.name)
+    parts = Parts(f"ONNX files ({title})", keep)
     parts.strength = {}  # pictures as inputs need an encoder and a draw from its posterior
     _guide(files, parts)
     wires = Wires(path, parts, files.guidance is not None)

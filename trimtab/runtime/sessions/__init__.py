@@ -10,8 +10,6 @@ check          whether an engine fits this machine
 
 from __future__ import annotations
 
-import numpy as np
-
 from trimtab.errors import BundleError, InputError
 from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session
 from trimtab.runtime.sessions.cuda import Driver
@@ -26,7 +24,6 @@ __all__ = [
     "OnnxRuntimeSession",
     "Run",
     "Session",
-    "new_buffer",
     "open_backend",
 ]
 
@@ -64,8 +61,3 @@ def open_backend(name: str, *, provider: str = "cpu", threads: int = 0, fast: bo
         return OnnxRuntimeCpu(threads, fast)
     module = import_backend(name)  # what is not installed is said before what is not plugged in
     return TensorRT(name, Driver(), module)
-
-
-def new_buffer(shape: tuple[int, ...], dtype: str) -> Buffer:
-    """A buffer of zeros on the CPU."""
-    return np.zeros(shape, dtype)

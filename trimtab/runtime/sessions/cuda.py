@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -260,5 +261,5 @@ def _open() -> Any:
 
 
 def element_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """Bytes of a contiguous tensor."""
-    return int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    """Bytes of a contiguous tensor, however large."""
+    return math.prod(map(int, shape)) * dtype.itemsize
