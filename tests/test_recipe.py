@@ -36,6 +36,8 @@ def test_a_toml_file_says_the_same(tmp_path: Path) -> None:
         ({"size": [64]}, "not a width"),
         ({"precision": "fp4"}, "fp4"),
         ({"eta": 2}, "0 to 1"),
+        ({"guidance": "much"}, "a number is needed"),
+        ({"guidance": float("nan")}, "the guidance scale nan is not a finite number"),
         ({"remove": 0.3, "remove_by": "luck"}, "no method luck: choose one of output-loss,"),
         ({"remove_by": "random"}, "how to choose is given, and no share to remove"),
         ({"drifts": "file", "inherit": 2}, "no plan of inheritance asks for a speed"),

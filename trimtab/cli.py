@@ -36,6 +36,7 @@ _RECIPE = (
         "steps",
         "scheduler",
         "eta",
+        "guidance",
         "precision",
         "inherit",
         "drifts",
@@ -232,6 +233,9 @@ def _compile_arguments(command: argparse.ArgumentParser) -> None:
         "--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ..."
     )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
+    command.add_argument(
+        "--guidance", type=float, metavar="G", help="the scale by default, and that engines are made for"
+    )
     command.add_argument(
         "--size",
         action="append",

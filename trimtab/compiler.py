@@ -21,7 +21,7 @@ from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
 from trimtab.passes.hidiffusion import scale_of
 from trimtab.passes.removal import load_plan
-from trimtab.program import Program, check_size
+from trimtab.program import Program, check_size, with_guidance
 from trimtab.recipe import Recipe, make_recipe, read_toml
 from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
@@ -104,6 +104,8 @@ def compile(
             progress(f"exported {', '.join(program.segments)}")
         else:
             program = export_model(path, chosen, keep)
+        if chosen.guidance is not None:
+            program = with_guidance(program, chosen.guidance)
         for size in chosen.buckets:
             check_size(size, program.size, program.size_multiple, program.fixed_size, program.largest_side)
         if chosen.hidiffusion:

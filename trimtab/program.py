@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from trimtab.errors import InputError
@@ -215,6 +215,23 @@ def reads(read: set[str], name: str) -> bool:
     if name in read or (match is not None and match[1] in read):
         return True
     return any(name == part[1] for part in map(SLICE.match, read) if part is not None)
+
+
+def with_guidance(program: Program, scale: float) -> Program:
+    """A program whose tasks are guided by a scale where none is asked for.
+
+    Raises:
+        InputError: The model has no guidance, and a scale above 1 is given.
+    """
+    if scale > 1 and all(task.guidance is None for task in program.tasks.values()):
+        raise InputError(
+            f"a guidance scale of {scale:g} was given and this model has no guidance: leave it out"
+        )
+    tasks = {
+        name: task if task.guidance is None else replace(task, guidance=scale)
+        for name, task in program.tasks.items()
+    }
+    return replace(program, tasks=tasks)
 
 
 def check_size(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ _TRUTH: tuple[tuple[type, ...], str] = ((bool,), "true or false")
 _KINDS = {
     **dict.fromkeys(("targets", "keep", "drop", "scheduler", "precision", "remove_of", "remove_by"), _TEXT),
     **dict.fromkeys(("scores", "removal_plan", "drifts", "vq_codebooks"), _PATH),
-    **dict.fromkeys(("eta", "remove", "vq_minutes"), _NUMBER),
+    **dict.fromkeys(("eta", "guidance", "remove", "vq_minutes"), _NUMBER),
     **dict.fromkeys(("vq_scale", "hidiffusion"), _TRUTH),
     "vq": ((int,), "2, 3 or 4"),
 }
@@ -54,6 +55,8 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
+        guidance: The scale that is taken where none is asked for, and that engines of fixed sizes are made for: from 1
+            down they have one row for each picture, and cannot be guided. None for the pipeline's own.
         remove: The share of the denoiser to remove, in 0..1.
         remove_of: What it is a share of, one of `MEASURES`: bytes of the weights as they are exported, or the time of
             a step that is predicted for the one target whose peaks are known.
@@ -61,7 +64,7 @@ class Recipe:
         keep: Globs of modules that are not removed.
         drop: Globs of modules that are removed in any case.
         scores: A file of losses that `trimtab score` wrote; what it lacks is measured and added.
-        removal_plan: A saved plan, or a student's folder of `trimtab distill`, in the place of the five above.
+        removal_plan: A saved plan, or a student's folder of `trimtab distill`, in the place of what removes above.
         precision: Of the weights and of the arithmetic; None for each target's own: fp16 on GPUs, fp32 on CPUs.
         inherit: What steps inherit from earlier ones; None for nothing.
         drifts: A file that a search for what to inherit adds its measurements to, and goes on from.
@@ -82,6 +85,7 @@ class Recipe:
     size: tuple[int, int] | None = None
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
+    guidance: float | None = None
     remove: float | None = None
     remove_of: str = "parameters"
     remove_by: str = "output-loss"
@@ -119,6 +123,8 @@ class Recipe:
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")
+        if self.guidance is not None and not abs(self.guidance) < math.inf:
+            raise InputError(f"the guidance scale {self.guidance} is not a finite number")
         if self.remove is not None and not 0 < self.remove < 1:
             raise InputError(f"the share {self.remove} of layers to remove is not between 0 and 1")
         if self.remove_of not in MEASURES:

@@ -201,7 +201,9 @@ def test_a_weight_that_fp16_cannot_hold_stays_in_float32(scale: float, why: str)
 
 @pytest.mark.parametrize("product", ["Mul (w, h)", "Mul (h, w)", "MatMul (w, h)", "Div (w, h)"])
 def test_a_small_factor_stays_in_float32_on_either_side(product: str) -> None:
-    text = f"agraph (float[8, 8] x) => (float[8, 8] y) {{ h = MatMul (x, v) a = {product} y = MatMul (a, v) }}"
+    text = (
+        f"agraph (float[8, 8] x) => (float[8, 8] y) {{ h = MatMul (x, v) a = {product} y = MatMul (a, v) }}"
+    )
     (refusal,) = convert(graph(text, w=1e-7 * normal(8, 8), v=normal(8, 8)), "fp16", {}).refused
     assert refusal.where == "a" and "too small" in refusal.reason
 

@@ -6,6 +6,7 @@ import errno
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -14,9 +15,11 @@ import pytest
 from engines import FakeBuilder, graph, rebuilt
 from graphs import feeds_for
 
+import trimtab
 from trimtab.bundle import Bundle, open_bundle
 from trimtab.errors import InputError, TrimtabError
 from trimtab.manifest import Engine
+from trimtab.program import with_guidance
 from trimtab.storage import GRAPHS, read_program
 from trimtab.targets import cache as cache_module
 from trimtab.targets.base import BuildOptions
@@ -117,6 +120,23 @@ def test_every_segment_is_bound_to_one_picture_with_guidance(bundle_folder: Call
     assert denoiser["encoder_hidden_states"][0] == 2
     (encoder,) = shapes["text_encoder"]
     assert encoder["tokens"][0] == 2
+
+
+def test_a_model_that_is_compiled_for_no_guidance_gets_engines_of_one_row(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"targets": "orin-nano-8gb", "guidance": 0, "steps": 2, "cache": None}
+    contents = trimtab.compile(pipeline_folder("dit"), tmp_path / "b", **options).contents
+    assert {task.guidance for task in contents.tasks.values()} == {0.0}
+    (engine,) = contents.segments["denoiser"].engines
+    assert engine.shapes["mix"] == (1,) and engine.shapes["class_labels"] == (1,)
+
+
+def test_a_scale_for_a_model_that_is_not_guided_is_refused(bundle_folder: Callable[[str], Path]) -> None:
+    program = read_program(open_bundle(bundle_folder("ddpm")))
+    assert with_guidance(program, 1.0) == program
+    with pytest.raises(InputError, match="a guidance scale of 3 was given and this model has no guidance"):
+        with_guidance(program, 3.0)
 
 
 # ---- a cache that cannot be used ----

@@ -79,7 +79,7 @@ def fit(request: Request, sizes: tuple[Fixed, ...], contents: Contents) -> list[
     able = sorted((s for s in able if s.rows >= request.rows), key=lambda s: (s.rows, -s.batch))
     if not able:
         raise InputError(
-            "guidance was asked for and the engines were built without: set it to 1, or build them with it"
+            "guidance was asked for and the engines were built without: set it to 1, or compile with --guidance"
         )
     rows = able[0].rows
     batches = [size.batch for size in able if size.rows == rows]
