@@ -130,6 +130,24 @@ def test_a_unet_that_reads_classes_is_refused_by_name(pipeline: str, config: dic
         _WRAPPERS[pipeline](None, model)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "config"),
+    [
+        ("StableDiffusionPipeline", {"addition_embed_type": "image", "encoder_hid_dim": 16}),
+        ("StableDiffusionPipeline", {"addition_embed_type": "text_image"}),
+        ("StableDiffusionXLPipeline", {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 16}),
+    ],
+)
+def test_a_unet_that_reads_what_its_pipeline_does_not_give_is_refused_by_name(
+    pipeline: str, config: dict[str, Any]
+) -> None:
+    name, value = next(iter(config.items()))
+    with pytest.raises(
+        ExportError, match=f"the U-Net has {name} '{value}', and its pipeline .*: give another"
+    ):
+        _WRAPPERS[pipeline](None, unet(**TWO_LEVELS, **config))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("caption_channels", "width"), [(32, 32), (None, 24)])
 def test_the_text_of_a_pixart_is_as_wide_as_its_transformer_reads_it(
     caption_channels: int | None, width: int

@@ -19,16 +19,19 @@ from diffusers import (
     IPNDMScheduler,
 )
 from diffusers.models.embeddings import LabelEmbedding
+from graphs import run
 from tiny import clip_text, unet
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
 from trimtab.export.families import class_labels, stable_diffusion, stable_diffusion_xl
-from trimtab.export.parts import Parts, PipelineParts, sample_example
+from trimtab.export.modules import ConditionalUNet
+from trimtab.export.parts import Parts, PipelineParts, hidden_example, sample_example, timestep_example
 from trimtab.export.pipeline import _no_pictures, _own_scheduler, _warn_of_scaling
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.sizes import measure
 from trimtab.export.source import Source
+from trimtab.export.trace import Example, trace
 from trimtab.runtime.inputs import Noise, Request, make_input
 
 SCALING = {"lms", "euler", "euler-ancestral", "heun", "kdpm2", "kdpm2-ancestral"}
@@ -179,11 +182,11 @@ def test_a_unet_reads_text_as_wide_as_its_encoder_writes_it(
     unet(**config).save_pretrained(folder / "unet")
     read: dict[str, Any] = {}
 
-    def trace(parts: PipelineParts) -> None:
+    def wire(parts: PipelineParts) -> None:
         monkeypatch.setattr(PipelineParts, "denoiser", lambda _, module, inputs: read.update(inputs))
         stable_diffusion(parts)
 
-    wired(trace, Source(folder), monkeypatch)
+    wired(wire, Source(folder), monkeypatch)
     assert read["encoder_hidden_states"].tensor.shape[-1] == 16
 
 
@@ -199,11 +202,61 @@ def test_a_unet_reads_text_as_wide_as_its_encoder_writes_it(
 def test_the_size_of_an_old_stable_diffusion_is_mended_as_its_pipeline_does(
     version: str, sample_size: Any, size: tuple[int, int], tmp_path: Path
 ) -> None:
-    source = with_vae(tmp_path, "AutoencoderKL")
+    assert measured(tmp_path, {"_diffusers_version": version, "sample_size": sample_size}).size == size
+
+
+def measured(folder: Path, config: dict[str, Any]) -> PipelineParts:
+    """The sizes of a Stable Diffusion with a U-Net of a configuration, two pixels to a latent."""
+    source = with_vae(folder, "AutoencoderKL")
     source.index["unet"] = ["diffusers", "UNet2DConditionModel"]
-    (tmp_path / "unet").mkdir()
-    config = json.dumps({"_diffusers_version": version, "sample_size": sample_size})
-    (tmp_path / "unet" / "config.json").write_text(config)
+    (folder / "unet").mkdir()
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
     made = PipelineParts(source, lambda _, graph: graph)
     measure(made)
-    assert made.size == size
+    return made
+
+
+@pytest.mark.parametrize(
+    ("up_blocks", "multiple"),
+    [
+        (["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"], 2),
+        (["UpBlock2D", "ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"], 8),
+        (["CrossAttnUpBlock2D", "SimpleCrossAttnUpBlock2D"], 2),
+    ],
+)
+def test_sides_halve_at_every_level_where_an_upsampler_only_doubles(
+    up_blocks: list[str], multiple: int, tmp_path: Path
+) -> None:
+    assert measured(tmp_path, {"sample_size": 8, "up_block_types": up_blocks}).multiple == multiple
+
+
+def test_a_unet_whose_upsamplers_only_double_is_traced_with_open_sizes() -> None:
+    torch.manual_seed(0)
+    model = unet(
+        block_out_channels=(8, 8, 8),
+        down_block_types=("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
+    )
+    assert_open_sizes(model, sample_example(4, multiple=4), (8, 20))
+
+
+def test_a_unet_of_many_levels_is_traced_with_open_sizes_at_its_bottom() -> None:
+    torch.manual_seed(0)
+    levels = 5
+    model = unet(
+        block_out_channels=(4,) * levels,
+        down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
+    )
+    assert_open_sizes(model, sample_example(4, halvings=levels - 1), (32, 50))
+
+
+def assert_open_sizes(model: Any, sample: Example, size: tuple[int, int]) -> None:
+    """The graph that is traced with a sample makes of one of another size what torch makes of it."""
+    inputs = {"timestep": timestep_example(), "encoder_hidden_states": hidden_example(16)}
+    graph = trace(ConditionalUNet(model), {"sample": sample, **inputs}, ["prediction"])
+    given = [torch.randn(1, 4, *size), torch.tensor(7.0), torch.randn(1, 5, 16)]
+    feeds = dict(zip((str(value.name) for value in graph.graph.inputs), map(np.asarray, given), strict=True))
+    with torch.no_grad():
+        theirs = model(*given).sample.numpy()
+    assert np.abs(run(graph, feeds)["prediction"] - theirs).max() <= 1e-5

@@ -96,8 +96,27 @@ def _check_classes(unet: Any) -> None:
         )
 
 
-def _unet(source: Source, unet: Any) -> modules.Denoiser:
+def _check_told(unet: Any, **told: str) -> None:
+    """Refuses a U-Net that reads more than time, text and what its pipeline tells it.
+
+    Args:
+        unet: The model.
+        **told: Configuration's field -> the one value, beside None, that the pipeline serves.
+
+    Raises:
+        ExportError: It reads something else.
+    """
     _check_classes(unet)
+    for name, value in ({"encoder_hid_dim_type": "text_proj"} | told).items():
+        if (found := unet.config[name]) not in (None, value):
+            raise ExportError(
+                f"the U-Net has {name} {found!r}, and its pipeline gives it text alone (None or {value!r}): "
+                "give another pipeline"
+            )
+
+
+def _unet(source: Source, unet: Any) -> modules.Denoiser:
+    _check_told(unet, addition_embed_type="text")
     inpainting = _reads_mask(source, unet)
     if unet.config.time_cond_proj_dim is not None:
         return modules.GuidedUNet(unet)
@@ -105,7 +124,7 @@ def _unet(source: Source, unet: Any) -> modules.Denoiser:
 
 
 def _xl_unet(source: Source, unet: Any) -> modules.Denoiser:
-    _check_classes(unet)
+    _check_told(unet)
     wrapper = modules.XLInpaintingUNet if _reads_mask(source, unet) else modules.XLUNet
     return wrapper(unet, latent_space(source)[1])
 

@@ -14,7 +14,13 @@ import torch
 
 from trimtab.errors import ExportError
 from trimtab.export import encoders, modules
-from trimtab.export.denoisers import SIZE_CONDITIONS, caption_width, check_conditions, denoiser_module
+from trimtab.export.denoisers import (
+    SIZE_CONDITIONS,
+    caption_width,
+    check_conditions,
+    denoiser_module,
+    denoiser_name,
+)
 from trimtab.export.parts import (
     ROWS,
     TOKENS,
@@ -64,9 +70,14 @@ def _t5(parts: PipelineParts, suffix: str, length: int) -> None:
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
 
 
+def _sample(parts: PipelineParts) -> Example:
+    levels = parts.source.config(denoiser_name(parts.source)).get("block_out_channels") or ()
+    return sample_example(parts.channels, parts.multiple // parts.factor, len(levels) - 1)
+
+
 def _known_examples(parts: PipelineParts) -> dict[str, Example]:
     """What a denoiser with inpainting channels reads beside the sample."""
-    sample = sample_example(parts.channels).tensor
+    sample = _sample(parts).tensor
     sizes = ("latent_height", "latent_width")
     return {
         "mask": Example(torch.rand(1, 1, *sample.shape[2:]), (None, None, *sizes)),
@@ -88,7 +99,7 @@ def stable_diffusion(parts: PipelineParts) -> None:
     _clip(parts, "", "last", None, masks=True)
     wrapper = denoiser_module(source)
     inputs = {
-        "sample": sample_example(parts.channels),
+        "sample": _sample(parts),
         "timestep": timestep_example(),
         "encoder_hidden_states": hidden_example(parts.output_width("text_encoder", "hidden")),
     }
@@ -138,7 +149,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
     parts.call("text_join", {**text, "given": "given"}, parts.conditioning)
     inputs = {
-        "sample": sample_example(parts.channels),
+        "sample": _sample(parts),
         "timestep": timestep_example(),
         "encoder_hidden_states": hidden_example(parts.output_width("text_join", "encoder_hidden_states")),
         "text_embeds": pooled_example(pooled),
@@ -190,7 +201,7 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     parts.denoiser(
         wrapper,
         {
-            "sample": sample_example(parts.channels, even=True),
+            "sample": _sample(parts),
             "timestep": timestep_example(),
             "encoder_hidden_states": hidden_example(width),
             "pooled_projections": pooled_example(wrapper.model.config.pooled_projection_dim),
@@ -209,7 +220,7 @@ def flux(parts: PipelineParts) -> None:
     config = wrapper.model.config
     parts.conditioning = {"encoder_hidden_states": "hidden_2", "pooled_projections": "pooled"}
     inputs = {
-        "sample": sample_example(parts.channels, even=True),
+        "sample": _sample(parts),
         "timestep": timestep_example(),
         "encoder_hidden_states": hidden_example(config.joint_attention_dim),
         "pooled_projections": pooled_example(config.pooled_projection_dim),
@@ -251,7 +262,7 @@ def pixart(parts: PipelineParts) -> None:
     parts.denoiser(
         wrapper,
         {
-            "sample": sample_example(parts.channels, even=True),
+            "sample": _sample(parts),
             "timestep": timestep_example(),
             "encoder_hidden_states": hidden_example(caption_width(wrapper.model)),
             "encoder_attention_mask": Example(_example_mask().float(), ("prompts", "tokens")),

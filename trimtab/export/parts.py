@@ -20,10 +20,7 @@ logger = logging.getLogger(__name__)
 Keep = Callable[[str, ir.Model], ir.Model]
 """Writes a segment's weights to disk as soon as they are traced, so that torch's copy can go."""
 
-# Example sizes for tracing. Odd latent sizes make a U-Net take its general path, in which an upsampler is told
-# the size of its skip; transformers need even ones. Sizes differ from each other and from 0 and 1, which
-# torch.export would take for constants.
-LATENT = (13, 9)
+# Example sizes for tracing. They differ from each other and from 0 and 1, which torch.export would take for constants.
 EVEN_LATENT = (12, 10)
 ROWS = 2
 TOKENS = 11
@@ -231,9 +228,19 @@ class PipelineParts(Parts):
         )
 
 
-def sample_example(channels: int, even: bool = False) -> Example:
-    """The denoiser's sample: (rows * batch, channels, h, w)."""
-    height, width = EVEN_LATENT if even else LATENT
+def sample_example(channels: int, multiple: int = 1, halvings: int = 3) -> Example:
+    """The denoiser's sample: (rows * batch, channels, h, w).
+
+    Args:
+        channels: Of a latent.
+        multiple: What both sides must be multiples of.
+        halvings: How often a U-Net halves them, rounded up.
+    """
+    # Odd sides make a U-Net take its general path, in which an upsampler is told the size of its skip. Three and two
+    # halves and one more are 2 where they have been halved to the end: a 1 would be taken for a constant there.
+    half = 2 ** max(halvings - 1, 2)
+    odd = (3 * half + 1, 2 * half + 1)
+    height, width = odd if multiple == 1 else (side * multiple // 2 for side in EVEN_LATENT)
     return Example(
         torch.randn(ROWS, channels, height, width), ("prompts", None, "latent_height", "latent_width")
     )

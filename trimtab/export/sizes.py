@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trimtab.errors import InputError
@@ -25,7 +25,7 @@ def measure(parts: PipelineParts) -> None:
         if source.has("vae"):
             # A transformer's patches; Flux packs 2x2 latents before its model sees them.
             patch = 2 if source.pipeline_class.startswith("Flux") else int(config.get("patch_size", 1))
-            parts.multiple = parts.factor * patch
+            parts.multiple = parts.factor * patch * _halvings(config.get("up_block_types") or ())
             # SD3 cuts what it needs out of a table of so many patches a side.
             if table := config.get("pos_embed_max_size"):
                 parts.largest_side = int(table) * parts.multiple
@@ -44,6 +44,15 @@ def measure(parts: PipelineParts) -> None:
         ) from None
     if source.pipeline_class == "DiTPipeline":
         parts.fixed_size = "the model's position embeddings are fixed"
+
+
+_TOLD_SIZES = {"UpBlock2D", "CrossAttnUpBlock2D"}
+"""Up blocks that take the size of their skip from the U-Net; others double."""
+
+
+def _halvings(up_blocks: Sequence[str]) -> int:
+    """What a conditional U-Net's sides must be multiples of: behind an upsampler that doubles, the halves of a side."""
+    return 1 if _TOLD_SIZES.issuperset(up_blocks[:-1]) else 2 ** (len(up_blocks) - 1)
 
 
 _MENDING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
