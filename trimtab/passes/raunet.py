@@ -140,7 +140,9 @@ def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
         for name, wanted in plain.items()
         if name in conv.attributes
     ):
-        raise PassError(f"{module.path} is no 3x3 convolution of stride 2, which HiDiffusion rewrites")
+        raise PassError(
+            f"{module.path} is no 3x3 convolution of stride 2, which HiDiffusion rewrites: leave HiDiffusion out"
+        )
     output, source = conv.outputs[0], conv.inputs[0]
     assert output.shape is not None and source is not None and source.shape is not None
     assert output.dtype is not None

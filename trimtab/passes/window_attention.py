@@ -124,7 +124,7 @@ def window_attention(
     if len(read) != 3 or len(sizes) != 3 or len({str(s[2]) for s in shapes}) != 1:
         raise PassError(
             f"{attention.name} cannot have windows: it needs queries, keys and values of the same tokens, (rows, "
-            "heads, tokens, width) with fixed heads and width, and neither mask nor cache"
+            "heads, tokens, width) with fixed heads and width, and neither mask nor cache: leave HiDiffusion out"
         )
     dtype, output = read[0].dtype, attention.outputs[0]
     assert dtype is not None and output.shape is not None
