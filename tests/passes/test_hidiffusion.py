@@ -348,6 +348,16 @@ def test_a_transformer_is_refused(bundle_folder: BundleFolder) -> None:
         hidiffusion(read_program(open_bundle(bundle_folder("dit"))))
 
 
+@pytest.mark.xdist_group("shapes-sd")
+def test_an_upsampler_that_is_told_no_size_is_refused(sample_bundle: BundleFolder) -> None:
+    program = read_program(open_bundle(sample_bundle("shapes-sd")))
+    for node in program.segments["denoiser"].model.graph:
+        if node.op_type == "Resize":  # as those of U-Nets without conditions
+            node.resize_inputs(3)
+    with pytest.raises(PassError, match=r"up_blocks\.1\.upsamplers\.0 doubles what it reads, .* out"):
+        hidiffusion(program)
+
+
 # ---- the tables ----
 
 

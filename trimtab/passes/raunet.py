@@ -143,6 +143,12 @@ def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
         raise PassError(
             f"{module.path} is no 3x3 convolution of stride 2, which HiDiffusion rewrites: leave HiDiffusion out"
         )
+    upsampler = tree[places.upsampler]
+    if not any(n.op_type == "Resize" and len(n.inputs) == 4 for n in upsampler.nodes):
+        raise PassError(
+            f"{upsampler.path} doubles what it reads, and HiDiffusion needs one that is told a size, as Stable "
+            "Diffusion's are: leave HiDiffusion out"
+        )
     output, source = conv.outputs[0], conv.inputs[0]
     assert output.shape is not None and source is not None and source.shape is not None
     assert output.dtype is not None
@@ -157,7 +163,7 @@ def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
         dtype=output.dtype,
         shape=[*output.shape[:2], *(_part(dim, 4) for dim in source.shape[2:])],
     )
-    relabel(output, tree[places.upsampler].nodes)
+    relabel(output, upsampler.nodes)
     swaps[CONV][str(output.name)] = str(other.name)
 
 
