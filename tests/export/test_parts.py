@@ -122,6 +122,10 @@ def test_a_tiny_autoencoder_decodes_and_others_are_refused(tmp_path: Path) -> No
     source = with_vae(tmp_path, "AutoencoderTiny")
     assert latent_space(source) == (4, 2)
     assert _no_pictures(source, DDIMScheduler()) == "AutoencoderTiny encodes without a posterior"
+    wide = with_vae(tmp_path, "AutoencoderKL")
+    config = tmp_path / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 4}))
+    assert "pictures of 4 channels" in str(_no_pictures(wide, DDIMScheduler()))
     with pytest.raises(ExportError, match="vae is AsymmetricAutoencoderKL, and AutoencoderKL and"):
         latent_space(with_vae(tmp_path, "AsymmetricAutoencoderKL"))
 

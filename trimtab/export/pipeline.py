@@ -150,6 +150,8 @@ def _no_pictures(source: Source, scheduler: Any) -> str | None:
         return f"{type(scheduler).__name__} adds no noise to a picture"
     if source.has("vae") and source.class_name("vae") != "AutoencoderKL":
         return f"{source.class_name('vae')} encodes without a posterior"
+    if source.has("vae") and (channels := source.config("vae").get("in_channels", 3)) != 3:
+        return f"the autoencoder reads pictures of {channels} channels, and 3 are given"
     return None
 
 
