@@ -165,6 +165,15 @@ def test_a_pixart_that_reads_no_text_is_refused_by_name() -> None:
         caption_width(pixart_transformer(cross_attention_dim=None))
 
 
+@pytest.mark.parametrize("pipeline", ["PixArtAlphaPipeline", "PixArtSigmaPipeline"])
+def test_a_pixart_that_no_pipeline_tells_the_size_it_reads_is_refused(pipeline: str) -> None:
+    model = pixart_transformer(use_additional_conditions=True)
+    with pytest.raises(
+        ExportError, match="and has sample_size 8, and PixArt's pipeline tells it to models of 128"
+    ):
+        _WRAPPERS[pipeline](None, model)  # type: ignore[arg-type]
+
+
 def pixart_transformer(**config: Any) -> PixArtTransformer2DModel:
     """The smallest, over latents of 8x8."""
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "sample_size": 8}

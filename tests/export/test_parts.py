@@ -17,16 +17,24 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     IPNDMScheduler,
+    SD3Transformer2DModel,
 )
 from diffusers.models.embeddings import LabelEmbedding
 from graphs import run
-from tiny import clip_text, unet
+from tiny import clip_text, clip_tokenizer, unet
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
-from trimtab.export.families import class_labels, stable_diffusion, stable_diffusion_xl
+from trimtab.export.families import class_labels, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from trimtab.export.modules import ConditionalUNet
-from trimtab.export.parts import Parts, PipelineParts, hidden_example, sample_example, timestep_example
+from trimtab.export.parts import (
+    Parts,
+    PipelineParts,
+    hidden_example,
+    patched_example,
+    sample_example,
+    timestep_example,
+)
 from trimtab.export.pipeline import _no_pictures, _own_scheduler, _warn_of_scaling
 from trimtab.export.sampler import make_scheduler
 from trimtab.export.sizes import measure
@@ -37,6 +45,17 @@ from trimtab.runtime.inputs import Noise, Request, make_input
 SCALING = {"lms", "euler", "euler-ancestral", "heun", "kdpm2", "kdpm2-ancestral"}
 
 PROJECTING = "CLIPTextModelWithProjection"
+SD3_TRANSFORMER: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 32,
+}
 STRENGTH = {"image-to-image": 0.8, "inpainting": 1.0}
 
 
@@ -171,6 +190,36 @@ def test_sdxl_is_told_the_pooled_text_of_the_first_encoder_that_projects_it(
     calls = {call.segment: call for call in wired(stable_diffusion_xl, Source(folder), monkeypatch).prologue}
     assert calls["text_join"].inputs["pooled_2"] == pooled
     assert pooled in {name for call in calls.values() for name in call.outputs.values()}
+
+
+@pytest.mark.parametrize("lengths", [(16, 12), (12, 16), (1000, 12)])
+def test_both_clips_of_sd3_read_as_many_tokens_as_the_first_tokenizer_says(
+    lengths: tuple[int, int],
+    pipeline_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = Path(shutil.copytree(pipeline_folder("sd3"), tmp_path / "sd3"))
+    for name, length in zip(("tokenizer", "tokenizer_2"), lengths, strict=True):
+        clip_tokenizer(tmp_path / name, length=length).save_pretrained(folder / name)
+    made = wired(stable_diffusion_3, Source(folder), monkeypatch)
+    shapes = {spec.name: spec.shape[1] for spec in made.inputs}
+    assert shapes["tokens"] == shapes["tokens_2"] == min(lengths[0], 16)
+
+
+@pytest.mark.parametrize(
+    ("table", "patch", "latent"), [(4, 2, (8, 8)), (3, 1, (3, 3)), (5, 4, (20, 20)), (96, 2, (12, 10))]
+)
+def test_a_table_of_positions_is_not_read_behind_its_end_when_it_is_traced(
+    table: int, patch: int, latent: tuple[int, int]
+) -> None:
+    multiple = 8 * patch
+    made = Parts("x", lambda _, graph: graph, multiple=multiple, largest_side=table * multiple)
+    sample = patched_example(made).tensor
+    assert sample.shape[2:] == latent
+    model = SD3Transformer2DModel(**SD3_TRANSFORMER, patch_size=patch, pos_embed_max_size=table)
+    with torch.no_grad():
+        assert model.pos_embed(sample).shape[1] == latent[0] * latent[1] // patch**2
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,16 @@ def _xl_unet(source: Source, unet: Any) -> modules.Denoiser:
     return wrapper(unet, latent_space(source)[1])
 
 
+def _pixart(source: Source, transformer: Any) -> modules.Denoiser:
+    sample_size = transformer.config.sample_size
+    if transformer.use_additional_conditions and sample_size != modules.CONDITIONED_SIZE:
+        raise ExportError(
+            f"the transformer reads the picture's size (use_additional_conditions) and has sample_size {sample_size}, "
+            f"and PixArt's pipeline tells it to models of {modules.CONDITIONED_SIZE}: save it with the right one"
+        )
+    return modules.PixArtTransformer(transformer, latent_space(source)[1])
+
+
 def _reads_mask(source: Source, unet: Any) -> bool:
     """Whether a U-Net reads mask and masked picture beside the sample (Raises ExportError for other channels)."""
     channels = latent_space(source)[0]
@@ -184,8 +194,8 @@ _WRAPPERS: Mapping[str, Callable[[Source, Any], modules.Denoiser]] = {
     "StableDiffusion3Img2ImgPipeline": lambda source, model: modules.SD3Transformer(model),
     "FluxPipeline": lambda source, model: modules.FluxTransformer(model),
     "FluxImg2ImgPipeline": lambda source, model: modules.FluxTransformer(model),
-    "PixArtAlphaPipeline": lambda source, model: modules.PixArtTransformer(model, latent_space(source)[1]),
-    "PixArtSigmaPipeline": lambda source, model: modules.PixArtTransformer(model, latent_space(source)[1]),
+    "PixArtAlphaPipeline": _pixart,
+    "PixArtSigmaPipeline": _pixart,
     "DiTPipeline": lambda source, model: modules.ClassTransformer(model),
     "DDPMPipeline": _pixel_unet,
     "DDIMPipeline": _pixel_unet,

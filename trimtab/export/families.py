@@ -26,6 +26,8 @@ from trimtab.export.parts import (
     TOKENS,
     PipelineParts,
     hidden_example,
+    odd_latent,
+    patched_example,
     pooled_example,
     sample_example,
     timestep_example,
@@ -41,17 +43,25 @@ T5_LENGTH_PIXART_SIGMA = 300
 
 
 def _clip(
-    parts: PipelineParts, suffix: str, hidden: str | None, pooled: str | None, *, masks: bool = False
+    parts: PipelineParts,
+    suffix: str,
+    hidden: str | None,
+    pooled: str | None,
+    *,
+    masks: bool = False,
+    length_of: str | None = None,
 ) -> None:
     """A CLIP encoder with its tokenizer: tokens -> hidden{suffix}, pooled{suffix}.
 
     ``masks``: the pipeline hands over an attention mask where the encoder's configuration says so.
+    ``length_of``: the tokenizer that says how many tokens a prompt has, where that is another one.
     """
     model = parts.source.load("text_encoder" + suffix)
     masks = masks and bool(getattr(model.config, "use_attention_mask", False))
     tokens = "tokens" + suffix
     length = int(model.config.max_position_embeddings)
-    parts.tokens(tokens, "tokenizer" + suffix, length, mask=masks, own_length=True)
+    tokenizer = "tokenizer" + suffix
+    parts.tokens(tokens, tokenizer, length, mask=masks, length_of=length_of or tokenizer)
     outputs = [n for n, wanted in (("hidden", hidden), ("pooled", pooled)) if wanted]
     inputs = {"tokens": tokens_example()}
     wires = {"tokens": tokens}
@@ -70,14 +80,16 @@ def _t5(parts: PipelineParts, suffix: str, length: int) -> None:
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
 
 
-def _sample(parts: PipelineParts) -> Example:
+def _unet_sample(parts: PipelineParts) -> Example:
+    if parts.multiple > parts.factor:  # upsamplers that only double
+        return patched_example(parts)
     levels = parts.source.config(denoiser_name(parts.source)).get("block_out_channels") or ()
-    return sample_example(parts.channels, parts.multiple // parts.factor, len(levels) - 1)
+    return sample_example(parts.channels, odd_latent(len(levels) - 1))
 
 
 def _known_examples(parts: PipelineParts) -> dict[str, Example]:
     """What a denoiser with inpainting channels reads beside the sample."""
-    sample = _sample(parts).tensor
+    sample = _unet_sample(parts).tensor
     sizes = ("latent_height", "latent_width")
     return {
         "mask": Example(torch.rand(1, 1, *sample.shape[2:]), (None, None, *sizes)),
@@ -99,7 +111,7 @@ def stable_diffusion(parts: PipelineParts) -> None:
     _clip(parts, "", "last", None, masks=True)
     wrapper = denoiser_module(source)
     inputs = {
-        "sample": _sample(parts),
+        "sample": _unet_sample(parts),
         "timestep": timestep_example(),
         "encoder_hidden_states": hidden_example(parts.output_width("text_encoder", "hidden")),
     }
@@ -149,7 +161,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
     parts.call("text_join", {**text, "given": "given"}, parts.conditioning)
     inputs = {
-        "sample": _sample(parts),
+        "sample": _unet_sample(parts),
         "timestep": timestep_example(),
         "encoder_hidden_states": hidden_example(parts.output_width("text_join", "encoder_hidden_states")),
         "text_embeds": pooled_example(pooled),
@@ -173,7 +185,7 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     """Stable Diffusion 3 and 3.5: two CLIPs, T5 or zeros in its place, an MMDiT."""
     source = parts.source
     _clip(parts, "", "penultimate", "projected")
-    _clip(parts, "_2", "penultimate", "projected")
+    _clip(parts, "_2", "penultimate", "projected", length_of="tokenizer")
     with_t5 = source.has("text_encoder_3")
     if with_t5:
         _t5(parts, "_3", T5_LENGTH_SD3)
@@ -201,7 +213,7 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     parts.denoiser(
         wrapper,
         {
-            "sample": _sample(parts),
+            "sample": patched_example(parts),
             "timestep": timestep_example(),
             "encoder_hidden_states": hidden_example(width),
             "pooled_projections": pooled_example(wrapper.model.config.pooled_projection_dim),
@@ -220,7 +232,7 @@ def flux(parts: PipelineParts) -> None:
     config = wrapper.model.config
     parts.conditioning = {"encoder_hidden_states": "hidden_2", "pooled_projections": "pooled"}
     inputs = {
-        "sample": _sample(parts),
+        "sample": patched_example(parts),
         "timestep": timestep_example(),
         "encoder_hidden_states": hidden_example(config.joint_attention_dim),
         "pooled_projections": pooled_example(config.pooled_projection_dim),
@@ -262,7 +274,7 @@ def pixart(parts: PipelineParts) -> None:
     parts.denoiser(
         wrapper,
         {
-            "sample": _sample(parts),
+            "sample": patched_example(parts),
             "timestep": timestep_example(),
             "encoder_hidden_states": hidden_example(caption_width(wrapper.model)),
             "encoder_attention_mask": Example(_example_mask().float(), ("prompts", "tokens")),

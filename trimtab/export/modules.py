@@ -187,6 +187,10 @@ class _Attention:
         return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
+CONDITIONED_SIZE = 128
+"""The ``sample_size`` of the PixArt models (1024 px) that diffusers' pipeline tells the picture's size and shape."""
+
+
 class PixArtTransformer(Denoiser):
     """PixArt; with its size conditions (1024 px models) read off the latents' shape."""
 
@@ -203,7 +207,7 @@ class PixArtTransformer(Denoiser):
         encoder_attention_mask: Tensor,
     ) -> Tensor:
         conditions: dict[str, Any] = {"resolution": None, "aspect_ratio": None}
-        if self.model.config.sample_size == 128 and self.model.use_additional_conditions:
+        if self.model.use_additional_conditions:
             height, width = _pixels(sample, self.factor)
             conditions = {"resolution": torch.cat([height, width], dim=1), "aspect_ratio": height / width}
         patch = self.model.config.patch_size

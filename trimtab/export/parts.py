@@ -22,6 +22,7 @@ Keep = Callable[[str, ir.Model], ir.Model]
 
 # Example sizes for tracing. They differ from each other and from 0 and 1, which torch.export would take for constants.
 EVEN_LATENT = (12, 10)
+PATCHES = (6, 5)
 ROWS = 2
 TOKENS = 11
 
@@ -156,15 +157,16 @@ class PipelineParts(Parts):
         *,
         mask: bool = False,
         lowercase: bool = False,
-        own_length: bool = False,
+        length_of: str | None = None,
     ) -> None:
         """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted.
 
-        ``own_length``: a tokenizer that says a smaller length than the model's keeps to it.
+        ``length_of``: a tokenizer whose own length is kept to where it is smaller.
         """
         loaded = self.source.load(tokenizer)
-        if own_length:
-            length = min(length, loaded.model_max_length)
+        if length_of is not None:
+            own = loaded if length_of == tokenizer else self.source.load(length_of)
+            length = min(length, own.model_max_length)
         self.tokenizers[tokenizer] = tokenizer_json(loaded, length, lowercase)
         shape = ("rows*batch", length)
         self.inputs.append(TensorSpec(name, "int64", shape, {"kind": "tokens", "tokenizer": tokenizer}))
@@ -228,22 +230,30 @@ class PipelineParts(Parts):
         )
 
 
-def sample_example(channels: int, multiple: int = 1, halvings: int = 3) -> Example:
-    """The denoiser's sample: (rows * batch, channels, h, w).
+def odd_latent(halvings: int) -> tuple[int, int]:
+    """Sides for a U-Net's general path, in which an upsampler is told the size of its skip.
+
+    Three and two halves and one more are 2 where they have been halved to the end: a 1 would be taken for a constant.
 
     Args:
-        channels: Of a latent.
-        multiple: What both sides must be multiples of.
-        halvings: How often a U-Net halves them, rounded up.
+        halvings: How often the sides are halved, rounded up.
     """
-    # Odd sides make a U-Net take its general path, in which an upsampler is told the size of its skip. Three and two
-    # halves and one more are 2 where they have been halved to the end: a 1 would be taken for a constant there.
     half = 2 ** max(halvings - 1, 2)
-    odd = (3 * half + 1, 2 * half + 1)
-    height, width = odd if multiple == 1 else (side * multiple // 2 for side in EVEN_LATENT)
-    return Example(
-        torch.randn(ROWS, channels, height, width), ("prompts", None, "latent_height", "latent_width")
-    )
+    return 3 * half + 1, 2 * half + 1
+
+
+def sample_example(channels: int, latent: tuple[int, int] | None = None) -> Example:
+    """The denoiser's sample: (rows * batch, channels, h, w)."""
+    size = latent or odd_latent(3)
+    return Example(torch.randn(ROWS, channels, *size), ("prompts", None, "latent_height", "latent_width"))
+
+
+def patched_example(parts: Parts) -> Example:
+    """A sample of whole patches, and no more of them than a transformer's table of positions has."""
+    patch = parts.multiple // parts.factor
+    most = max(PATCHES) if parts.largest_side is None else parts.largest_side // parts.multiple
+    height, width = (patch * min(count, most) for count in PATCHES)
+    return sample_example(parts.channels, (height, width))
 
 
 def timestep_example() -> Example:
