@@ -1,4 +1,4 @@
-"""Weights on disk: which of the files are loaded, and what is missing from them."""
+"""What lies on disk: which weight files are loaded and what is missing from them, and tokenizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.errors import InputError
-from trimtab.export.source import Source
+from trimtab.export.source import Source, tokenizer_json
+from trimtab.runtime.tokenizer import Tokenizer
 
 NAME = "text_encoder/model{}.safetensors"
 
@@ -55,3 +56,15 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     save_file({k: v for k, v in weights.items() if k != lost}, folder / NAME.format(""), {"format": "pt"})
     with pytest.raises(InputError, match=rf"lacks 1 of CLIPTextModel's weights \({lost}\)"):
         Source(folder).load("text_encoder")
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_tokenizer_cuts_and_pads_on_its_own_sides(side: str, tmp_path: Path) -> None:
+    tokenizer = tiny.t5_tokenizer()
+    tokenizer.padding_side = tokenizer.truncation_side = side
+    texts = ["", "a red cat", "cat and dog"]
+    expected = tokenizer(texts, padding="max_length", max_length=10, truncation=True, return_tensors="np")
+    (tmp_path / "tokenizer.json").write_text(tokenizer_json(tokenizer, 10), encoding="utf-8")
+    ids, mask = Tokenizer(tmp_path / "tokenizer.json").encode(texts)
+    assert ids.tolist() == expected["input_ids"].tolist()
+    assert mask.tolist() == expected["attention_mask"].tolist()

@@ -29,6 +29,17 @@ def test_texts_are_cut_and_padded_to_the_length(tmp_path: Path) -> None:
     assert mask.tolist() == [[1, 0, 0], [1, 1, 1], [0, 0, 0]]
 
 
+@pytest.mark.parametrize(("side", "left_out"), [("left", "'a b'"), ("right", "'b a'")])
+def test_a_warning_says_what_was_cut_off_on_either_side(
+    side: str, left_out: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fast = Fast.from_file(str(saved(tmp_path, 3, 3)))
+    fast.enable_truncation(3, direction=side)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    Tokenizer(tmp_path / "tokenizer.json").encode([" a b a b a "])
+    assert f"was cut: {left_out} is left out" in caplog.text
+
+
 @pytest.mark.parametrize("length", [None, 0, LONGEST + 1, 2**40])
 def test_a_file_that_pads_to_no_length_is_refused_before_it_reads_a_prompt(
     tmp_path: Path, length: int | None

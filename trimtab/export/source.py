@@ -246,7 +246,7 @@ def _download(model: str) -> Path:
 
 
 def tokenizer_json(tokenizer: Any, length: int, lowercase: bool = False) -> str:
-    """A tokenizer as the text of a ``tokenizer.json`` that cuts and pads to ``length`` by itself.
+    """A tokenizer as the text of a ``tokenizer.json`` that cuts and pads to ``length`` by itself, on its own sides.
 
     Args:
         tokenizer: A transformers tokenizer.
@@ -266,8 +266,13 @@ def tokenizer_json(tokenizer: Any, length: int, lowercase: bool = False) -> str:
     fast = Tokenizer.from_str(backend.to_str())
     if tokenizer.pad_token_id is None:
         raise ExportError(f"{type(tokenizer).__name__} has no padding token: set one and save it again")
-    fast.enable_truncation(length)
-    fast.enable_padding(length=length, pad_id=tokenizer.pad_token_id, pad_token=tokenizer.pad_token)
+    fast.enable_truncation(length, direction=tokenizer.truncation_side)
+    fast.enable_padding(
+        direction=tokenizer.padding_side,
+        length=length,
+        pad_id=tokenizer.pad_token_id,
+        pad_token=tokenizer.pad_token,
+    )
     if lowercase:
         steps = [normalizers.Strip(), normalizers.Lowercase()]
         fast.normalizer = normalizers.Sequence(steps + ([fast.normalizer] if fast.normalizer else []))

@@ -71,11 +71,15 @@ class Tokenizer:
             raise BundleError(f"{self._path} does not cut to {self._length} tokens: compile the bundle again")
         for text, encoding in zip(texts, encodings, strict=True):
             if encoding.overflowing and warn:
-                cut = max((end for _, end in encoding.offsets), default=0)
+                kept = [(start, end) for start, end in encoding.offsets if start < end]
+                first, last = (
+                    min((start for start, _ in kept), default=0),
+                    max((end for _, end in kept), default=0),
+                )
                 logger.warning(
                     "the prompt is longer than the %d tokens that the text encoder takes and was cut: %r is left out",
                     len(encoding.ids),
-                    text[cut:].strip(),
+                    (text[:first] + text[last:]).strip(),
                 )
         ids = np.array([encoding.ids for encoding in encodings], np.int64)
         return ids, np.array([encoding.attention_mask for encoding in encodings], np.int64)
