@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -172,6 +173,31 @@ def test_a_pixart_that_no_pipeline_tells_the_size_it_reads_is_refused(pipeline: 
         ExportError, match="and has sample_size 8, and PixArt's pipeline tells it to models of 128"
     ):
         _WRAPPERS[pipeline](None, model)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "config", "told"),
+    [
+        (
+            "FluxPipeline",
+            {"in_channels": 32, "out_channels": 16},
+            "takes 32 channels and predicts 16, and 16",
+        ),
+        ("StableDiffusion3Pipeline", {"in_channels": 9, "out_channels": 4}, "takes 9 .* predicts 4, and 4"),
+        ("StableDiffusion3Pipeline", {"in_channels": 4, "out_channels": 8}, "takes 4 .* predicts 8, and 4"),
+        ("PixArtSigmaPipeline", {"in_channels": 8, "out_channels": 8}, "takes 8 .* predicts 8, and 4"),
+        ("DiTPipeline", {"in_channels": 4, "out_channels": 12}, "takes 4 .* predicts 12, and 4"),
+    ],
+)
+def test_a_transformer_for_other_channels_than_its_latents_have_is_refused(
+    pipeline: str, config: dict[str, int], told: str, tmp_path: Path
+) -> None:
+    vae().save_config(tmp_path / "vae")
+    index = {"_class_name": pipeline, "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    model = SimpleNamespace(config=SimpleNamespace(**config, sample_size=8), use_additional_conditions=False)
+    with pytest.raises(ExportError, match=f"the transformer {told} are needed for the latents"):
+        _WRAPPERS[pipeline](Source(tmp_path), model)
 
 
 def pixart_transformer(**config: Any) -> PixArtTransformer2DModel:

@@ -129,6 +129,43 @@ def _xl_unet(source: Source, unet: Any) -> modules.Denoiser:
     return wrapper(unet, latent_space(source)[1])
 
 
+def _check_channels(source: Source, transformer: Any, packed: int = 1, variance: bool = False) -> None:
+    """Refuses a transformer for other channels than those of its pipeline's latents.
+
+    Args:
+        source: The pipeline.
+        transformer: Its model.
+        packed: Latents of one token that are stacked along channels, as Flux does.
+        variance: Its pipeline takes a prediction with a learned variance behind it.
+
+    Raises:
+        ExportError: It takes or predicts others.
+    """
+    channels = latent_space(source)[0] * packed
+    taken = transformer.config.in_channels
+    predicted = transformer.config.out_channels or taken
+    if taken != channels or predicted not in (channels, channels * (1 + variance)):
+        raise ExportError(
+            f"the transformer takes {taken} channels and predicts {predicted}, and {channels} are needed for the "
+            "latents of this vae: models that read a picture, a mask or depth beside them are not supported"
+        )
+
+
+def _sd3(source: Source, transformer: Any) -> modules.Denoiser:
+    _check_channels(source, transformer)
+    return modules.SD3Transformer(transformer)
+
+
+def _flux(source: Source, transformer: Any) -> modules.Denoiser:
+    _check_channels(source, transformer, packed=4)
+    return modules.FluxTransformer(transformer)
+
+
+def _dit(source: Source, transformer: Any) -> modules.Denoiser:
+    _check_channels(source, transformer, variance=True)
+    return modules.ClassTransformer(transformer)
+
+
 def _pixart(source: Source, transformer: Any) -> modules.Denoiser:
     sample_size = transformer.config.sample_size
     if transformer.use_additional_conditions and sample_size != modules.CONDITIONED_SIZE:
@@ -136,6 +173,7 @@ def _pixart(source: Source, transformer: Any) -> modules.Denoiser:
             f"the transformer reads the picture's size (use_additional_conditions) and has sample_size {sample_size}, "
             f"and PixArt's pipeline tells it to models of {modules.CONDITIONED_SIZE}: save it with the right one"
         )
+    _check_channels(source, transformer, variance=True)
     return modules.PixArtTransformer(transformer, latent_space(source)[1])
 
 
@@ -190,13 +228,13 @@ _WRAPPERS: Mapping[str, Callable[[Source, Any], modules.Denoiser]] = {
     "StableDiffusionXLPipeline": _xl_unet,
     "StableDiffusionXLImg2ImgPipeline": _xl_unet,
     "StableDiffusionXLInpaintPipeline": _xl_unet,
-    "StableDiffusion3Pipeline": lambda source, model: modules.SD3Transformer(model),
-    "StableDiffusion3Img2ImgPipeline": lambda source, model: modules.SD3Transformer(model),
-    "FluxPipeline": lambda source, model: modules.FluxTransformer(model),
-    "FluxImg2ImgPipeline": lambda source, model: modules.FluxTransformer(model),
+    "StableDiffusion3Pipeline": _sd3,
+    "StableDiffusion3Img2ImgPipeline": _sd3,
+    "FluxPipeline": _flux,
+    "FluxImg2ImgPipeline": _flux,
     "PixArtAlphaPipeline": _pixart,
     "PixArtSigmaPipeline": _pixart,
-    "DiTPipeline": lambda source, model: modules.ClassTransformer(model),
+    "DiTPipeline": _dit,
     "DDPMPipeline": _pixel_unet,
     "DDIMPipeline": _pixel_unet,
 }
