@@ -50,8 +50,10 @@ class Walk:
         try:
             scheduler.set_timesteps(device="cpu", **options)
         except Exception as error:
+            given = "".join(f" with {name}" for name in self.timesteps_options)
             raise InputError(
-                f"{self.owner} does not take {self.steps} steps with {options}: {_line(error)}"
+                f"{self.owner} does not take {self.steps} steps{given} ({_line(error)}): "
+                "choose other steps or another --scheduler"
             ) from error
         begin = self.start * getattr(scheduler, "order", 1)
         timesteps: torch.Tensor = scheduler.timesteps[begin:]
