@@ -27,6 +27,15 @@ def test_negative_prompts_follow_their_prompts() -> None:
     assert all_negatives(KINDS, list("uvwxyz"), 6, 2) == tuple("uvwxyz")
 
 
+@pytest.mark.parametrize("guided", [True, False])
+def test_where_a_negative_prompt_makes_no_difference_a_warning_says_so(
+    guided: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    mix = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "classifier_free": guided})
+    assert all_negatives({**KINDS, "mix": mix}, "x", 1, 1) == ("x",)
+    assert ("the negative prompt makes no difference" in caplog.text) is not guided
+
+
 def test_pictures_that_are_more_than_memory_are_refused_by_arithmetic(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 import re
 import secrets
@@ -22,6 +23,8 @@ from trimtab.runtime.inputs import class_names
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,9 @@ def all_negatives(
     """A negative prompt for each of ``batch`` pictures, ``count`` of which share a prompt."""
     if "tokens" not in kinds:
         raise InputError("a negative prompt was given and this model does not read any: leave it out")
+    mix = kinds.get("mix")
+    if mix is not None and not mix.source.get("classifier_free"):
+        logger.warning("the negative prompt makes no difference: this model is not guided away from one")
     if isinstance(value, str):
         return (value,) * batch
     if len(value) not in (1, batch // count, batch):
