@@ -35,6 +35,13 @@ def test_a_share_that_cannot_be_reached_says_the_most_and_why(candidates: Candid
         by_loss(candidates, Wish(0.9, keep=("blocks.2",)), LOSSES)
 
 
+def test_a_share_that_an_order_does_not_reach_is_no_word_about_what_can_go(candidates: Candidates) -> None:
+    with pytest.raises(InputError, match="one after another they free .*: ask for less, or choose by loss$"):
+        by_magnitude(candidates, Wish(0.99))
+    with pytest.raises(InputError, match="can go; the rest is no branch that can be bypassed$"):
+        by_loss(candidates, Wish(0.99), LOSSES)
+
+
 def test_a_glob_that_matches_nothing_is_answered_with_what_is_near(candidates: Candidates) -> None:
     with pytest.raises(PassError, match=r"matches block\.0: near are .*blocks\.0"):
         by_loss(candidates, Wish(0.5, keep=("block.0",)), LOSSES)

@@ -120,7 +120,9 @@ def _in_order(items: Sequence[Item], target: int) -> tuple[str, ...]:
             taken.append(item)
             weight += item.weight
     if weight < target:
-        raise InputError(f"{target:,} are asked for, and this order frees {weight:,}: ask for less")
+        raise InputError(
+            f"{target:,} are asked for, and one after another they free {weight:,}: ask for less, or choose by loss"
+        )
     return tuple(item.name for item in taken)
 
 
@@ -150,7 +152,8 @@ def _with_wish(
     try:
         return (*dropped, *choose(items, target))
     except InputError as error:
-        limit = "; some were to be kept" if kept else "; the rest is no branch that can be bypassed"
+        most = "; the rest is no branch that can be bypassed" if choose is solve else ""
+        limit = "; some were to be kept" if kept else most
         raise InputError(
             f"removing {wish.share:.0%} of {measure.total:,} {measure.unit} cannot be done: {error}{limit}"
         ) from None
