@@ -6,7 +6,14 @@ import onnx_ir as ir
 import pytest
 import residual
 
-from trimtab.calibration.choice import Wish, by_chance, by_hand, by_loss, by_magnitude
+from trimtab.calibration.choice import (
+    Wish,
+    _with_wish,
+    by_chance,
+    by_hand,
+    by_loss,
+    by_magnitude,
+)
 from trimtab.errors import InputError, PassError
 from trimtab.passes.candidates import Candidates
 
@@ -36,10 +43,16 @@ def test_a_share_that_cannot_be_reached_says_the_most_and_why(candidates: Candid
 
 
 def test_a_share_that_an_order_does_not_reach_is_no_word_about_what_can_go(candidates: Candidates) -> None:
-    with pytest.raises(InputError, match="one after another they free .*: ask for less, or choose by loss$"):
-        by_magnitude(candidates, Wish(0.99))
-    with pytest.raises(InputError, match="can go; the rest is no branch that can be bypassed$"):
-        by_loss(candidates, Wish(0.99), LOSSES)
+    with pytest.raises(
+        InputError, match="one after another they free 144: ask for less, or choose by loss; some"
+    ):
+        by_magnitude(candidates, Wish(0.9, keep=("blocks.2",)))
+
+    def unreached(*_: object) -> tuple[str, ...]:
+        raise InputError("too much")
+
+    with pytest.raises(InputError, match=r"cannot be done: too much$"):
+        _with_wish(candidates, Wish(0.9), unreached, LOSSES, None)
 
 
 def test_a_glob_that_matches_nothing_is_answered_with_what_is_near(candidates: Candidates) -> None:

@@ -50,7 +50,7 @@ class Tokenizer:
     def encode(self, texts: Sequence[str], warn: bool = True) -> tuple[Ids, Ids]:
         """Token ids and attention mask, (len(texts), length) int64 each.
 
-        A text that is too long is cut, with a warning that says what was left out.
+        A text that is too long is cut, with one warning that says what was left out.
 
         Raises:
             InputError: A text is no Unicode, as bytes of another encoding on a command line are none.
@@ -69,7 +69,7 @@ class Tokenizer:
             ) from None
         if any(len(encoding.ids) != self._length for encoding in encodings):
             raise BundleError(f"{self._path} does not cut to {self._length} tokens: compile the bundle again")
-        for text, encoding in zip(texts, encodings, strict=True):
+        for text, encoding in dict(zip(texts, encodings, strict=True)).items():
             if encoding.overflowing and warn:
                 kept = [(start, end) for start, end in encoding.offsets if start < end]
                 first, last = (
