@@ -31,6 +31,7 @@ from trimtab.export.parts import (
     Parts,
     PipelineParts,
     hidden_example,
+    odd_latent,
     patched_example,
     sample_example,
     timestep_example,
@@ -290,7 +291,7 @@ def test_a_unet_whose_upsamplers_only_double_is_traced_with_open_sizes() -> None
         down_block_types=("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
     )
-    assert_open_sizes(model, sample_example(4, multiple=4), (8, 20))
+    assert_open_sizes(model, sample_example(4, (24, 20)), (8, 20))
 
 
 def test_a_unet_of_many_levels_is_traced_with_open_sizes_at_its_bottom() -> None:
@@ -301,7 +302,7 @@ def test_a_unet_of_many_levels_is_traced_with_open_sizes_at_its_bottom() -> None
         down_block_types=("DownBlock2D",) * (levels - 1) + ("CrossAttnDownBlock2D",),
         up_block_types=("CrossAttnUpBlock2D",) + ("UpBlock2D",) * (levels - 1),
     )
-    assert_open_sizes(model, sample_example(4, halvings=levels - 1), (32, 50))
+    assert_open_sizes(model, sample_example(4, odd_latent(levels - 1)), (32, 50))
 
 
 def assert_open_sizes(model: Any, sample: Example, size: tuple[int, int]) -> None:
