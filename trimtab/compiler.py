@@ -84,6 +84,9 @@ def compile(
         load_plan(Path(chosen.removal_plan))  # what is no plan is said before the export
     check_switches(chosen.switch, chosen.steps, chosen.scheduler)
     output = Path(output)
+    place = (
+        output.absolute()
+    )  # what is replaced may be the working folder, which has no relative paths afterwards
     check_replaceable(output, MANIFEST)
     path = find(str(model))
     opened = _open_cache(cache, devices)  # what is wrong with it is said before hours of work
@@ -133,7 +136,7 @@ def compile(
             )
             engines = {name: engines[name] + made[name] for name in engines}
         write_manifest(stage, with_engines(contents, engines))
-    return open_bundle(output)
+    return open_bundle(place)
 
 
 def _drop_drafts(stage: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ from typing import Any
 import onnx_ir as ir
 
 from trimtab.calibration.codebook_plan import Settings
-from trimtab.calibration.codebooks import CALIBRATED, Codebooks, CodebookStore
+from trimtab.calibration.codebooks import CALIBRATED, FORMATS, Codebooks, CodebookStore
 from trimtab.calibration.draft import draft
 from trimtab.calibration.gates import OUTPUT
 from trimtab.calibration.kmeans import make_codebooks
 from trimtab.calibration.trajectories import own_requests, record
+from trimtab.errors import InputError
+from trimtab.passes import vq_op
 from trimtab.passes.vq import pack_weights, sites
 from trimtab.program import DENOISER, Program
 from trimtab.weights import same_tensor
@@ -52,19 +55,46 @@ def packed(
         progress: Told what is being worked on.
 
     Raises:
-        InputError: A rule that fits no layer.
+        InputError: A rule that fits no layer, or a graph too old for 3 bits.
         CalibrationError: See `make_codebooks` and `trimtab.calibration.vq4dit.calibrate`.
         PassError: Calibration of a graph with an operator that torch cannot run.
     """
     models = {name: s.model for name, s in program.segments.items() if name.startswith(DENOISER)}
+    _check_opset(models, settings)
     if minutes is not None:
         _check_trainable(models.values())
     books = make_codebooks(models, settings, store, progress=progress)
-    if minutes is None:
+    if not books.layers:
+        logger.warning("no weight of the denoiser is packed: %s", _why_none(books))
+    elif minutes is None:
         logger.info("weights are packed by k-means alone: calibration brings quality back")
-    elif books.layers:
+    else:
         books = _calibrated(program, models, books, minutes, folder, store, progress)
     return pack_weights(program, books)
+
+
+def _check_opset(models: Mapping[str, ir.Model], settings: Settings) -> None:
+    wanted = {settings.bits, *(bits for _, bits in settings.rules)}
+    six = any(form.index_bits == 6 for bits, form in FORMATS.items() if bits in wanted)
+    for name, model in models.items():
+        opset = model.opset_imports.get("", 0)
+        if six and opset < vq_op.SIX_BIT_OPSET:
+            raise InputError(
+                f"{name} has opset {opset}, and weights of 3 bits need {vq_op.SIX_BIT_OPSET} or later: export it "
+                "again, or pack to 2 or 4 bits"
+            )
+
+
+def _why_none(books: Codebooks) -> str:
+    """Of most weights, and what to do."""
+    if not books.kept:
+        return (
+            "none of float32 is read by MatMul, Gemm or Conv alone; export it in float32, or leave --vq out"
+        )
+    reason, count = Counter(books.kept.values()).most_common(1)[0]
+    return (
+        f"of {len(books.kept)}, {count} stay because {reason}; name layers with --vq-rule, or leave --vq out"
+    )
 
 
 def _check_trainable(models: Iterable[ir.Model]) -> None:

@@ -176,11 +176,10 @@ def _measured(read: Iterable[ir.Value], local: set[ir.Node], near: set[ir.Value]
     sizes = _Sizes(near)
     stack = [node for value in read if (node := value.producer()) in local and node is not None]
     for node in stack:  # grows
-        source = node.inputs[0]
         if node.op_type != "Shape":
             stack += [n for v in node.inputs if v is not None and (n := v.producer()) is not None]
         elif (
-            source is not None
+            (source := node.inputs[0]) is not None
             and source.is_graph_input()
             and source not in near
             and sizes.substitute(node, near) is None

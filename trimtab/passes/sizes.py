@@ -62,12 +62,13 @@ def _computed(node: ir.Node, operand: int) -> bool:
 
 _ARITHMETIC = frozenset(
     ("Shape", "Squeeze", "Unsqueeze", "Gather", "Slice", "Concat", "Reshape", "Cast", "Identity")
-) | frozenset(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min"))
+) | frozenset(("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "ConstantOfShape", "Equal", "Where"))
+"""The last three are how TorchScript's exporter writes what `expand` leaves as it is."""
 
 
 def is_size(value: ir.Value | None) -> bool:
     """Whether an integer is computed from shapes and constants alone."""
-    if value is None or value.is_graph_input() or value.is_initializer():
+    if value is None or value.is_graph_input() or value.is_initializer() or value.dtype == ir.DataType.BOOL:
         return False
     stack, reached = [value], False
     known: set[ir.Value] = set()
@@ -82,7 +83,7 @@ def is_size(value: ir.Value | None) -> bool:
         if node.op_type == "Shape":
             reached = True
             continue
-        if item.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
+        if item.dtype not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
             return False
         stack.extend(v for v in node.inputs if v is not None)
     return reached

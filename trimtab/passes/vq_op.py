@@ -29,6 +29,9 @@ DOMAIN = OPERATORS_DOMAIN
 NAME = "VQDequantize"
 VERSION = OPERATORS
 
+SIX_BIT_OPSET = 18
+"""The first with operators on bits, which codes of six bits are taken apart by."""
+
 _INT32 = ir.DataType.INT32.value
 
 Codes = npt.NDArray[np.uint8]

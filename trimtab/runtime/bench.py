@@ -109,10 +109,13 @@ def _work(
             while True:
                 connection.recv()
                 connection.send(_picture(pipe, options))
-    except (EOFError, KeyboardInterrupt):
+    except (EOFError, ConnectionError, KeyboardInterrupt):
         pass
     except TrimtabError as error:
         connection.send({"error": str(error)})
+    except OSError as error:
+        reason = f"{error.filename or bundle} cannot be used ({error.strerror or error})"
+        connection.send({"error": f"{reason}: check its name and who may read it"})
 
 
 def _picture(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:

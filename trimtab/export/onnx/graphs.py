@@ -18,6 +18,8 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from trimtab.errors import BundleError, ExportError, InputError, first_line
+from trimtab.export.onnx.modules import restore_modules
+from trimtab.export.onnx.tidy import tidy
 from trimtab.export.onnx.toml_table import nearest
 from trimtab.passes.scopes import SCOPES
 from trimtab.shapes import FUNCTIONS, evaluate
@@ -26,9 +28,9 @@ from trimtab.weights import INLINE_BYTES
 OLDEST_OPSET = 15
 """What trimtab's own nodes need (Shape with a start). Older graphs are converted."""
 
-CONVERTED_OPSET = 17
+CONVERTED_OPSET = 18
 IR_VERSION = 8
-"""Of the ONNX releases that brought opset 17."""
+"""Of the ONNX releases that brought opset 18, the first in which weights can be packed to 3 bits."""
 
 ROWS = "prompts"
 """The first axis of whatever has one entry for each guidance row of each picture."""
@@ -37,6 +39,9 @@ _TRIAL = 16
 """For sizes that a trial says nothing of: even, and larger than what a layer may cut off."""
 
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
+
+_MULTIPLE = re.compile(r"(\d+)\*([A-Za-z_]\w*)")
+"""What torch's exporter calls a size that is known to be a multiple."""
 
 
 @dataclass(frozen=True)
@@ -85,16 +90,22 @@ def open_graph(name: str, file: Path) -> Foreign:
     _find_weights(model, file)
     passes: list[ir.passes.PassBase] = [
         common.RemoveInitializersFromInputsPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
     ]
     if model.functions:
         passes.insert(0, common.InlinePass())
-    for step in passes:
-        model = step(model).model
+    try:
+        for step in passes:
+            model = step(model).model
+    except Exception as error:  # onnx_ir's errors share no base
+        raise InputError(f"{file} cannot be taken apart ({first_line(error)}): export it again") from error
     model = _convert(model, file)
+    tidy(model.graph)
     # Version 3 demands that weights be inputs, too.
     model.ir_version = max(model.ir_version or 0, IR_VERSION)
     _forget_notes(model)
+    restore_modules(model)
     for value in (*model.graph.inputs, *model.graph.outputs):
         if value.dtype is None or not isinstance(value.type, ir.TensorType):
             raise ExportError(
@@ -200,6 +211,8 @@ def name_sizes(graph: ir.Graph, chosen: Mapping[str, Sequence[str | None]]) -> N
             name = name or _fresh(f"{value.name}_{axis}", taken)
             if dim.value:
                 names.setdefault(str(dim.value), name)
+            if multiple := _MULTIPLE.fullmatch(str(dim.value)):
+                names.setdefault(multiple[2], f"({name}//{multiple[1]})")
             dims.append(name)
         value.shape = ir.Shape(dims)
     own = set(map(id, graph.inputs))
@@ -228,7 +241,7 @@ def _translated(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | st
         return None
     text = _SYMBOL.sub(lambda match: names.get(match[0], match[0]), text)
     try:
-        evaluate(text, dict.fromkeys(names.values(), 2))
+        evaluate(text, dict.fromkeys(filter(str.isidentifier, names.values()), 2))
     except BundleError:
         return None
     return text

@@ -25,6 +25,7 @@ from trimtab.export.onnx.graphs import (
     name_sizes,
     settle_outputs,
 )
+from trimtab.export.onnx.sizes import settle_inside
 from trimtab.export.onnx.wires import Wires
 from trimtab.export.parts import Parts
 from trimtab.program import DENOISER
@@ -164,6 +165,7 @@ def add_denoiser(files: OnnxFiles, foreign: Foreign, wires: Wires) -> tuple[bool
     parts.conditioning = wires.connect(adapter, table, sample)
     adapt_denoiser(adapter, sample, timestep, prediction)
     drop_unused(foreign)
+    settle_inside(foreign.model, _trial(parts))
     parts.segments[DENOISER] = parts.keep(DENOISER, foreign.model)
     check_outputs(foreign, _trial(parts), f"name another prediction under [{DENOISER}]")
     return whole, rows
