@@ -62,11 +62,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     render.logs(arguments.debug)
     try:
         result = arguments.command(arguments)
-        if arguments.json:
-            print(render.as_json(result))
-        else:
-            for line in arguments.show(result):
-                print(line)
+        lines = [render.as_json(result)] if arguments.json else [*arguments.show(result)]
+        try:
+            print(*lines, sep="\n", flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            sys.stdout = None  # or Python would try once more when it ends, and say so
+            raise TrimtabError(
+                f"the result cannot be written to stdout ({error.strerror}): send it elsewhere"
+            ) from error
         return 0
     except BrokenPipeError:
         sys.stderr.close()

@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 Result = dict[str, Any]
 """What a command prints with --json."""
@@ -229,10 +229,15 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     for row in rows:
         table.add_row(*map(Text, row))  # brackets in a name are no markup
     # A pipe has no width of its own, and cut names help nobody.
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if _is_terminal(sys.stdout) else Console(width=200)
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    """None stands for a stream that was closed before Python began."""
+    return stream is not None and stream.isatty()
 
 
 def _is_number(cell: str) -> bool:
@@ -250,7 +255,7 @@ def _ms(value: float) -> str:
 @contextlib.contextmanager
 def status() -> Iterator[Callable[[str], None]]:
     """A line that says what is being worked on and for how long, on a terminal; debug logs elsewhere."""
-    if not sys.stderr.isatty():
+    if not _is_terminal(sys.stderr):
         yield logging.getLogger(__name__).debug
         return
     from rich.console import Console
@@ -265,7 +270,7 @@ def status() -> Iterator[Callable[[str], None]]:
 @contextlib.contextmanager
 def bar() -> Iterator[Callable[[int, int], None] | None]:
     """A bar over the steps, on a terminal only."""
-    if not sys.stderr.isatty():
+    if not _is_terminal(sys.stderr):
         yield None
         return
     from rich.console import Console

@@ -79,6 +79,10 @@ def _dims(value: ir.Value) -> list[int | str] | None:
     return [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
 
 
+_LIKE_FIRST = frozenset(("GroupNormalization", "Mish", "MeanVarianceNormalization"))
+"""Operators that ONNX has no inference of its own for: their result is as what they read."""
+
+
 class _Walk:
     """One walk over one graph."""
 
@@ -107,6 +111,8 @@ class _Walk:
                     self._learn(value, np.asarray(array))
                 return
         inferred = self._inferred(node) if node.domain == "" else {}
+        if node.domain == "" and node.op_type in _LIKE_FIRST and node.inputs[0] is not None:
+            inferred = {str(node.outputs[0].name): self.extents[node.inputs[0]]}
         for value in node.outputs:
             if value.name:
                 self.extents[value] = inferred.get(value.name) or self._declared(node, value)
