@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import io
 import json
 import logging
 import math
@@ -229,7 +230,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     for row in rows:
         table.add_row(*map(Text, row))  # brackets in a name are no markup
     # A pipe has no width of its own, and cut names help nobody.
-    console = Console() if _is_terminal(sys.stdout) else Console(width=200)
+    console = Console() if _is_terminal(sys.stdout) else Console(width=200, file=io.StringIO())
     with console.capture() as capture:
         console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
