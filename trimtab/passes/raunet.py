@@ -15,6 +15,7 @@ from trimtab.errors import PassError
 from trimtab.passes.alternatives import Alternatives, behind, relabel
 from trimtab.passes.partition import reach
 from trimtab.passes.scopes import Module, module_tree, scopes
+from trimtab.passes.sizes import canonical
 from trimtab.passes.window_attention import window_attention
 
 CONV, POOL = "conv", "pool"
@@ -143,12 +144,6 @@ def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
         raise PassError(
             f"{module.path} is no 3x3 convolution of stride 2, which HiDiffusion rewrites: leave HiDiffusion out"
         )
-    upsampler = tree[places.upsampler]
-    if not any(n.op_type == "Resize" and len(n.inputs) == 4 for n in upsampler.nodes):
-        raise PassError(
-            f"{upsampler.path} doubles what it reads, and HiDiffusion needs one that is told a size, as Stable "
-            "Diffusion's are: leave HiDiffusion out"
-        )
     output, source = conv.outputs[0], conv.inputs[0]
     assert output.shape is not None and source is not None and source.shape is not None
     assert output.dtype is not None
@@ -163,8 +158,48 @@ def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
         dtype=output.dtype,
         shape=[*output.shape[:2], *(_part(dim, 4) for dim in source.shape[2:])],
     )
-    relabel(output, upsampler.nodes)
+    _check_size(source, tree[places.upsampler])
+    for path, upsampler in tree.items():
+        if path.startswith("up_blocks.") and path.endswith(".upsamplers.0"):
+            _resize_to_sizes(upsampler)
+    relabel(output, tree[places.upsampler].nodes)
     swaps[CONV][str(output.name)] = str(other.name)
+
+
+def _check_size(source: ir.Value, upsampler: Module) -> None:
+    """Refuses an upsampler that comes back to other sizes than the downsampler left: every other cut hangs on that."""
+    resized = next((n.outputs[0] for n in upsampler.nodes if n.op_type == "Resize"), None)
+    before, after = (
+        None if value is None or value.shape is None else [canonical(str(dim)) for dim in value.shape[2:]]
+        for value in (source, resized)
+    )
+    if before != after:
+        raise PassError(
+            f"{upsampler.path} doubles what it reads, and HiDiffusion needs one that is told the size before, as "
+            "Stable Diffusion's are: leave HiDiffusion out"
+        )
+
+
+def _resize_to_sizes(upsampler: Module) -> None:
+    """Lets an upsampler that doubles say so in sizes, which another factor can come of (`LocalizeSizes`)."""
+    node = next((n for n in upsampler.nodes if n.op_type == "Resize"), None)
+    source = node.inputs[0] if node is not None else None
+    if node is None or source is None:
+        raise PassError(f"{upsampler.path} has no Resize, which HiDiffusion rewrites: leave HiDiffusion out")
+    if len(node.inputs) > 3:
+        return
+    factors = ir.convenience.get_const_tensor(node.inputs[2]) if node.inputs[2] is not None else None
+    if factors is None or [*factors.numpy()] != [1, 1, 2, 2]:
+        raise PassError(
+            f"{upsampler.path} does not double, which HiDiffusion rewrites: leave HiDiffusion out"
+        )
+    assert isinstance(node.graph, ir.Graph)
+    nodes = Alternatives(node.graph, source.producer(), f"{SCOPE}/{upsampler.path}")
+    doubled = nodes.ints([1, 1, 2, 2])
+    sizes = nodes.int_node("Mul", [nodes.int_node("Shape", [source], [4]), doubled], [4])
+    node.resize_inputs(4)
+    node.replace_input_with(2, None)
+    node.replace_input_with(3, sizes)
 
 
 def _part(side: int | ir.SymbolicDim, divisor: int) -> int | str:
