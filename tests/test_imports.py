@@ -28,7 +28,7 @@ def test_the_runtime_imports_nothing_heavy(module: str) -> None:
     assert run(code) == "[]\n"
 
 
-@pytest.mark.parametrize("module", ["trimtab.targets.worker", "trimtab.targets.plugins.qdp"])
+@pytest.mark.parametrize("module", ["trimtab.child", "trimtab.targets.worker", "trimtab.targets.plugins.qdp"])
 def test_what_builds_an_engine_leaves_the_memory_to_tensorrt(module: str) -> None:
     code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & sys.modules.keys()))"
     assert run(code) == "[]\n"

@@ -123,7 +123,7 @@ def test_when_memory_runs_out_it_tries_with_less(
         ("memory", r"\(.*OutOfMemory.*\): close other programs", 3),
         ("killed", "it was killed, as the system does when memory runs out", 3),
         ("none", r"\(could not find any implementation\): see", 1),
-        ("abort", "crashed with SIGABRT after saying \"terminate called .*'Trouble'\"", 1),
+        ("abort", "was ended by SIGABRT after saying \"terminate called .*'Trouble'\"", 1),
         ("error", "RuntimeError: what now", 1),
     ],
 )

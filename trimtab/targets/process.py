@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import signal
-import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -15,18 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from trimtab.child import KILLED, how_it_ended, start
 from trimtab.targets.base import Progress
 
 _BEAT_S = 1.0
 """The clock that people see has seconds."""
-
-_CODE = """
-import json, sys
-sys.path[:] = json.loads(sys.argv[1])
-from trimtab.targets.worker import main
-main()
-"""
-# multiprocessing would import the caller's script anew, torch and all.
 
 
 @dataclass(frozen=True)
@@ -55,16 +45,7 @@ def run_worker(job: Mapping[str, Any], folder: Path, progress: Progress) -> Endi
         progress: Told the phases, and the last one again every second.
     """
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _CODE, json.dumps(sys.path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            cwd=folder,
-            text=True,
-            encoding="utf-8",
-            start_new_session=True,  # Ctrl-C comes to us first, and we end it
-        )
+        process = start("trimtab.targets.worker", stderr=log, cwd=folder)
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps(job) + "\n")
@@ -116,11 +97,8 @@ def _crash(code: int, log: IO[bytes]) -> Ending:
     log.seek(max(0, log.tell() - 4096))
     said = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
     last = f" after saying {said[-1]!r:.300}" if said else ""
-    if code == -signal.SIGKILL:
-        return Ending(reason="it was killed, as the system does when memory runs out", kind="memory")
-    if code < 0:
-        memory = "bad_alloc" in "".join(said)
-        return Ending(
-            reason=f"it crashed with {signal.Signals(-code).name}{last}", kind="memory" if memory else "build"
-        )
-    return Ending(reason=f"it ended with {code}{last}")
+    killed = code == KILLED
+    memory = killed or (code < 0 and "bad_alloc" in "".join(said))
+    return Ending(
+        reason=f"it {how_it_ended(code)}{'' if killed else last}", kind="memory" if memory else "build"
+    )
