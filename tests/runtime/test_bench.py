@@ -1,12 +1,15 @@
-"""What bench measures where the system says less."""
+"""What bench measures where the system says less, and says where a bundle's process fails."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from trimtab.child import Child
+from trimtab.errors import TrimtabError
 from trimtab.runtime import bench
 
 
@@ -22,3 +25,38 @@ def test_memory_is_measured_by_what_the_system_has(monkeypatch: pytest.MonkeyPat
     assert counted is not None and counted > 10e6
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     assert bench.peak_bytes() is None
+
+
+@pytest.mark.parametrize(
+    ("fails", "message"),
+    [
+        (
+            "raise RuntimeError('no kernel\\nand so on')",
+            r"runs a\.bundle failed \(RuntimeError: no kernel\): run it with",
+        ),
+        ("os.kill(os.getpid(), 9)", r"runs a\.bundle was killed, .* memory runs out: make room"),
+        ("os._exit(3)", r"runs a\.bundle ended with exit code 3: see what it said"),
+    ],
+)
+def test_why_a_bundles_process_failed_is_said_as_it_was(
+    fails: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing.py").write_text(
+        f"import os\nfrom trimtab.runtime import bench, load\ndef fail(*_, **__):\n    {fails}\n"
+        "load.load = fail\nmain = bench.main\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bench, "Child", lambda _: Child("failing"))
+    with pytest.raises(TrimtabError, match=message) as raised:
+        bench.bench([Path("a.bundle")])
+    assert "\n" not in str(raised.value)
+
+
+def test_a_script_without_a_guard_can_bench(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\nfrom trimtab.runtime.bench import bench\n"
+        "try:\n    bench([Path('absent.bundle')])\nexcept Exception as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert "absent.bundle is not a folder" in done.stdout and not done.stderr

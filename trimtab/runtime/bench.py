@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from trimtab.child import Child, NoAnswer, serve
 from trimtab.errors import InputError, TrimtabError
 
 
@@ -45,33 +45,23 @@ def bench(
 
     Raises:
         InputError: Fewer than one round.
-        TrimtabError: A bundle cannot be loaded or run.
+        TrimtabError: A bundle cannot be loaded or run: as `trimtab.load` raises it, or its process ended.
     """
     if rounds < 1:
         raise InputError(f"{rounds} rounds were asked for: ask for one or more")
-    context = multiprocessing.get_context("spawn")  # a fork would count this process's memory too
-    workers: list[tuple[Any, Connection]] = []
-    try:
-        for bundle in bundles:
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_work, args=(theirs, str(bundle), target, provider, threads), daemon=True
-            )
-            process.start()
-            theirs.close()
-            workers.append((process, ours))
-        measured: list[list[dict[str, Any]]] = [[] for _ in bundles]
+    options = {"target": target, "provider": provider, "threads": threads}
+    measured: list[list[dict[str, Any]]] = [[] for _ in bundles]
+    with contextlib.ExitStack() as stack:
+        children = [stack.enter_context(Child(__name__)) for _ in bundles]
         for number in range(rounds + 1):
-            for index, (_, connection) in enumerate(workers):
-                progress(
-                    f"{bundles[index]}: {'warming up' if number == 0 else f'picture {number} of {rounds}'}"
-                )
-                measured[index].append(_next_picture(connection, bundles[index]))
-    finally:
-        for process, connection in workers:
-            connection.close()
-            process.terminate()
-            process.join()
+            what = f"picture {number} of {rounds}" if number else "warming up"
+            for bundle, child, pictures in zip(bundles, children, measured, strict=True):
+                progress(f"{bundle}: {what}")
+                try:
+                    pictures.append(child.ask({"bundle": str(bundle), **options}))
+                except NoAnswer as error:
+                    room = "make room, or choose a bundle of a smaller size"
+                    raise TrimtabError(error.line(f"the process that runs {bundle}", room)) from error
     counted = [pictures[1:] for pictures in measured]
     result: dict[str, Any] = {
         "bundles": [_summary(str(b), pictures) for b, pictures in zip(bundles, counted, strict=True)]
@@ -83,39 +73,20 @@ def bench(
     return result
 
 
-def _next_picture(connection: Connection, bundle: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError):  # it has ended; what it said last can still be read
-        connection.send("picture")
-    try:
-        answer: dict[str, Any] = connection.recv()
-    except (EOFError, OSError):
-        raise TrimtabError(f"the process that ran {bundle} died: is there enough memory?") from None
-    if "error" in answer:
-        raise TrimtabError(answer["error"])
-    return answer
+def main() -> None:
+    """A process that draws a picture of its bundle whenever it is asked, and answers with the times of its parts."""
+    serve(lambda options: _picture(*_loaded(**options)))
 
 
-def _work(
-    connection: Connection, bundle: str, target: str | None, provider: str | None, threads: int
-) -> None:
-    """Draws a picture for every message, and answers with the times of its parts."""
+@functools.lru_cache(maxsize=1)
+def _loaded(bundle: str, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A bundle, and what to ask it for; both stay for the next picture."""
     from trimtab.runtime.inputs import stand_ins
     from trimtab.runtime.load import load
 
-    try:
-        with load(bundle, target=target, provider=provider, threads=threads) as pipe:
-            contents = pipe.bundle.contents
-            options = {"seed": 0, **stand_ins(contents.tasks[pipe.tasks[0]].inputs, contents.size)}
-            while True:
-                connection.recv()
-                connection.send(_picture(pipe, options))
-    except (EOFError, ConnectionError, KeyboardInterrupt):
-        pass
-    except TrimtabError as error:
-        connection.send({"error": str(error)})
-    except OSError as error:
-        reason = f"{error.filename or bundle} cannot be used ({error.strerror or error})"
-        connection.send({"error": f"{reason}: check its name and who may read it"})
+    pipe = load(bundle, **options)
+    contents = pipe.bundle.contents
+    return pipe, {"seed": 0, **stand_ins(contents.tasks[pipe.tasks[0]].inputs, contents.size)}
 
 
 def _picture(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
