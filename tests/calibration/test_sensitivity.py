@@ -13,11 +13,13 @@ import onnxruntime
 import pytest
 import residual
 
+from trimtab.calibration import workers
 from trimtab.calibration.gates import GatedDenoiser
 from trimtab.calibration.sensitivity import GatedGraph, kept_losses, mark_of
 from trimtab.calibration.trajectories import Sample
 from trimtab.calibration.workers import Workers
-from trimtab.errors import CalibrationError, InputError, MissingDependency
+from trimtab.child import Child
+from trimtab.errors import BundleError, CalibrationError, InputError, MissingDependency
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import RemoveLayers
 
@@ -151,6 +153,52 @@ def test_workers_that_cannot_be_are_refused(processes: int, threads: int) -> Non
 def test_several_processes_give_the_same_bits(tmp_path: Path) -> None:
     gated = graph(tmp_path)
     assert gated.score(Workers(processes=2)) == gated.score(Workers())
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ("os.kill(os.getpid(), 9)", "one of 2 processes that score was killed, .*: give fewer of them"),
+        ("os._exit(3)", "one of 2 processes that score ended with exit code 3"),
+    ],
+)
+def test_a_process_that_ends_is_said_and_ends_the_others(
+    end: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gated = graph(tmp_path)
+    (tmp_path / "ending.py").write_text(
+        f"import os\nfrom trimtab.calibration import workers\ndef end(task):\n    {end}\n"
+        "def main():\n    workers._losses = end\n    workers.main()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    started: list[Child] = []
+
+    def start(own: str) -> Child:
+        started.append(Child("ending" if not started else own))
+        return started[-1]
+
+    monkeypatch.setattr(workers, "Child", start)
+    with pytest.raises(CalibrationError, match=message):
+        gated.score(Workers(processes=2))
+    assert len(started) == 2 and all(child._process.poll() is not None for child in started)
+
+
+def test_a_process_that_cannot_open_the_graph_says_why(tmp_path: Path) -> None:
+    gated = graph(tmp_path)
+    gated.path.write_bytes(b"no graph")
+    with pytest.raises(BundleError, match="cannot be loaded by onnxruntime"):
+        gated.score(Workers(processes=2))
+
+
+def test_who_needs_no_more_losses_ends_the_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gated, started = graph(tmp_path), []
+    monkeypatch.setattr(workers, "Child", lambda name: started.append(Child(name)) or started[-1])
+    jobs = [(number, (name,)) for number in range(3) for name in gated.candidates]
+    found = Workers(processes=2).losses(gated.path, list(gated.candidates), gated.samples, jobs)
+    next(found)
+    assert all(child._process.poll() is None for child in started)
+    found.close()  # type: ignore[attr-defined]
+    assert len(started) == 2 and all(child._process.poll() is not None for child in started)
 
 
 @pytest.mark.slow

@@ -6,15 +6,21 @@ one kind.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 import logging
-import multiprocessing
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from trimtab.calibration.gates import Array, GatedDenoiser
+from trimtab.child import Child, NoAnswer, serve
 from trimtab.errors import CalibrationError, InputError, MissingDependency, first_line
 from trimtab.runtime.engines import MAX_THREADS
 
@@ -88,30 +94,56 @@ def _chunks(jobs: Sequence[Job]) -> Iterator[tuple[int, list[Job]]]:
 
 # ---- processes ----
 
-_denoiser: GatedDenoiser | None = None
-"""In a worker process: its engine."""
+
+def main() -> None:
+    """A process that answers each sample and its removals with their losses."""
+    serve(_losses)
 
 
-def _open(graph: Path, names: Sequence[str], threads: int) -> None:
-    global _denoiser
-    _denoiser = GatedDenoiser(graph, names, threads)
+_opened = functools.lru_cache(maxsize=1)(GatedDenoiser)
 
 
-def _work(numbered: tuple[int, _Task]) -> tuple[int, list[float]]:
-    assert _denoiser is not None
-    index, task = numbered
-    return index, _denoiser.losses(*task)
+def _losses(task: dict[str, Any]) -> list[float]:
+    denoiser = _opened(Path(task["graph"]), tuple(task["names"]), task["threads"])
+    with np.load(task["sample"]) as inputs:
+        return denoiser.losses(dict(inputs), task["removed"])
 
 
 def _in_processes(
     workers: Workers, graph: Path, names: Sequence[str], tasks: Sequence[_Task]
 ) -> Iterator[tuple[int, list[float]]]:
-    # Spawned, since a fork would take the threads' locks of a loaded engine with it.
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(
-        min(workers.processes, len(tasks)), _open, (graph, list(names), workers.threads)
-    ) as pool:
-        yield from pool.imap_unordered(_work, enumerate(tasks))
+    count = min(workers.processes, len(tasks))
+    common = {"graph": str(graph.resolve()), "names": list(names), "threads": workers.threads}
+    waiting = iter(enumerate(tasks))
+    busy: dict[Future[list[float]], tuple[int, Child, str]] = {}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-"))
+        threads = stack.enter_context(
+            ThreadPoolExecutor(count)
+        )  # each waits for an answer, or for its child's end
+
+        def ask(child: Child, file: str, task: _Task) -> Any:
+            sample: dict[str, Any] = dict(task[0])
+            np.savez(file, **sample)
+            return child.ask({**common, "sample": file, "removed": task[1]})
+
+        def go_on(child: Child, file: str) -> None:
+            for index, task in itertools.islice(waiting, 1):
+                busy[threads.submit(ask, child, file, task)] = index, child, file
+
+        for number in range(count):
+            go_on(stack.enter_context(Child(__name__)), f"{folder}/{number}.npz")
+        try:
+            while busy:
+                for done in wait(busy, return_when=FIRST_COMPLETED).done:
+                    index, child, file = busy.pop(done)
+                    losses = done.result()
+                    go_on(child, file)
+                    yield index, losses
+        except NoAnswer as error:
+            raise CalibrationError(
+                error.line(f"one of {count} processes that score", "give fewer of them, or make room")
+            ) from error
 
 
 # ---- Ray ----
