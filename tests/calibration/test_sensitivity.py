@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -206,6 +209,86 @@ def test_ray_gives_the_same_bits(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed: pip install 'trimtab[ray]'")
     gated = graph(tmp_path)
     assert gated.score(Workers(processes=2, ray="local")) == gated.score(Workers())
+
+
+class FakeRay(ModuleType):
+    """Ray's machines, of so many cores each, in this process."""
+
+    def __init__(self, cores: Sequence[int], *, up: bool = False) -> None:
+        super().__init__("ray")
+        self.cores, self.up = cores, up
+        self.cpus, self.alive = 0, 0
+        self.put = self.get = lambda value: value
+        self.util = SimpleNamespace(ActorPool=self._pool)
+
+    def is_initialized(self) -> bool:
+        return self.up
+
+    def init(self, **_: object) -> None:
+        self.up = True
+
+    def shutdown(self) -> None:
+        self.up = False
+
+    def nodes(self) -> list[dict[str, object]]:
+        dead = {"Alive": False, "Resources": {"CPU": 64.0}}
+        return [dead, *({"Alive": True, "Resources": {"CPU": float(n)} if n else {}} for n in self.cores)]
+
+    def remote(self, num_cpus: int) -> Callable[[type], object]:
+        self.cpus = num_cpus
+        return lambda kind: SimpleNamespace(remote=lambda *given: self._actor(kind(*given)))
+
+    def kill(self, actor: object) -> None:
+        self.alive -= 1
+
+    def _actor(self, worker: Any) -> object:
+        self.alive += 1
+        return SimpleNamespace(work=SimpleNamespace(remote=worker.work))
+
+    def _pool(self, actors: Sequence[Any]) -> object:
+        room = sum(n // self.cpus for n in self.cores)
+        assert 0 < len(actors) <= room, "some wait for ever"
+        self.used = len(actors)
+        return SimpleNamespace(map_unordered=lambda do, tasks: (do(actors[0], task) for task in tasks))
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_ray_is_shut_down_by_who_started_it(
+    up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay([2], up=up)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    gated = graph(tmp_path)
+    assert gated.score(Workers(processes=2, ray="local")) == gated.score(Workers())
+    assert ray.up is up and ray.alive == 0 and ray.used == 2
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "cpus", "used"),
+    [
+        ([4, 0, 8, 8], 0, 8, 2),  # a machine for each
+        ([4, 0, 8], 3, 3, 3),
+        ([2], 1, 1, 2),
+    ],
+)
+def test_rays_processes_are_as_many_as_find_room(
+    cores: list[int], threads: int, cpus: int, used: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay(cores)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    graph(tmp_path, count=4).score(Workers(processes=4, threads=threads, ray="auto"))
+    assert (ray.cpus, ray.used) == (cpus, used)
+
+
+@pytest.mark.parametrize(("cores", "threads"), [([2, 4], 5), ([], 0)])
+def test_ray_without_a_machine_that_is_large_enough_is_refused(
+    cores: list[int], threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ray = FakeRay(cores)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    with pytest.raises(CalibrationError, match=r"largest machine has \d CPUs and a process shall have"):
+        graph(tmp_path).score(Workers(processes=2, threads=threads, ray="auto"))
+    assert not ray.up
 
 
 def test_ray_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,8 @@ from trimtab.child import Child, NoAnswer, serve
 from trimtab.errors import CalibrationError, InputError, MissingDependency, first_line
 from trimtab.runtime.engines import MAX_THREADS
 
+logger = logging.getLogger(__name__)
+
 Job = tuple[int, tuple[str, ...]]
 """A sample's number, and the names of what is removed."""
 
@@ -37,9 +39,10 @@ class Workers:
 
     Attributes:
         processes: How many, here or in all on Ray's machines.
-        threads: CPU threads of each; 0 for one a core. The bits of a result may depend on it.
+        threads: CPU threads of each; 0 for one a core, and on Ray a machine for each process. The bits of a result
+            may depend on it.
         ray: Address of a Ray cluster ("auto" for the one at hand, "local" for one made for the purpose); None
-            for this machine without Ray.
+            for this machine without Ray. Where the caller is in a cluster already, it is that one, and stays up.
 
     Raises:
         InputError: No such number of processes or threads.
@@ -157,25 +160,47 @@ def _on_ray(
     except ImportError as error:
         raise MissingDependency("ray", "ray") from error
     address = None if workers.ray == "local" else workers.ray
+    ours = not ray.is_initialized()  # else it is the caller's, and stays up
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # ray's errors share no base
         raise CalibrationError(
             f"Ray cannot be reached at {workers.ray} ({first_line(error)}): start it there"
         ) from error
+    actors = []
     try:
+        cpus, room = _room(ray, workers.threads)
+        count = min(workers.processes, len(tasks), room)
+        if room < workers.processes:
+            logger.warning("Ray's machines have room for %d of %d processes", room, workers.processes)
         # No shared disk is asked for: graph and weights travel, once a machine.
         files = {path.name: ray.put(path.read_bytes()) for path in _files(graph)}
-        actor = ray.remote(num_cpus=workers.threads)(_Remote)
-        pool = ray.util.ActorPool(
-            [
-                actor.remote(graph.name, files, list(names), workers.threads)
-                for _ in range(min(workers.processes, len(tasks)))
-            ]
-        )
+        actor = ray.remote(num_cpus=cpus)(_Remote)
+        for _ in range(count):
+            actors.append(actor.remote(graph.name, files, list(names), workers.threads))
+        pool = ray.util.ActorPool(actors)
         yield from pool.map_unordered(lambda a, task: a.work.remote(task), list(enumerate(tasks)))
     finally:
-        ray.shutdown()
+        for each in actors:
+            ray.kill(each)
+        if ours:
+            ray.shutdown()
+
+
+def _room(ray: Any, threads: int) -> tuple[int, int]:
+    """CPUs that one process takes, a whole machine's for 0 threads, and how many such find room at once.
+
+    One more would wait for ever, with its first task.
+    """
+    cores = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    largest = max(cores, default=0)
+    cpus = max(threads or largest, 1)
+    if cpus > largest:
+        raise CalibrationError(
+            f"Ray's largest machine has {largest} CPUs and a process shall have {cpus}: give fewer threads, or start "
+            "a larger one"
+        )
+    return cpus, sum(count // cpus for count in cores)
 
 
 def _files(graph: Path) -> list[Path]:
