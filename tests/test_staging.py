@@ -126,6 +126,29 @@ def test_the_old_folder_comes_back_where_the_new_one_cannot_take_its_place(tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_is_replaced_where_none_can_be_renamed_to_a_name_that_is_taken(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _written(tmp_path / "out") == "new"
+    (tmp_path / "out" / "marker").write_text("old")
+    replace = Path.replace
+
+    def as_on_windows(self: Path, target: Path) -> Path:
+        if target.exists() or (fails and self.suffix == ".partial"):
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", as_on_windows)
+    if fails:
+        with pytest.raises(PermissionError):
+            _written(tmp_path / "out")
+    else:
+        assert _written(tmp_path / "out") == "new"
+    assert (tmp_path / "out" / "marker").read_text() == ("old" if fails else "new")
+    assert names(tmp_path) == ["out"] and names(tmp_path / "out") == ["marker"]
+
+
 def _both_end_at_once(target: Path) -> list[BaseException | None]:
     """What two runs raise that write one folder and end together."""
     both = threading.Barrier(2)

@@ -21,6 +21,9 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 _TAKEN = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT))
 """What it says where the name that a folder was to take has just been taken, or left."""
 
+_WAS = "was"
+"""What a folder is called inside of the one that it is moved away to."""
+
 
 @contextlib.contextmanager
 def staged_folder(target: Path, marker: str) -> Iterator[Path]:
@@ -74,13 +77,14 @@ def _put(stage: Path, target: Path) -> None:
     old = None
     try:
         if target.exists():
+            # Into a new folder, and not onto it: Windows renames no folder to a name that is taken.
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-            target.replace(old)
+            target.replace(old / _WAS)
         stage.replace(target)
     except BaseException as error:
         if old is not None:
             with contextlib.suppress(OSError):  # it never left, or another one has the name
-                old.replace(target)
+                (old / _WAS).replace(target)
         if isinstance(error, OSError) and error.errno in _TAKEN:
             raise InputError(
                 f"{target} was written by another run meanwhile, and is kept: write to another name, or run this again"
