@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,18 +133,39 @@ def test_an_option_that_its_configuration_lacks_is_named(tmp_path: Path) -> None
         build(attention(), "8.6", tmp_path / "engine", BuildOptions(extra={"speed": 3}))
 
 
-def test_weights_in_files_are_linked_and_not_copied(tmp_path: Path) -> None:
+def with_weights_in_a_file(folder: Path) -> ir.Model:
     graph = attention()
-    (tmp_path / "all.weights").write_bytes(bytes(64) + np.eye(4, dtype=np.float32).tobytes())
+    (folder / "all.weights").write_bytes(bytes(64) + np.eye(4, dtype=np.float32).tobytes())
     weight = graph.graph.initializers["w"]
     weight.const_value = ir.ExternalTensor(
-        "all.weights", 64, 64, ir.DataType.FLOAT, shape=ir.Shape((4, 4)), name="w", base_dir=tmp_path
+        "all.weights", 64, 64, ir.DataType.FLOAT, shape=ir.Shape((4, 4)), name="w", base_dir=folder
     )
-    (tmp_path / "out").mkdir()
+    (folder / "out").mkdir()
+    return graph
+
+
+def test_weights_in_files_are_linked_and_not_copied(tmp_path: Path) -> None:
+    graph = with_weights_in_a_file(tmp_path)
     network.write_graph(graph, tmp_path / "out")
     links = [path for path in (tmp_path / "out").iterdir() if path.is_symlink()]
     assert [link.resolve() for link in links] == [(tmp_path / "all.weights").resolve()]
     assert build(graph, "8.9", tmp_path / "out" / "engine")[0].bytes > 1000
+
+
+@pytest.mark.parametrize("refused", [("symlink",), ("symlink", "link")])
+def test_where_nobody_may_link_weights_have_a_hard_link_or_a_copy(
+    refused: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("a required privilege is not held by the client")
+
+    graph = with_weights_in_a_file(tmp_path)
+    for name in refused:
+        monkeypatch.setattr(os, name, refuse)
+    network.write_graph(graph, tmp_path / "out")
+    (written,) = [path for path in (tmp_path / "out").iterdir() if path.name == "0.weights"]
+    assert written.read_bytes() == (tmp_path / "all.weights").read_bytes() and not written.is_symlink()
+    assert written.samefile(tmp_path / "all.weights") == ("link" not in refused)
 
 
 def test_a_build_takes_nothing_heavy_into_its_process() -> None:

@@ -7,7 +7,9 @@ import contextlib
 import importlib
 import importlib.util
 import logging
+import os
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -191,7 +193,7 @@ class NetworkBuilder(abc.ABC):
 def write_graph(model: ir.Model, folder: Path) -> Path:
     """Writes a graph for a parser that reads files, with its kernels where they are launched.
 
-    Weights that lie in files are linked there, and not copied.
+    Weights that lie in files are linked there, and copied only where the system lets nobody link.
 
     Args:
         model: Stays as it was.
@@ -213,7 +215,7 @@ def write_graph(model: ir.Model, folder: Path) -> Path:
         file = Path(tensor.path).resolve()
         if file not in links:
             links[file] = f"{len(links)}.weights"
-            (folder / links[file]).symlink_to(file)
+            _link(file, folder / links[file])
         value.const_value = ir.ExternalTensor(
             links[file],
             tensor.offset,
@@ -226,6 +228,14 @@ def write_graph(model: ir.Model, folder: Path) -> Path:
     WeightStore(folder).keep("new", model)
     ir.save(model, folder / "graph.onnx")
     return folder / "graph.onnx"
+
+
+def _link(file: Path, name: Path) -> None:
+    """Gives a file a second name. Windows wants a privilege for a symbolic link, and hard ones stay on their disk."""
+    for link in (os.symlink, os.link):
+        with contextlib.suppress(OSError):
+            return link(file, name)
+    shutil.copyfile(file, name)
 
 
 TimingCache = Callable[[int, str], contextlib.AbstractContextManager[Path]]
