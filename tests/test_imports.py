@@ -74,6 +74,11 @@ def test_no_module_is_longer_than_400_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 400
 
 
+def test_where_engines_are_kept_is_said_once() -> None:
+    home = ".cache/trimtab"
+    assert [p.name for p in ROOT.rglob("*.py") if home in p.read_text()] == ["place.py"]
+
+
 def test_the_runtime_imports_no_stage_of_the_compiler() -> None:
     for path in sorted((ROOT / "runtime").rglob("*.py")):
         text = path.read_text()

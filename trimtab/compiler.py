@@ -27,7 +27,8 @@ from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.switching import check_switches
 from trimtab.targets.device import Device, find_device
-from trimtab.targets.engines import DEFAULT_CACHE, check_targets, make_engines, open_cache
+from trimtab.targets.engines import check_targets, make_engines, open_cache
+from trimtab.targets.place import DEFAULT_CACHE, Place
 from trimtab.targets.precision import by_precision, in_precision
 from trimtab.targets.verdict import check_room
 from trimtab.transforms import timed_device, transform
@@ -48,7 +49,7 @@ def compile(
     *,
     recipe: str | Path | None = None,
     device_file: str | Path | None = None,
-    cache: str | Path | None = DEFAULT_CACHE,
+    cache: Place = DEFAULT_CACHE,
     progress: Progress = logger.info,
     **options: Any,
 ) -> Bundle:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trimtab.errors import InputError
+from trimtab.targets.place import DEFAULT_CACHE
 
 
 def packing_arguments(command: argparse.ArgumentParser) -> None:
@@ -76,9 +77,9 @@ def cache_arguments(command: argparse.ArgumentParser) -> None:
     where = command.add_mutually_exclusive_group()
     where.add_argument(
         "--cache",
-        default="~/.cache/trimtab",
+        default=DEFAULT_CACHE,
         metavar="DIR|URL",
-        help="where engines are looked for and kept (default ~/.cache/trimtab)",
+        help="where engines are looked for and kept (default %(default)s)",
     )
     where.add_argument(
         "--no-cache", dest="cache", action="store_const", const=None, help="build every engine anew"

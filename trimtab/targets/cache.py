@@ -35,6 +35,7 @@ from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
 from trimtab.targets.device import Device
 from trimtab.targets.entry import ENGINE, NOTE, CacheEntry, last_use, verified, write_note
 from trimtab.targets.key import EngineKey, engine_key, graph_digest
+from trimtab.targets.place import DEFAULT_CACHE
 from trimtab.targets.remote import Remote, is_remote
 
 try:
@@ -84,7 +85,7 @@ class EngineCache:
     """
 
     def __init__(
-        self, place: str | Path, limit_bytes: int = 50 * 2**30, *, near: str | Path = "~/.cache/trimtab"
+        self, place: str | Path, limit_bytes: int = 50 * 2**30, *, near: str | Path = DEFAULT_CACHE
     ) -> None:
         if limit_bytes < 0:
             raise InputError(f"the limit is {limit_bytes} bytes and must not be below 0: give a larger one")

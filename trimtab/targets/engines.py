@@ -20,6 +20,7 @@ from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.device import Device
 from trimtab.targets.network import NetworkBuilder
 from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
+from trimtab.targets.place import Place
 from trimtab.targets.plugins.aot import check_kernels
 from trimtab.targets.tensorrt import TensorRTBuilder
 from trimtab.targets.tensorrt_rtx import TensorRTRTXBuilder
@@ -32,11 +33,6 @@ logger = logging.getLogger(__name__)
 
 ENGINES = "engines"
 """The folder of engines in a bundle, with one for each target."""
-
-DEFAULT_CACHE = "~/.cache/trimtab"
-
-Place = str | Path | None
-"""Of a cache: a folder, a URL, or none."""
 
 
 def builder_for(device: Device, cache: EngineCache | None = None) -> Builder:

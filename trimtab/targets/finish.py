@@ -16,9 +16,10 @@ from trimtab.staging import locked
 from trimtab.targets import preflight
 from trimtab.targets.base import Progress
 from trimtab.targets.device import Device, find_device, known_devices
-from trimtab.targets.engines import DEFAULT_CACHE, Place, builder_for, open_cache
+from trimtab.targets.engines import builder_for, open_cache
 from trimtab.targets.insert import Inserter, Made
 from trimtab.targets.network import NetworkBuilder
+from trimtab.targets.place import DEFAULT_CACHE, Place
 from trimtab.targets.plugins.build import check_tools
 from trimtab.targets.recognise import recognise
 from trimtab.targets.wanted import needs_library, present_library, reason_to_build, with_target
