@@ -7,7 +7,7 @@ Puts decoded weights into the shipped models and draws judged pictures with them
 DiT and 5 for the U-Net, the same noise for every row. A row is kept in FOLDER/MODEL.jsonl as soon as it is measured;
 the table shows all that are there. A row "NAME=STORE" measures a folder of codebooks made elsewhere; "calibrated-N"
 calibrates for --minutes with N candidates, from k-means, on 32 trajectories of the model's own; "rounding-3" rounds to
-3 bits: small models' codebooks are as large as their codes, and 2 bits are more than 2 there.
+3 bits.
 
 Bits are those of the weights that are packed, with codebooks, scales and offsets; rows of one model pack the same
 ones. "kept" is the score's share of FP32's.

@@ -13,10 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["Denoiser", "Pipeline", "Recipe", "Result", "TrimtabError", "__version__", "compile", "load"]
+__all__ = [
+    "Denoiser",
+    "EngineCache",
+    "Pipeline",
+    "Recipe",
+    "Result",
+    "TrimtabError",
+    "__version__",
+    "compile",
+    "load",
+]
 
 _WHERE = {
     "Denoiser": "trimtab.drop_in",
+    "EngineCache": "trimtab.targets.cache",
     "Pipeline": "trimtab.runtime.load",
     "Recipe": "trimtab.recipe",
     "Result": "trimtab.runtime.load",
@@ -31,6 +42,7 @@ if TYPE_CHECKING:
     from trimtab.errors import TrimtabError
     from trimtab.recipe import Recipe
     from trimtab.runtime.load import Pipeline, Result, load
+    from trimtab.targets.cache import EngineCache
 
 
 def __getattr__(name: str) -> Any:

@@ -51,11 +51,11 @@ def transform(
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
-    switches = open_switches(program, recipe.switch)
+    switches = open_switches(program, recipe.switch)  # of the whole model: what they name is found before any work
     program = _remove(program, recipe, folder, progress, device)
     if recipe.switch:
         program = switch(program, switches.others, switches.ranges)
-    program = mix_kernels(program)
+    program = mix_kernels(program)  # every weight is a number from here on
     if recipe.vq is not None:
         program = _packed(program, recipe, recipe.vq, folder, progress)
     if recipe.hidiffusion:

@@ -237,7 +237,7 @@ def rounded(codebook: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 def _search(
     vectors: npt.NDArray[np.float32], codebook: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-    """Nearest codeword and squared distance of each vector, exactly."""
+    """Nearest codeword and squared distance of each vector, to float32's rounding."""
     missing = ((0, max(0, _LEAST_VECTORS - len(vectors))), (0, _LEAST_LENGTH - vectors.shape[1]))
     codewords = np.pad(codebook, ((0, 0), missing[1]))
     distances, codes = _faiss().knn(np.pad(vectors, missing) if np.any(missing) else vectors, codewords, 1)
