@@ -44,6 +44,14 @@ def test_a_recorded_sample_run_again_gives_the_recorded_output(bundle_folder: Bu
             np.testing.assert_allclose(output, sample.output, rtol=0, atol=1e-5)
 
 
+def test_what_no_step_changes_is_kept_once_for_all_of_a_trajectory(bundle_folder: BundleFolder) -> None:
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        first, second, third, other, *_ = record(pipe, own_requests(pipe, 2, schedule=3))
+    assert first.inputs["class_labels"] is second.inputs["class_labels"] is third.inputs["class_labels"]
+    assert not np.array_equal(first.inputs["class_labels"], other.inputs["class_labels"])
+    assert not np.array_equal(first.inputs[STATE], second.inputs[STATE])
+
+
 def test_a_samples_first_step_is_the_seeds_noise_in_every_row(bundle_folder: BundleFolder) -> None:
     from trimtab.runtime.noise import NoiseGenerator
 

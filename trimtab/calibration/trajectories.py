@@ -123,6 +123,7 @@ def record_each(
             )
         for buffer, content in filled_with:
             buffer[...] = content
+        kept: dict[str, Array] = {}
         for index, step in enumerate(plan.steps):
             if index > max(wanted):
                 break
@@ -130,7 +131,7 @@ def record_each(
             calls = [call for call in step.calls if call.segment.startswith(DENOISER)]
             # The engine may write the state that it reads, so what it read is kept before it runs.
             before = [
-                (call.segment, {name: array.copy() for name, array in call.inputs.items()})
+                (call.segment, {name: _copied(kept, name, np.asarray(a)) for name, a in call.inputs.items()})
                 for call in calls
                 if index in wanted
             ]
@@ -144,6 +145,13 @@ def record_each(
             samples += [Sample(index, segment, inputs, output.copy()) for segment, inputs in before]
             on_step()
     return samples
+
+
+def _copied(kept: dict[str, Array], name: str, array: Array) -> Array:
+    """A copy, or the last one of that name if nothing changed since: a text's embedding is the same in every step."""
+    if name not in kept or not np.array_equal(kept[name], array):
+        kept[name] = array.copy()
+    return kept[name]
 
 
 def own_requests(
