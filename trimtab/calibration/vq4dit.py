@@ -62,6 +62,9 @@ class Training:
 ASSIGNING = 1 / 3
 """Share of the time for the assignments."""
 
+_HELD = 2 * 2**30
+"""Bytes of a block's examples that are kept, of what it reads and is to give; others are made whenever they come."""
+
 FROZEN = 0.99
 """A ratio from which a sub-vector's choice is made, and the share of made choices from which a layer's is."""
 
@@ -267,12 +270,22 @@ class _Run:
         block = self._graph.part(outputs, given)
         before, whole = self._graph.part(given), self._graph.part(outputs)
 
-        @functools.cache
+        held: dict[int, tuple[dict[str, Tensor], list[Tensor]]] = {}
+        room = _HELD
+
         @torch.no_grad()
         def example(index: int) -> tuple[dict[str, Tensor], list[Tensor]]:
             """What the block reads now, and what the model's own gives; made when it is needed, in the block's time."""
+            nonlocal room
+            if index in held:
+                return held[index]
             values = self._inputs[index]
-            return values | before(values, self._weights), list(whole(values).values())
+            read, wanted = before(values, self._weights), list(whole(values).values())
+            made = values | read, wanted
+            size = sum(tensor.nbytes for tensor in (*read.values(), *wanted))
+            if size <= room:
+                held[index], room = made, room - size
+            return made
 
         optimizer = torch.optim.RMSprop(
             [layer.logits for layer in own.values()], lr=self._training.logit_rate, alpha=0.9
