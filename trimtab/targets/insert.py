@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import itertools
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ from trimtab.manifest import OPERATORS_DOMAIN, Contents, Engine, FileEntry, Segm
 from trimtab.staging import FULL
 from trimtab.storage import read_graph, with_engines
 from trimtab.targets.base import BuildOptions, Progress
+from trimtab.targets.bindings import Shapes
 from trimtab.targets.device import Device
 from trimtab.targets.engines import (
     ENGINES,
@@ -126,13 +128,18 @@ class Inserter:
                 return as_wanted
         return None
 
+    @functools.cached_property
+    def _native(self) -> Mapping[str, Sequence[Shapes]]:
+        return native_shapes(self._contents)
+
     def _open(self, name: str, old: Engine, device: Device) -> Engine:
         """ONNX Runtime's form of a graph: another target's, the graph itself, or what that is lowered to, beside it."""
+        # Not as `_same`: sizes and a compute capability that a target has of itself are nothing to an open graph.
         for engine in self._contents.segments[name].engines:
             like = (engine.backend, engine.graph, engine.packed) == (old.backend, old.graph, old.packed)
             if engine.built and like and reason_to_build(self._now(), engine, device, "") is None:
                 return replace(old, path=engine.path, bytes=engine.bytes, built=True)
-        builder = OnnxRuntimeBuilder(*native_shapes(self._contents).get(name, ())[:1])
+        builder = OnnxRuntimeBuilder(*self._native.get(name, ())[:1])
         graph = read_graph(self._bundle, old.graph)
         model, path = builder.lower(graph, device), lowered_path(old.graph, old.backend)
         if model is graph:
