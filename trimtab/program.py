@@ -12,7 +12,7 @@ together; a table of what depends on the picture's size is written whole, and ev
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -217,16 +217,24 @@ def reads(read: set[str], name: str) -> bool:
     return any(name == part[1] for part in map(SLICE.match, read) if part is not None)
 
 
+def check_guidance(scale: float | None, tasks: Iterable[Task]) -> None:
+    """Raises InputError for a scale where no task has guidance.
+
+    Cards of such models give 0: none is asked for, as by 1.
+    """
+    if scale is not None and not scale <= 1 and all(task.guidance is None for task in tasks):  # NaN neither
+        raise InputError(
+            f"a guidance scale of {scale:g} was given and this model has no guidance: leave it out"
+        )
+
+
 def with_guidance(program: Program, scale: float) -> Program:
     """A program whose tasks are guided by a scale where none is asked for.
 
     Raises:
         InputError: The model has no guidance, and a scale above 1 is given.
     """
-    if scale > 1 and all(task.guidance is None for task in program.tasks.values()):
-        raise InputError(
-            f"a guidance scale of {scale:g} was given and this model has no guidance: leave it out"
-        )
+    check_guidance(scale, program.tasks.values())
     tasks = {
         name: task if task.guidance is None else replace(task, guidance=scale)
         for name, task in program.tasks.items()

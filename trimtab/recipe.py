@@ -25,7 +25,8 @@ VQ_BITS = (2, 3, 4)
 MEASURES = ("parameters", "bytes", "time")
 """What a share to remove may be of."""
 
-METHODS = ("output-loss", "bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny", "magnitude", "random")
+HANDCRAFTED = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
+METHODS = ("output-loss", *HANDCRAFTED, "magnitude", "random")
 """How what is removed may be chosen (`trimtab.calibration.planning`)."""
 
 

@@ -13,9 +13,8 @@ from trimtab.calibration.knapsack import Item, solve
 from trimtab.calibration.measures import Measure, parameters
 from trimtab.errors import InputError, PassError
 from trimtab.passes.candidates import Candidates
+from trimtab.recipe import HANDCRAFTED
 from trimtab.targets.device import Device
-
-HANDCRAFTED = ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,11 @@ from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import RemovalPlan
 from trimtab.passes.split_attention import SplitAttention
 from trimtab.program import DENOISER, Program, Segment
-from trimtab.recipe import METHODS
+from trimtab.recipe import HANDCRAFTED, METHODS
 from trimtab.storage import write_contents
 from trimtab.targets.bindings import Shapes, segment_shapes
 
 logger = logging.getLogger(__name__)
-
 
 _STEPS_PER_TRAJECTORY = 4
 """Four time steps of one trajectory for every one of its samples: neighbours say nearly the same."""
@@ -170,7 +169,7 @@ def plan_removal(
     """
     if method not in METHODS:
         raise InputError(f"there is no method {method}: choose one of {', '.join(METHODS)}")
-    if method in choice.HANDCRAFTED and (wish.keep or wish.drop):
+    if method in HANDCRAFTED and (wish.keep or wish.drop):
         raise InputError(
             f"{method} is a choice of its own, and modules to keep or drop are given: leave them out, or choose by "
             f"{METHODS[0]}"

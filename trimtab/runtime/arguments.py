@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.errors import BundleError, InputError
-from trimtab.program import Schedule, Task, TensorSpec
+from trimtab.program import Schedule, Task, TensorSpec, check_guidance
 from trimtab.runtime.images import Pixels
 from trimtab.runtime.inputs import class_names
 
@@ -76,11 +76,7 @@ def _memory_bytes() -> float:
 def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | None) -> tuple[float, int]:
     """The guidance scale and the number of rows that it takes."""
     if task.guidance is None:
-        # Cards of such models give 0: none is asked for, as by 1.
-        if guidance is not None and not guidance <= 1:
-            raise InputError(
-                f"a guidance scale of {guidance:g} was given and this model has no guidance: leave it out"
-            )
+        check_guidance(guidance, [task])
         return 1.0, 1
     scale = float(task.guidance if guidance is None else guidance)
     if not abs(scale) <= float(np.finfo(np.float32).max):  # NaN neither

@@ -35,10 +35,10 @@ IR_VERSION = 8
 ROWS = "prompts"
 """The first axis of whatever has one entry for each guidance row of each picture."""
 
-_TRIAL = 16
+TRIAL = 16
 """For sizes that a trial says nothing of: even, and larger than what a layer may cut off."""
 
-_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+SYMBOL = re.compile(r"[A-Za-z_]\w*")
 
 _MULTIPLE = re.compile(r"(\d+)\*([A-Za-z_]\w*)")
 """What torch's exporter calls a size that is known to be a multiple."""
@@ -237,9 +237,9 @@ def _translated(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | st
     text = str(dim.value)
     if text in names:
         return names[text]
-    if any(word not in names and word not in FUNCTIONS for word in _SYMBOL.findall(text)):
+    if any(word not in names and word not in FUNCTIONS for word in SYMBOL.findall(text)):
         return None
-    text = _SYMBOL.sub(lambda match: names.get(match[0], match[0]), text)
+    text = SYMBOL.sub(lambda match: names.get(match[0], match[0]), text)
     try:
         evaluate(text, dict.fromkeys(filter(str.isidentifier, names.values()), 2))
     except BundleError:
@@ -318,7 +318,7 @@ def check_outputs(foreign: Foreign, trial: Mapping[str, int], advice: str) -> No
 
     Args:
         foreign: Its weights must lie outside of the graph, which is copied.
-        trial: Name of a size -> a number that the graph can take; others become `_TRIAL`.
+        trial: Name of a size -> a number that the graph can take; others become `TRIAL`.
         advice: How the error ends.
 
     Raises:
@@ -328,7 +328,7 @@ def check_outputs(foreign: Foreign, trial: Mapping[str, int], advice: str) -> No
     del proto.graph.value_info[:]
 
     def tried(dim: int | ir.SymbolicDim) -> int:
-        names = {name: trial.get(name, _TRIAL) for name in _SYMBOL.findall(str(dim))}
+        names = {name: trial.get(name, TRIAL) for name in SYMBOL.findall(str(dim))}
         return evaluate(dim if isinstance(dim, int) else str(dim.value), names)
 
     for value, info in zip(foreign.model.graph.inputs, proto.graph.input, strict=True):

@@ -10,25 +10,20 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
+from trimtab.export.onnx.graphs import SYMBOL, TRIAL
 from trimtab.shapes import evaluate
 from trimtab.targets.propagation import propagate
 
 logger = logging.getLogger(__name__)
 
-_TRIAL = 16
-"""For sizes that nothing is known of."""
-
 _ROWS = 2
 """A size that is found on the first axis of everything."""
-
-_NAME = re.compile(r"[A-Za-z_]\w*")
 
 
 def settle_inside(model: ir.Model, native: Mapping[str, int]) -> None:
@@ -50,7 +45,7 @@ def settle_inside(model: ir.Model, native: Mapping[str, int]) -> None:
     first = {
         str(v.shape[0].value) for v in graph.inputs if v.shape and isinstance(v.shape[0], ir.SymbolicDim)
     }
-    base = {name: native.get(name, _ROWS if name in first else _TRIAL) for name in symbols}
+    base = {name: native.get(name, _ROWS if name in first else TRIAL) for name in symbols}
     tries = [base, *({**base, name: 2 * base[name]} for name in symbols)]
     # Rounding shows at odd sizes, which not every graph can take.
     extra = [{**base, name: 2 * base[name] - 1} for name in symbols if name in native]
@@ -80,7 +75,7 @@ def _lacks(value: ir.Value, symbols: Sequence[str]) -> bool:
     if value.dtype is None or value.shape is None:
         return True
     dims = [dim.value for dim in value.shape if isinstance(dim, ir.SymbolicDim)]
-    return any(dim is None or not set(_NAME.findall(dim)).issubset(symbols) for dim in dims)
+    return any(dim is None or not set(SYMBOL.findall(dim)).issubset(symbols) for dim in dims)
 
 
 def _sizes(
