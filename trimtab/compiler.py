@@ -85,9 +85,8 @@ def compile(
         load_plan(Path(chosen.removal_plan))  # what is no plan is said before the export
     check_switches(chosen.switch, chosen.steps, chosen.scheduler)
     output = Path(output)
-    place = (
-        output.absolute()
-    )  # what is replaced may be the working folder, which has no relative paths afterwards
+    # What is replaced may be the working folder, which has no relative paths afterwards.
+    place = output.absolute()
     check_replaceable(output, MANIFEST)
     path = find(str(model))
     opened = _open_cache(cache, devices)  # what is wrong with it is said before hours of work

@@ -51,9 +51,8 @@ def transform(
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
-    switches = open_switches(
-        program, recipe.switch
-    )  # of the whole model: what they name is found before any work
+    # Of the whole model: what they name is found before any work.
+    switches = open_switches(program, recipe.switch)
     program = _remove(program, recipe, folder, progress, device)
     if recipe.switch:
         program = switch(program, switches.others, switches.ranges)

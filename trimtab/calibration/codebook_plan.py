@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,39 +103,38 @@ def plan(found: Mapping[str, Site], choices: Mapping[str, int | str], settings: 
         settings: With ``scale`` all spreads are alike.
     """
     groups = []
-    small: dict[str, float] = {}
+    small: dict[int, list[tuple[float, str, int]]] = {}
     for name, bits in choices.items():
         if isinstance(bits, str):
             continue
-        if _vectors(found[name], bits) < OWN * FORMATS[bits].codewords:
-            small[name] = 1.0 if settings.scale else _spread(found[name])
+        vectors = _vectors(found[name], bits)
+        if vectors < OWN * FORMATS[bits].codewords:
+            spread = 1.0 if settings.scale else _spread(found[name])
+            small.setdefault(bits, []).append((spread, name, vectors))
         else:
             groups.append(Group((name,), bits, FORMATS[bits].codewords))
-    for bits in FORMATS:
-        order = sorted((name for name in small if choices[name] == bits), key=lambda name: small[name])
-        for names in _shared({name: (_vectors(found[name], bits), small[name]) for name in order}, bits):
-            vectors = sum(_vectors(found[name], bits) for name in names)
-            groups.append(Group(names, bits, _codewords(vectors, bits)))
+    for bits, weights in small.items():
+        groups += _shared(sorted(weights, key=lambda weight: weight[0]), bits)
     return groups
 
 
-def _shared(weights: Mapping[str, tuple[int, float]], bits: int) -> Iterator[tuple[str, ...]]:
+def _shared(weights: Iterable[tuple[float, str, int]], bits: int) -> Iterator[Group]:
     """Groups of small weights.
 
     Args:
-        weights: Name -> (sub-vectors, spread), the least spread first.
+        weights: (spread, name, sub-vectors), the least spread first.
         bits: Of all.
     """
-    group: list[str] = []
+    names: list[str] = []
     count, least = 0, math.inf
-    for name, (vectors, spread) in weights.items():
-        if group and (count >= OWN * FORMATS[bits].codewords or spread > ALIKE * least):
-            yield tuple(group)
-            group, count, least = [], 0, math.inf
-        group.append(name)
+    for spread, name, vectors in weights:
+        if names and (count >= OWN * FORMATS[bits].codewords or spread > ALIKE * least):
+            yield Group(tuple(names), bits, _codewords(count, bits))
+            names, count, least = [], 0, math.inf
+        names.append(name)
         count, least = count + vectors, min(least, spread)
-    if group:
-        yield tuple(group)
+    if names:
+        yield Group(tuple(names), bits, _codewords(count, bits))
 
 
 def _rule(site: Site, settings: Settings) -> tuple[str, int | str] | None:

@@ -240,12 +240,11 @@ class _Run:
                 if packed.method == CALIBRATED:  # its codes need not be the nearest
                     self._weights[name] = torch.from_numpy(places[name].laid_out(packed.rows())).to(device)
                 else:
-                    numbers = torch.from_numpy(packed.codebook.copy()).to(device)
-                    book = shared.setdefault(packed.codebook.tobytes(), nn.Parameter(numbers))
-                    self.layers[name] = PackedLayer(packed, book, places[name], training.candidates).to(
-                        device
-                    )
-                    self._weights[name] = self.layers[name].weight()
+                    key = packed.codebook.tobytes()
+                    if key not in shared:
+                        shared[key] = nn.Parameter(torch.from_numpy(packed.codebook.copy()).to(device))
+                    layer = PackedLayer(packed, shared[key], places[name], training.candidates).to(device)
+                    self.layers[name], self._weights[name] = layer, layer.weight()
         names = (name for layer in self.layers.values() for name in _biases(layer.site))
         self._biases = [n for n in dict.fromkeys(names) if n in self._weights and n not in held]
 

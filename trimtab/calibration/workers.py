@@ -121,9 +121,8 @@ def _in_processes(
     busy: dict[Future[list[float]], tuple[int, Child, str]] = {}
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="trimtab-"))
-        threads = stack.enter_context(
-            ThreadPoolExecutor(count)
-        )  # each waits for an answer, or for its child's end
+        # Each thread waits for an answer, or for its child's end.
+        threads = stack.enter_context(ThreadPoolExecutor(count))
 
         def ask(child: Child, file: str, task: _Task) -> Any:
             sample: dict[str, Any] = dict(task[0])

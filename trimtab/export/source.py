@@ -137,7 +137,7 @@ class Source:
             )
         for file in files:
             _check_safetensors(file)
-        return _variant({file.name: _variant_of(file.name, stem) for file in files}.values())
+        return _variant(_variant_of(file.name, stem) for file in files)
 
 
 def _variant_of(name: str, stem: str) -> str | None:

@@ -168,10 +168,9 @@ def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
 
 def _check_size(source: ir.Value, upsampler: Module) -> None:
     """Refuses an upsampler that comes back to other sizes than the downsampler left: every other cut hangs on that."""
-    resized = next((n.outputs[0] for n in upsampler.nodes if n.op_type == "Resize"), None)
     before, after = (
-        None if value is None or value.shape is None else [canonical(str(dim)) for dim in value.shape[2:]]
-        for value in (source, resized)
+        None if value.shape is None else [canonical(str(dim)) for dim in value.shape[2:]]
+        for value in (source, _resize(upsampler).outputs[0])
     )
     if before != after:
         raise PassError(
@@ -180,12 +179,18 @@ def _check_size(source: ir.Value, upsampler: Module) -> None:
         )
 
 
+def _resize(upsampler: Module) -> ir.Node:
+    node = next((n for n in upsampler.nodes if n.op_type == "Resize"), None)
+    if node is None:
+        raise PassError(f"{upsampler.path} has no Resize, which HiDiffusion rewrites: leave HiDiffusion out")
+    return node
+
+
 def _resize_to_sizes(upsampler: Module) -> None:
     """Lets an upsampler that doubles say so in sizes, which another factor can come of (`LocalizeSizes`)."""
-    node = next((n for n in upsampler.nodes if n.op_type == "Resize"), None)
-    source = node.inputs[0] if node is not None else None
-    if node is None or source is None:
-        raise PassError(f"{upsampler.path} has no Resize, which HiDiffusion rewrites: leave HiDiffusion out")
+    node = _resize(upsampler)
+    source = node.inputs[0]
+    assert source is not None
     if len(node.inputs) > 3:
         return
     factors = ir.convenience.get_const_tensor(node.inputs[2]) if node.inputs[2] is not None else None
