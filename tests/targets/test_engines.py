@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foreign
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -17,7 +18,7 @@ from graphs import feeds_for
 
 import trimtab
 from trimtab.bundle import Bundle, open_bundle
-from trimtab.errors import InputError, TrimtabError
+from trimtab.errors import InputError, TrimtabError, UnsupportedOp
 from trimtab.manifest import Engine
 from trimtab.program import with_guidance
 from trimtab.storage import GRAPHS, read_program
@@ -64,6 +65,17 @@ def test_a_jetson_gets_graphs_that_jetpack_6_parses_and_that_compute_the_same(co
         assert engines_of(bundle, "agx-orin-64gb")[name].path == engine.path
     more = sum(path.stat().st_size for path in (copied_bundle / GRAPHS).glob("*.weights"))
     assert more < 1.05 * weights
+
+
+def test_an_operator_that_onnx_runtime_lacks_is_found_while_compiling(tmp_path: Path) -> None:
+    inputs, outputs, body = foreign.LINEAR
+    foreign.write(tmp_path / "denoiser.onnx", inputs, outputs, body.replace("Add(s, t)", "Blend(s, t)"))
+    (tmp_path / "model.toml").write_text(foreign.PIXELS)
+    with pytest.raises(
+        UnsupportedOp, match=r"^denoiser cannot run on the CPU.*Blend.*: export it with standard"
+    ):
+        trimtab.compile(tmp_path / "model.toml", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_an_rtx_gets_engines_that_devices_of_its_kind_share(copied_bundle: Path, tmp_path: Path) -> None:

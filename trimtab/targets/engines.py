@@ -19,7 +19,7 @@ from trimtab.targets.base import Builder, BuildOptions, EngineInfo, Progress
 from trimtab.targets.bindings import Shapes, segment_shapes
 from trimtab.targets.device import Device
 from trimtab.targets.network import NetworkBuilder
-from trimtab.targets.onnxruntime import OnnxRuntimeBuilder
+from trimtab.targets.onnxruntime import OnnxRuntimeBuilder, check_loads
 from trimtab.targets.place import Place
 from trimtab.targets.plugins.aot import check_kernels
 from trimtab.targets.tensorrt import TensorRTBuilder
@@ -177,6 +177,7 @@ class _Maker:
         model = builder.lower(segment.model, device)
         path = graph if model is segment.model else lowered_path(graph, builder.backend)
         info = builder.build(model, device, BuildOptions(), self._folder / path, self._progress)
+        check_loads(segment.name, self._folder / path)
         packed = OPERATORS_DOMAIN in segment.model.opset_imports
         return Engine(
             device.name,
