@@ -217,6 +217,17 @@ def reads(read: set[str], name: str) -> bool:
     return any(name == part[1] for part in map(SLICE.match, read) if part is not None)
 
 
+def first_step(steps: int, strength: float, rounds_up: bool) -> int:
+    """The step that a loop begins at which starts from a picture: ``t_start`` of diffusers' pipelines, to the last bit.
+
+    Args:
+        steps: Of the whole loop.
+        strength: The share of them that runs, above 0 and at most 1.
+        rounds_up: Whether that is rounded up to whole steps, or down: then ``steps`` comes back where none is left.
+    """
+    return int(steps - steps * strength) if rounds_up else steps - int(steps * strength)
+
+
 def check_guidance(scale: float | None, tasks: Iterable[Task]) -> None:
     """Raises InputError for a scale where no task has guidance.
 

@@ -18,7 +18,8 @@ from diffusers import (
 
 from trimtab.export.parts import Parts
 from trimtab.export.sampler import SamplerTable, make_scheduler, probe, replay
-from trimtab.export.sampler.schedules import Sampling, probe_tasks
+from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks
+from trimtab.runtime.arguments import choose_schedule
 
 SIZE = 12
 SHAPE = (1, 4, SIZE, SIZE)
@@ -208,3 +209,16 @@ def test_pixart_of_one_step_decodes_what_the_scheduler_foresees(
 def test_a_scheduler_that_foresees_nothing_gives_its_next_sample() -> None:
     scheduler = make_scheduler("dpm++", SD)
     assert probe(scheduler, 1, denoised=True) == probe(scheduler, 1)
+
+
+@pytest.mark.parametrize("rounds_up", [True, False])
+@pytest.mark.parametrize("steps", [51, 75])
+def test_a_long_loop_starts_where_the_default_strength_and_every_twentieth_would(
+    steps: int, rounds_up: bool
+) -> None:
+    # SDXL's default for inpainting is no twentieth, and SD3 rounds up.
+    parts = Parts("", lambda _, graph: graph, strength={"inpainting": 0.9999}, strength_rounds_up=rounds_up)
+    sampling = Sampling(make_scheduler("euler", SD), (steps,), {})
+    task = plan_tasks(parts, probe_tasks(parts, sampling))[0]["inpainting"]
+    for strength in (None, *(twentieth / 20 for twentieth in range(1, 21))):
+        assert choose_schedule([f"euler-{steps}"], task, None, strength) in task.schedules

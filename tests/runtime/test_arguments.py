@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
 
 from trimtab.errors import InputError
-from trimtab.program import Task, TensorSpec
+from trimtab.program import Schedule, Task, TensorSpec, first_step
 from trimtab.runtime.arguments import (
     all_labels,
     all_negatives,
     all_seeds,
     check_count,
+    choose_schedule,
     guidance_scale,
     whole_size,
 )
@@ -85,3 +87,23 @@ def test_a_class_that_is_neither_number_nor_name_is_refused_in_one_line() -> Non
     kinds = {"label": TensorSpec("label", "int64", ("rows*batch",), {"kind": "label"})}
     with pytest.raises(InputError, match=r"the class 1\.5 is neither a whole number nor a name"):
         all_labels(kinds, 1.5, 1)  # type: ignore[arg-type]
+
+
+def started(steps: int, starts: Iterable[int], rounds_up: bool = False) -> Task:
+    loops = {f"euler-{steps}/from-{start}": Schedule(()) for start in starts}
+    return Task((), (), loops, strength=0.6, strength_rounds_up=rounds_up)
+
+
+@pytest.mark.parametrize("rounds_up", [True, False])
+@pytest.mark.parametrize("steps", [20, 30, 75, 100])
+@pytest.mark.parametrize("strength", [0.001, 0.01, 0.35, 0.5049, 0.9999])
+def test_the_strength_that_is_named_in_the_place_of_another_works(
+    steps: int, strength: float, rounds_up: bool
+) -> None:
+    task = started(steps, range(0, steps, 5), rounds_up)
+    if f"euler-{steps}/from-{first_step(steps, strength, rounds_up)}" in task.schedules:
+        return
+    with pytest.raises(InputError, match=r"use strength ([\d.]+)$") as refused:
+        choose_schedule([f"euler-{steps}"], task, None, strength)
+    named = float(str(refused.value).rpartition(" ")[2])
+    assert choose_schedule([f"euler-{steps}"], task, None, named) in task.schedules

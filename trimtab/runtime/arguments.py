@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trimtab.errors import BundleError, InputError
-from trimtab.program import Schedule, Task, TensorSpec, check_guidance
+from trimtab.program import Schedule, Task, TensorSpec, check_guidance, first_step
 from trimtab.runtime.images import Pixels
 from trimtab.runtime.inputs import class_names
 
@@ -117,19 +117,19 @@ def choose_schedule(
     if not (digits := name.rpartition("-")[2]).isdecimal():
         raise BundleError(f"the schedule {name} says no number of steps: compile the bundle again")
     total = int(digits)
-    start = int(total - total * share) if task.strength_rounds_up else total - int(total * share)
-    started = f"{name}/from-{start}"
-    if started not in task.schedules:
-        starts = [int(k) for n in task.schedules if (k := n.removeprefix(f"{name}/from-")).isdecimal()]
-        if not starts:
-            raise BundleError(f"{name} cannot start from a picture: compile the bundle again")
-        if start >= total:
-            raise InputError(
-                f"the strength {share} leaves none of {total} steps: use at least {1 / total:.2g}"
-            )
-        near = min(starts, key=lambda k: abs(k - start))
-        raise InputError(f"{name} cannot start at step {start}: use strength {1 - near / total:.3g}")
-    return started
+    start = first_step(total, share, task.strength_rounds_up)
+    if (started := f"{name}/from-{start}") in task.schedules:
+        return started
+    shares = [thousandths / 1000 for thousandths in range(1, 1001)]
+    starts = [f"{name}/from-{first_step(total, each, task.strength_rounds_up)}" for each in shares]
+    able = [each for each, there in zip(shares, starts, strict=True) if there in task.schedules]
+    if not able:
+        raise BundleError(f"{name} cannot start from a picture: compile the bundle again")
+    what = f"the strength {share} leaves none of {total} steps"
+    raise InputError(
+        f"{what if start >= total else f'{name} cannot start at step {start}'}: use strength "
+        f"{min(able, key=lambda each: abs(each - share)):g}"
+    )
 
 
 def for_size(task: Task, name: str, size: tuple[int, int]) -> tuple[str, Schedule]:

@@ -11,13 +11,13 @@ import numpy as np
 
 from trimtab.export.parts import Parts
 from trimtab.export.sampler import SamplerTable, probe, scheduler_name
-from trimtab.program import DENOISER, STATE, Call, Schedule, Step, Task, TensorSpec
+from trimtab.program import DENOISER, STATE, Call, Schedule, Step, Task, TensorSpec, first_step
 
 logger = logging.getLogger(__name__)
 
 ALL_STARTS = 50
-"""Up to this many steps, image-to-image can start at any of them; above, at those of strengths in twentieths:
-the tables of all starts grow with the square of the steps."""
+"""Up to this many steps, image-to-image can start at any of them; above, at those of strengths in twentieths and of the
+task's default: the tables of all starts grow with the square of the steps."""
 
 DISCARD = "discard"
 """A noise tensor that nothing reads, drawn because diffusers draws it."""
@@ -124,22 +124,23 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
         plain = table(None)
         if not parts.inpainting_channels:
             tasks.setdefault(first, {})[name] = plain
-        starts = _starts(steps)
         if "image-to-image" in parts.strength and not parts.inpainting_channels:
-            found = {k: table(k) for k in starts}
+            found = {k: table(k) for k in _starts(steps, parts, "image-to-image")}
             tasks.setdefault("image-to-image", {}).update({f"{name}/from-{k}": t for k, t in found.items()})
         if "inpainting" in parts.strength:
             keep = not parts.inpainting_channels
             schedules = tasks.setdefault("inpainting", {})
             schedules[name] = table(None, keep)
+            starts = _starts(steps, parts, "inpainting")
             schedules.update({f"{name}/from-{k}": table(k, keep) for k in starts})
     return tasks
 
 
-def _starts(steps: int) -> Iterable[int]:
+def _starts(steps: int, parts: Parts, task: str) -> Iterable[int]:
     if steps <= ALL_STARTS:
         return range(steps)
-    return sorted({steps - int(steps * twentieth / 20) for twentieth in range(1, 21)})
+    strengths = (parts.strength[task], *(twentieth / 20 for twentieth in range(1, 21)))
+    return sorted({first_step(steps, strength, parts.strength_rounds_up) for strength in strengths})
 
 
 def _first_task(parts: Parts) -> str:
