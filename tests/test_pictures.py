@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -279,6 +280,17 @@ def test_the_compiled_denoiser_takes_the_torch_one_s_place(
     setattr(pipeline, name, trimtab.Denoiser(bundle_folder(family), getattr(pipeline, name)))
     ours = reference(pipeline, 1, **options)
     assert np.abs(ours - theirs).max() <= TOLERANCE
+
+
+@families("dit")
+def test_a_model_that_predicts_as_many_channels_as_it_takes_need_not_say_how_many(
+    family: str, bundle_folder: Callable[[str], Path]
+) -> None:
+    original = torch.nn.Module()
+    original.config = SimpleNamespace(out_channels=None)  # diffusers' default for DiT
+    denoiser = trimtab.Denoiser(bundle_folder(family), original)
+    sample = torch.zeros(2, 4, 8, 8)
+    assert denoiser(sample, 5, class_labels=torch.tensor([1, 2])).sample.shape == sample.shape
 
 
 @families("sd15")

@@ -114,7 +114,7 @@ class Denoiser(torch.nn.Module):
         if packed:
             prediction = _pack(prediction)
         else:
-            missing = int(getattr(self.config, "out_channels", channels)) - prediction.shape[1]
+            missing = (getattr(self.config, "out_channels", None) or channels) - prediction.shape[1]
             if missing > 0:  # a learned variance, which no pipeline reads
                 prediction = torch.nn.functional.pad(prediction, (0, 0, 0, 0, 0, missing))
         return SimpleNamespace(sample=prediction) if return_dict else (prediction,)
