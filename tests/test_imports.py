@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import trimtab
-from trimtab.recipe import read_toml
 from trimtab.runtime.sessions.check import EXTRAS
+from trimtab.toml_file import read_toml
 
 ROOT = Path(trimtab.__file__).parent
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnx_ir", "onnxscript", "tensorrt", "scipy")

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from trimtab.errors import InputError
-from trimtab.recipe import Recipe, make_recipe, parse_size, read_toml
+from trimtab.recipe import Recipe, make_recipe, parse_size
+from trimtab.toml_file import read_toml
 
 
 def test_loose_values_become_a_recipe() -> None:
@@ -68,19 +69,6 @@ def test_what_is_wrong_is_said(values: dict[str, Any], message: str) -> None:
 def test_sizes_that_are_none(text: str) -> None:
     with pytest.raises(InputError, match="WIDTHxHEIGHT"):
         parse_size(text)
-
-
-def test_a_file_that_is_no_toml(tmp_path: Path) -> None:
-    (tmp_path / "x.toml").write_text("= 4")
-    with pytest.raises(InputError, match="cannot be read as TOML"):
-        read_toml(tmp_path / "x.toml")
-
-
-def test_a_file_that_is_not_there_needs_no_mending(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"none\.toml does not exist: give a TOML file"):
-        read_toml(tmp_path / "none.toml")
-    with pytest.raises(InputError, match=r"cannot be read \(Is a directory\): give a TOML file"):
-        read_toml(tmp_path)
 
 
 def test_further_sizes_are_buckets() -> None:

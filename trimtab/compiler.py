@@ -22,7 +22,7 @@ from trimtab.manifest import Engine
 from trimtab.passes.hidiffusion import scale_of
 from trimtab.passes.removal import load_plan
 from trimtab.program import Program, check_size, with_guidance
-from trimtab.recipe import Recipe, make_recipe, read_toml
+from trimtab.recipe import Recipe, make_recipe
 from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
 from trimtab.switching import check_switches
@@ -31,6 +31,7 @@ from trimtab.targets.engines import check_targets, make_engines, open_cache
 from trimtab.targets.place import DEFAULT_CACHE, Place
 from trimtab.targets.precision import by_precision, in_precision
 from trimtab.targets.verdict import check_room
+from trimtab.toml_file import read_toml
 from trimtab.transforms import timed_device, transform
 from trimtab.weights import WeightStore
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +11,6 @@ from typing import Any
 
 from trimtab.errors import InputError
 from trimtab.passes.inherit_plan import InheritPlan, make_plan
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
@@ -237,22 +231,6 @@ def _size(value: Any) -> Any:
     if isinstance(value, str):
         return parse_size(value)
     return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file as plain data.
-
-    Raises:
-        InputError: There is no such file, it cannot be read, or it is not TOML.
-    """
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist: give a TOML file that does") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give a TOML file that can") from None
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as TOML ({error}): mend it") from None
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.toml_file import read_toml
 
 FILE = "inherit.json"
 """Where a bundle keeps a plan that was searched for."""
@@ -144,6 +145,4 @@ def _read(path: Path) -> Any:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as JSON ({error}): mend it") from None
-    from trimtab.recipe import read_toml
-
     return read_toml(path)

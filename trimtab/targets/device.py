@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
-from trimtab.recipe import read_toml
+from trimtab.toml_file import read_toml
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "fp4")

@@ -15,7 +15,7 @@ from typing import Any
 from trimtab.errors import InputError
 from trimtab.export.onnx.toml_table import Table, is_number, nearest
 from trimtab.program import DENOISER
-from trimtab.recipe import read_toml
+from trimtab.toml_file import read_toml
 
 DECODER = "decoder"
 FACTOR = 8
