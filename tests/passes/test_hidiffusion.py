@@ -20,6 +20,7 @@ from trimtab.calibration.draft import draft
 from trimtab.errors import InputError, PassError, WrongDevice
 from trimtab.passes.hidiffusion import hidiffusion, rewrites_at, scale_of
 from trimtab.passes.partition import partition
+from trimtab.passes.propagation import propagate
 from trimtab.passes.raunet import CONV, POOL, Places
 from trimtab.runtime.load import Pipeline
 from trimtab.storage import read_program, with_engines
@@ -27,7 +28,6 @@ from trimtab.targets.bindings import segment_shapes
 from trimtab.targets.device import find_device
 from trimtab.targets.engines import specialized
 from trimtab.targets.estimate import plan
-from trimtab.targets.propagation import propagate
 
 BundleFolder = Callable[[str], Path]
 

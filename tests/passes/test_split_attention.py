@@ -8,9 +8,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from trimtab.passes.propagation import propagate
 from trimtab.passes.split_attention import SplitAttention
 from trimtab.targets.liveness import Rules, peak
-from trimtab.targets.propagation import propagate
 
 SIZES = {"q": (2, 3, 10, 4), "k": (2, 3, 40, 4), "v": (2, 3, 40, 4)}
 SCORES = 4 * 2 * 3 * 10 * 40

@@ -12,11 +12,11 @@ import pytest
 from trimtab.bundle import open_bundle
 from trimtab.cli import main
 from trimtab.errors import InputError, TargetError
+from trimtab.passes.propagation import propagate
 from trimtab.storage import read_program
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.estimate import plan
 from trimtab.targets.liveness import Rules, kernels, peak
-from trimtab.targets.propagation import propagate
 from trimtab.targets.verdict import check_room
 
 PLAIN = Rules(in_place=False, scores=0)

@@ -10,10 +10,10 @@ import onnx_ir as ir
 from trimtab.errors import InputError
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.precision import convert
+from trimtab.passes.propagation import propagate
 from trimtab.targets.cost import node_costs
 from trimtab.targets.device import Device
 from trimtab.targets.estimate import kernel_seconds, memory_model
-from trimtab.targets.propagation import propagate
 
 
 @dataclass(frozen=True)

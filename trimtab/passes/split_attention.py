@@ -10,7 +10,7 @@ import onnx_ir as ir
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
 from trimtab.passes.precision import place
-from trimtab.targets.propagation import Extents, propagate
+from trimtab.passes.propagation import Extents, propagate
 
 MOST_BYTES = 64 << 20
 """Of scores at a time: small beside weights of gigabytes, and large beside what a processor caches."""

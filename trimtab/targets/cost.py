@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from trimtab.targets.propagation import Extents, propagate
+from trimtab.passes.propagation import Extents, propagate
 
 VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"))
 """Operators whose result is their first input's memory under other sizes."""

@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from trimtab.manifest import Contents
 from trimtab.passes.precision import convert
+from trimtab.passes.propagation import Extents, propagate
 from trimtab.passes.scopes import scopes
 from trimtab.passes.split_attention import SplitAttention
 from trimtab.program import Program, Schedule, Task, check_size
@@ -21,7 +22,6 @@ from trimtab.targets.cost import Cost, node_costs
 from trimtab.targets.device import Device
 from trimtab.targets.liveness import Kernel, Peak, Rules, kernels, peak
 from trimtab.targets.machine import MEMINFO, meminfo_bytes, read_text
-from trimtab.targets.propagation import Extents, propagate
 from trimtab.weights import repeated
 
 MIB = 2**20

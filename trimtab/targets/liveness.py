@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from trimtab.passes.propagation import Extents
 from trimtab.targets.cost import VIEWS
-from trimtab.targets.propagation import Extents
 
 _POINTWISE = """
 Abs Add And Cast Ceil Clip Cos Div Elu Equal Erf Exp Expand Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish
@@ -73,7 +73,7 @@ def peak(model: ir.Model, extents: Extents, rules: Rules) -> Peak:
 
     Args:
         model: Not changed.
-        extents: From `trimtab.targets.propagation.propagate`.
+        extents: From `trimtab.passes.propagation.propagate`.
         rules: The backend's.
     """
     return _Walk(model, extents, rules).run()
@@ -98,7 +98,7 @@ def kernels(model: ir.Model, extents: Extents, rules: Rules) -> list[Kernel]:
 
     Args:
         model: Not changed.
-        extents: From `trimtab.targets.propagation.propagate`.
+        extents: From `trimtab.passes.propagation.propagate`.
         rules: The backend's.
     """
     return _Walk(model, extents, rules).kernels()

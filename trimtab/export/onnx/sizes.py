@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.export.onnx.graphs import SYMBOL, TRIAL
+from trimtab.passes.propagation import propagate
 from trimtab.shapes import evaluate
-from trimtab.targets.propagation import propagate
 
 logger = logging.getLogger(__name__)
 
