@@ -50,7 +50,7 @@ def compare(bundle: Path, pictures: int, scratch: Path) -> None:
             f"{segment:16} {len(names):8} {table.max():9.4g}  median {np.median(ratios):.2f}, 99% "
             f"{np.quantile(ratios, 0.99):.2f}, worst {ratios.max():.2f}; of the largest tensors {large.max():.2f}"
         )
-    with draft(in_precision(program, "fp16", measured[0]), scratch / "fp16") as pipeline:
+    with draft(in_precision(program, "fp16", measured[0].segments), scratch / "fp16") as pipeline:
         half = [pipeline(**request).pixels for request in requests]
     differences = 255 * np.abs(np.array(whole) - np.array(half))
     print(f"FP16 - FP32, in 1/255: mean {differences.mean():.3f}, worst {differences.max():.3f}")

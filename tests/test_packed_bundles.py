@@ -23,7 +23,6 @@ from trimtab.calibration.codebook_plan import Settings
 from trimtab.calibration.codebooks import Codebooks
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import make_codebooks
-from trimtab.calibration.ranges import Ranges
 from trimtab.errors import BundleError, PassError
 from trimtab.inspection import inspect
 from trimtab.passes.vq import pack_weights, sites
@@ -230,7 +229,7 @@ def packed(bundle_folder: BundleFolder, codebooks: Codebooks) -> Program:
 
 @pytest.fixture(scope="module")
 def in_fp16(packed: Program) -> Program:
-    return in_precision(packed, "fp16", Ranges("", {name: {} for name in packed.segments}))
+    return in_precision(packed, "fp16", {name: {} for name in packed.segments})
 
 
 def test_packed_weights_in_fp16_draw_what_they_draw_in_fp32(

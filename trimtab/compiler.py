@@ -123,8 +123,9 @@ def compile(
         check_room(program, contents, groups, sizes)
         ranges = None
         if "fp16" in groups:
-            ranges = measure_ranges(program, stage, earlier=output / RANGES, progress=progress)
-            ranges.save(stage / RANGES)
+            measured = measure_ranges(program, stage, earlier=output / RANGES, progress=progress)
+            measured.save(stage / RANGES)
+            ranges = measured.segments
             _drop_drafts(stage)  # they measured themselves
             write_graphs(program, stage, store)
         forms = {precision: in_precision(program, precision, ranges) for precision in groups}

@@ -197,14 +197,14 @@ def test_exactly_the_layer_that_overflows_stays_in_float32_and_the_picture_stays
 ) -> None:
     strong = planted(program, 3e5)
     measured = measure_ranges(strong, tmp_path / "measured", requests=[REQUEST])
-    safe = in_precision(strong, "fp16", measured)
+    safe = in_precision(strong, "fp16", measured.segments)
     kept = {name: refused for name, refused in _refused(strong, measured).items() if refused}
     assert kept == {"vae_decoder": {f"{ATTENTION}.to_v", ATTENTION, f"{ATTENTION}.to_out.0"}}
     with draft(strong, tmp_path / "fp32") as whole, draft(safe, tmp_path / "fp16") as half:
         difference = np.abs(whole(**REQUEST).pixels - half(**REQUEST).pixels).max()
     assert 0 < difference <= 2 / 255
     # Without the ranges the same picture is lost.
-    blind = in_precision(strong, "fp16", Ranges("", {name: {} for name in strong.segments}))
+    blind = in_precision(strong, "fp16", {name: {} for name in strong.segments})
     with draft(blind, tmp_path / "blind") as pipe, pytest.raises(TargetError, match="not finite"):
         pipe(**REQUEST)
 

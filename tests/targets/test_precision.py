@@ -12,7 +12,7 @@ import pytest
 import trimtab
 import trimtab.compiler
 from trimtab.bundle import open_bundle
-from trimtab.calibration.ranges import Ranges, load_ranges
+from trimtab.calibration.ranges import load_ranges
 from trimtab.errors import InputError
 from trimtab.recipe import make_recipe
 from trimtab.storage import read_program
@@ -51,7 +51,7 @@ def test_what_stays_in_float32_is_logged_by_its_module(
         if node.op_type == "Gelu"
         and "transformer_blocks.1" in node.metadata_props["pkg.torch.onnx.name_scopes"]
     )
-    ranges = Ranges("", {"denoiser": {str(block.name): 1e5}, "vae_decoder": {}})
+    ranges: dict[str, dict[str, float]] = {"denoiser": {str(block.name): 1e5}, "vae_decoder": {}}
     with caplog.at_level(logging.WARNING):
         converted = in_precision(program, "fp16", ranges)
     assert "denoiser: transformer_blocks.1.ff" in caplog.text and "stays in fp32" in caplog.text

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
-from trimtab.calibration.ranges import Ranges
 from trimtab.errors import InputError
 from trimtab.passes.precision import convert
 from trimtab.program import PassEntry, Program, Segment
@@ -42,7 +41,9 @@ def by_precision(devices: Iterable[Device], asked: str | None) -> dict[str, list
     return groups
 
 
-def in_precision(program: Program, precision: str, ranges: Ranges | None) -> Program:
+def in_precision(
+    program: Program, precision: str, ranges: Mapping[str, Mapping[str, float]] | None
+) -> Program:
     """A program whose graphs compute in another precision; graphs without products of matrices stay the same object.
 
     Every place that stays in float32 against the rule is logged as a warning.
@@ -50,13 +51,13 @@ def in_precision(program: Program, precision: str, ranges: Ranges | None) -> Pro
     Args:
         program: Stays as it was.
         precision: "fp32", "fp16" or "bf16".
-        ranges: Needed for fp16.
+        ranges: Segment -> what `ConvertPrecision` takes; needed for fp16.
     """
     if precision == "fp32":
         return program
     segments, entries = {}, []
     for name, segment in program.segments.items():
-        result = convert(segment.model, precision, None if ranges is None else ranges.segments.get(name))
+        result = convert(segment.model, precision, None if ranges is None else ranges.get(name))
         if not result.modified:
             segments[name] = segment
             continue
