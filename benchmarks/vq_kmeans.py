@@ -26,9 +26,9 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.calibration.codebook_plan import Settings, choose, plan
-from trimtab.calibration.codebooks import FORMATS
 from trimtab.calibration.kmeans import ITERATIONS, cluster, make_codebooks
 from trimtab.passes import vq_op
+from trimtab.passes.codebooks import FORMATS
 from trimtab.passes.vq import Site, sites
 from trimtab.runtime.bench import peak_bytes
 

@@ -36,12 +36,13 @@ from shapes import sample_scenes  # noqa: E402
 
 import trimtab  # noqa: E402
 from trimtab.calibration.codebook_plan import Settings  # noqa: E402
-from trimtab.calibration.codebooks import Codebooks, CodebookStore, read_index  # noqa: E402
+from trimtab.calibration.codebook_store import CodebookStore, read_index  # noqa: E402
 from trimtab.calibration.draft import draft  # noqa: E402
 from trimtab.calibration.kmeans import make_codebooks  # noqa: E402
 from trimtab.calibration.trajectories import record  # noqa: E402
 from trimtab.calibration.vq4dit import Training, calibrate  # noqa: E402
 from trimtab.passes import vq_op  # noqa: E402
+from trimtab.passes.codebooks import Codebooks  # noqa: E402
 from trimtab.recipe import make_recipe  # noqa: E402
 from trimtab.storage import read_program  # noqa: E402
 

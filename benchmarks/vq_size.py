@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.calibration.codebook_plan import Settings, choose, plan
-from trimtab.calibration.codebooks import FORMATS, Codebooks, PackedWeight
 from trimtab.passes import vq_op
+from trimtab.passes.codebooks import FORMATS, Codebooks, PackedWeight
 from trimtab.passes.precision import convert
 from trimtab.passes.vq import PackWeights, Site, sites
 from trimtab.recipe import make_recipe

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from trimtab.calibration.codebooks import FORMATS, PackedWeight
 from trimtab.passes import vq_op
+from trimtab.passes.codebooks import FORMATS, PackedWeight
 
 Array = Any
 

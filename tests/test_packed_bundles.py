@@ -20,11 +20,11 @@ import trimtab
 from trimtab.bundle import Bundle, open_bundle, update_manifest
 from trimtab.calibration import packing
 from trimtab.calibration.codebook_plan import Settings
-from trimtab.calibration.codebooks import Codebooks
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import make_codebooks
 from trimtab.errors import BundleError, PassError
 from trimtab.inspection import inspect
+from trimtab.passes.codebooks import Codebooks
 from trimtab.passes.vq import pack_weights, sites
 from trimtab.program import Program
 from trimtab.shapes import shape

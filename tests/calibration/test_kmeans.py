@@ -12,9 +12,9 @@ import onnx_ir as ir
 import pytest
 
 from trimtab.calibration.codebook_plan import Settings
-from trimtab.calibration.codebooks import FORMATS, PackedWeight
 from trimtab.calibration.kmeans import cluster, make_codebooks, nearest, pack, rounded
 from trimtab.errors import CalibrationError
+from trimtab.passes.codebooks import FORMATS, PackedWeight
 from trimtab.passes.vq import PackWeights, sites
 
 
@@ -231,7 +231,7 @@ def test_a_damaged_file_of_a_store_is_found(tmp_path: Path) -> None:
 def test_parts_that_do_not_fit_each_other_are_damage(
     tmp_path: Path, change: Callable[[PackedWeight], dict[str, Any]]
 ) -> None:
-    from trimtab.calibration.codebooks import CodebookStore
+    from trimtab.calibration.codebook_store import CodebookStore
 
     store = CodebookStore(tmp_path, "f", {})
     (packed,) = pack([weight()], 2, 64)

@@ -9,12 +9,12 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from trimtab.calibration.codebooks import CALIBRATED, Codebooks
 from trimtab.calibration.kmeans import pack
 from trimtab.calibration.torch_graph import TorchGraph
 from trimtab.calibration.vq4dit import PackedLayer, Training, _distance, block_of, calibrate
 from trimtab.errors import CalibrationError
 from trimtab.passes import vq_op
+from trimtab.passes.codebooks import CALIBRATED, Codebooks
 from trimtab.passes.scopes import SCOPES
 from trimtab.passes.vq import sites
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from trimtab.calibration.codebook_plan import Settings, choose, plan
-from trimtab.calibration.codebooks import FORMATS
+from trimtab.passes.codebooks import FORMATS
 from trimtab.passes.vq import Site
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

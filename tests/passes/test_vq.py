@@ -7,9 +7,9 @@ import onnx_ir as ir
 import pytest
 from packed import graph, node, random_codes, run
 
-from trimtab.calibration.codebooks import Codebooks
 from trimtab.errors import PassError
 from trimtab.passes import vq_op
+from trimtab.passes.codebooks import Codebooks
 from trimtab.passes.vq import PackWeights, sites
 from trimtab.weights import parameter_count, weight_bytes
 

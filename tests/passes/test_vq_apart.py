@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 from packed import graph, node, random_codes, run
 
-from trimtab.calibration.codebooks import Codebooks
+from trimtab.passes.codebooks import Codebooks
 from trimtab.passes.scopes import SCOPES
 from trimtab.passes.vq import PackWeights
 from trimtab.passes.vq_apart import KeepBlocksApart

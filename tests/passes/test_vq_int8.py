@@ -7,8 +7,8 @@ import onnx_ir as ir
 import pytest
 from packed import graph, node, random_codes, run
 
-from trimtab.calibration.codebooks import Codebooks
 from trimtab.passes import vq_op
+from trimtab.passes.codebooks import Codebooks
 from trimtab.passes.vq import PackWeights
 from trimtab.passes.vq_int8 import DecodeFromInt8
 

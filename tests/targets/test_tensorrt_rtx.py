@@ -15,8 +15,8 @@ import pytest
 from graphs import model, single, value
 from packed import random_codes
 
-from trimtab.calibration.codebooks import Codebooks
 from trimtab.errors import BuildFailed, MissingDependency, TargetError, UnsupportedOp
+from trimtab.passes.codebooks import Codebooks
 from trimtab.passes.precision import convert
 from trimtab.passes.scopes import SCOPES
 from trimtab.passes.vq import PackWeights

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trimtab.calibration.codebooks import FORMATS
 from trimtab.errors import InputError
+from trimtab.passes.codebooks import FORMATS
 from trimtab.passes.vq import Site
 
 KEEP = "keep"

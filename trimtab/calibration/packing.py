@@ -12,13 +12,14 @@ from typing import Any
 import onnx_ir as ir
 
 from trimtab.calibration.codebook_plan import Settings
-from trimtab.calibration.codebooks import CALIBRATED, FORMATS, Codebooks, CodebookStore
+from trimtab.calibration.codebook_store import CodebookStore
 from trimtab.calibration.draft import draft
 from trimtab.calibration.gates import OUTPUT
 from trimtab.calibration.kmeans import make_codebooks
 from trimtab.calibration.trajectories import own_requests, record
 from trimtab.errors import InputError
 from trimtab.passes import vq_op
+from trimtab.passes.codebooks import CALIBRATED, FORMATS, Codebooks
 from trimtab.passes.vq import pack_weights, sites
 from trimtab.program import DENOISER, Program
 from trimtab.weights import same_tensor
@@ -119,7 +120,7 @@ def _calibrated(
     training = Training(minutes)
     files = None
     if store is not None:
-        files = CodebookStore(store / "calibrated", books.fingerprint, dataclasses.asdict(training))
+        files = CodebookStore(store / CALIBRATED, books.fingerprint, dataclasses.asdict(training))
         if all(name in files for name in books.layers) and files.has_parameters():
             layers = {name: files.get(name) for name in books.layers}
             return dataclasses.replace(books, layers=layers, parameters=files.get_parameters())

@@ -27,13 +27,13 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from trimtab.calibration.codebooks import CALIBRATED, FORMATS, Codebooks, PackedWeight
 from trimtab.calibration.gates import OUTPUT
 from trimtab.calibration.kmeans import neighbours, rounded, with_error
 from trimtab.calibration.torch_graph import TorchGraph
 from trimtab.calibration.trajectories import Array
 from trimtab.errors import CalibrationError
 from trimtab.passes import vq_op
+from trimtab.passes.codebooks import CALIBRATED, FORMATS, Codebooks, PackedWeight
 from trimtab.passes.scopes import Module, module_tree
 from trimtab.passes.vq import Site, sites
 

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from trimtab.calibration.codebooks import Codebooks, PackedWeight
 from trimtab.errors import PassError
 from trimtab.passes import vq_op
 from trimtab.passes.base import Pass, PassResult, Refusal
+from trimtab.passes.codebooks import Codebooks, PackedWeight
 from trimtab.passes.constants import add_constant
 from trimtab.program import DENOISER, PassEntry, Program, Segment
 
