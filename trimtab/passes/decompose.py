@@ -17,7 +17,7 @@ from onnx_ir.passes.common import NameFixPass
 
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import constant
-from trimtab.passes.scopes import scopes
+from trimtab.passes.scopes import place
 
 
 class DecomposeOperators(Pass):
@@ -36,15 +36,14 @@ class DecomposeOperators(Pass):
             decompose = _DECOMPOSITIONS.get(node.op_type) if node.domain == "" else None
             if decompose is None or not self.wanted(node):
                 continue
-            where = next(reversed(scopes(node)), node.name or node.op_type)
             body = _Body(node)
             try:
                 result = decompose(body, node)
             except _Cannot as reason:
-                refused.append(Refusal(where, str(reason)))
+                refused.append(Refusal(place(node), str(reason)))
                 continue
+            applied.append(place(node))
             body.replace(result)
-            applied.append(where)
         if applied:
             NameFixPass()(model)
         return PassResult(model, bool(applied), tuple(applied), tuple(refused))

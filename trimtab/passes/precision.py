@@ -12,7 +12,7 @@ from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.narrowing import FILL, LARGEST, narrowed, why_wide
 from trimtab.passes.operators import FLOAT, HEAVY, MOVES, TYPELESS, Ports, ports
 from trimtab.passes.sampler import SCOPE as SAMPLER
-from trimtab.passes.scopes import SCOPES, scopes
+from trimtab.passes.scopes import SCOPES, place, scopes
 from trimtab.program import PRECISION
 from trimtab.weights import INLINE_BYTES
 
@@ -112,11 +112,6 @@ def convert(model: ir.Model, precision: str, ranges: Mapping[str, float] | None 
     """
     copy = model.clone()
     return PassResult(copy, False) if precision == "fp32" else ConvertPrecision(precision, ranges)(copy)
-
-
-def place(node: ir.Node) -> str:
-    """How a report calls a node: by its module, or by its own name."""
-    return next(reversed(scopes(node)), "") or node.name or node.outputs[0].name or node.op_type
 
 
 class _Choice:

@@ -28,6 +28,11 @@ def scopes(node: ir.Node) -> tuple[str, ...]:
     return tuple(path for path in paths[:-1] if path)
 
 
+def place(node: ir.Node) -> str:
+    """How a report calls a node: by its module, or by its own name."""
+    return next(reversed(scopes(node)), "") or node.name or node.outputs[0].name or node.op_type
+
+
 def module_classes(model: ir.Model) -> dict[str, str]:
     """Module path -> class, such as "diffusers.models.resnet.ResnetBlock2D"; empty for foreign graphs."""
     return dict(json.loads(model.metadata_props.get(CLASSES, "{}")))

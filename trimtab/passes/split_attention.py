@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
-from trimtab.passes.precision import place
 from trimtab.passes.propagation import Extents, propagate
+from trimtab.passes.scopes import place
 
 MOST_BYTES = 64 << 20
 """Of scores at a time: small beside weights of gigabytes, and large beside what a processor caches."""

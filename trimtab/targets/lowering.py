@@ -15,7 +15,7 @@ from trimtab.errors import UnsupportedOp
 from trimtab.passes.base import Pass
 from trimtab.passes.decompose import DecomposeOperators
 from trimtab.passes.merge import MergeWeights
-from trimtab.passes.scopes import scopes
+from trimtab.passes.scopes import place
 from trimtab.targets.operators import IR_VERSIONS, Parser
 
 
@@ -46,7 +46,7 @@ def lower(model: ir.Model, parser: Parser, forms: Sequence[Pass] = ()) -> ir.Mod
     reasons = {refusal.where: refusal.reason for refusal in result.refused}
     for node in model.graph.all_nodes():
         if (problem := parser.refuses(node)) is not None:
-            where = next(reversed(scopes(node)), node.name or node.op_type)
+            where = place(node)
             why = f"; it cannot be replaced, since {reasons[where]}" if where in reasons else ""
             raise UnsupportedOp(
                 f"{node.domain + '::' if node.domain else ''}{node.op_type} of {where} {problem} ({parser.name}){why}: "
