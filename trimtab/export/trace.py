@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import json
 import logging
 import re
 import warnings
@@ -17,12 +16,10 @@ import torch
 
 from trimtab.errors import ExportError, first_line
 from trimtab.export.decomposition import TRANSLATIONS, decompose_only_if_needed
-from trimtab.passes.scopes import CLASSES, SCOPES
+from trimtab.passes.scopes import SCOPES
 
 OPSET = 23
 """Keeps Attention and GroupNormalization whole: 1.7 times as fast as opset 20 on ONNX Runtime's CPU (SD 1.5)."""
-
-_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
 
 _WRAPPED = "model"
 """The attribute under which every wrapper of `trimtab.export.modules` holds the user's model."""
@@ -160,24 +157,18 @@ def _name_sizes(graph: ir.Graph, inputs: Mapping[str, Example]) -> None:
 def _restore_names(model: ir.Model) -> None:
     """Drops the wrapper's prefix from module paths and parameters, and whatever else the exporter noted.
 
-    Its stack traces hold the paths of the machine that ran it. Classes are noted once a module, and not again
-    on every node.
+    Its stack traces hold the paths of the machine that ran it.
     """
     graph = model.graph
     graph.metadata_props.clear()
-    modules: dict[str, str] = {}
     for node in ir.traversal.RecursiveGraphIterator(graph):
         kept = {}
         if scopes := node.metadata_props.get(SCOPES):
             paths = [_without_prefix(path) for path in ast.literal_eval(scopes)]
-            classes = ast.literal_eval(node.metadata_props.get(_HIERARCHY, "[]"))
-            # The wrapper and the model inside it now share the empty path; the model's entry is the one kept.
-            start = 1 if len(paths) > 1 and paths[1] == "" else 0
-            kept[SCOPES] = repr(paths[start:])
-            modules.update(zip(paths[start:-1], classes[start:-1], strict=False))
+            # The wrapper and the model inside it now share the empty path.
+            kept[SCOPES] = repr(paths[1:] if len(paths) > 1 and paths[1] == "" else paths)
         node.metadata_props.clear()
         node.metadata_props.update(kept)
-    model.metadata_props[CLASSES] = json.dumps(modules)
     for value in list(graph.initializers.values()):
         name = value.name or ""
         if name.startswith(_WRAPPED + "."):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,9 +10,6 @@ import onnx_ir as ir
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 """On every node: the module paths from the outermost to the innermost, then the operation's own name."""
-
-CLASSES = "trimtab.module_classes"
-"""On a model: JSON, module path -> the module's class."""
 
 
 def scopes(node: ir.Node) -> tuple[str, ...]:
@@ -31,11 +27,6 @@ def scopes(node: ir.Node) -> tuple[str, ...]:
 def place(node: ir.Node) -> str:
     """How a report calls a node: by its module, or by its own name."""
     return next(reversed(scopes(node)), "") or node.name or node.outputs[0].name or node.op_type
-
-
-def module_classes(model: ir.Model) -> dict[str, str]:
-    """Module path -> class, such as "diffusers.models.resnet.ResnetBlock2D"; empty for foreign graphs."""
-    return dict(json.loads(model.metadata_props.get(CLASSES, "{}")))
 
 
 @dataclass(frozen=True)
