@@ -179,8 +179,8 @@ class Inserter:
         """Builds the plugin library beside the engines of a target. Its name has its hash: no two are one file."""
         self._progress(f"the plugin library for {device.name}")
         built = build_library(self._bundle.folder / ENGINES / _STAGE)
-        path = f"{ENGINES}/{device.name}/{built.path.stem}-{built.sha256[:16]}{built.path.suffix}"
-        self._add(built.path, path)
+        path = f"{ENGINES}/{device.name}/{built.stem}-{file_hash(built)[:16]}{built.suffix}"
+        self._add(built, path)
         return path
 
     def _add(self, made: Path, path: str) -> None:

@@ -10,15 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trimtab.errors import BuildFailed, TargetError
-from trimtab.targets.plugins.build import (
-    LIBRARY,
-    PluginLibrary,
-    build_library,
-    check_library,
-    load_library,
-    source_hash,
-)
+from trimtab.errors import BuildFailed
+from trimtab.targets.plugins.build import LIBRARY, build_library
 
 STUB = Path(__file__).with_name("stub")
 
@@ -33,14 +26,15 @@ def cuda_include() -> Path:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> PluginLibrary:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if not (shutil.which("cmake") and shutil.which("g++")):
         pytest.skip("no cmake or no g++ on this machine")
-    cache = tmp_path_factory.mktemp("cache")
-    return build_library(cache, tensorrt_include=STUB, cuda_include=cuda_include())
+    return build_library(
+        tmp_path_factory.mktemp("library"), tensorrt_include=STUB, cuda_include=cuda_include()
+    )
 
 
-def test_the_library_does_what_tensorrt_asks_of_it(library: PluginLibrary, tmp_path: Path) -> None:
+def test_the_library_does_what_tensorrt_asks_of_it(library: Path, tmp_path: Path) -> None:
     compiler = ["g++", "-std=c++17", f"-I{STUB}", f"-I{cuda_include()}"]
     fake = [*compiler, "-shared", "-fPIC", str(STUB / "fake_cuda.cpp"), "-o", str(tmp_path / "libcuda.so.1")]
     drive = [*compiler, str(STUB / "drive.cpp"), "-o", str(tmp_path / "drive"), "-ldl"]
@@ -48,24 +42,18 @@ def test_the_library_does_what_tensorrt_asks_of_it(library: PluginLibrary, tmp_p
         subprocess.run(command, check=True)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
     done = subprocess.run(
-        [tmp_path / "drive", library.path], env=environment, capture_output=True, text=True, check=True
+        [tmp_path / "drive", library], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == (STUB / "drive.txt").read_text()
 
 
-def test_the_library_needs_neither_tensorrt_nor_cuda_to_load(library: PluginLibrary) -> None:
+def test_the_library_needs_neither_tensorrt_nor_cuda_to_load(library: Path) -> None:
     objdump = shutil.which("objdump")
     if objdump is None:
         pytest.skip("no objdump on this machine")
-    listed = subprocess.run([objdump, "-p", library.path], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run([objdump, "-p", library], capture_output=True, text=True, check=True).stdout
     needed = {line.split()[1].split(".")[0] for line in listed.splitlines() if "NEEDED" in line}
     assert needed <= {"libstdc++", "libm", "libgcc_s", "libc", "libdl"}
-
-
-def test_a_second_build_finds_the_first(library: PluginLibrary) -> None:
-    before = library.path.stat().st_mtime_ns
-    again = build_library(library.path.parents[1], tensorrt_include=STUB, cuda_include=cuda_include())
-    assert again == library and library.path.stat().st_mtime_ns == before
 
 
 def test_headers_that_do_not_compile_are_reported_and_leave_nothing(tmp_path: Path) -> None:
@@ -73,8 +61,8 @@ def test_headers_that_do_not_compile_are_reported_and_leave_nothing(tmp_path: Pa
         pytest.skip("no cmake or no g++ on this machine")
     (tmp_path / "NvInferRuntime.h").write_text("#error another TensorRT\n")
     with pytest.raises(BuildFailed, match="another TensorRT"):
-        build_library(tmp_path / "cache", tensorrt_include=tmp_path, cuda_include=cuda_include())
-    assert not (tmp_path / "cache").exists()
+        build_library(tmp_path / "library", tensorrt_include=tmp_path, cuda_include=cuda_include())
+    assert not (tmp_path / "library").exists()
 
 
 def test_the_library_compiles_against_the_installed_tensorrt(tmp_path: Path) -> None:
@@ -86,44 +74,4 @@ def test_the_library_compiles_against_the_installed_tensorrt(tmp_path: Path) -> 
     found = next((place for place in places if (place / "NvInferRuntime.h").is_file()), None)
     if found is None:
         pytest.skip("no TensorRT headers on this machine")
-    assert build_library(tmp_path, tensorrt_include=found).path.name == LIBRARY
-
-
-def test_a_library_that_is_missing_or_another_is_found_before_it_is_loaded(tmp_path: Path) -> None:
-    class Registry:
-        def load_library(self, path: str) -> None:
-            raise AssertionError("loaded")
-
-    library = PluginLibrary(tmp_path / LIBRARY, "0" * 64)
-    with pytest.raises(TargetError, match="is missing: run `trimtab build`"):
-        load_library(library, Registry())
-    library.path.write_bytes(b"another")
-    with pytest.raises(TargetError, match=r"has hash .* and the engine was built with 0000000000000000"):
-        load_library(library, Registry())
-
-
-def test_a_library_is_registered_by_its_path(library: PluginLibrary) -> None:
-    class Registry:
-        paths: tuple[str, ...] = ()
-
-        def load_library(self, path: str) -> object:
-            self.paths += (path,)
-            return object()
-
-    registry = Registry()
-    load_library(library, registry)
-    assert registry.paths == (str(library.path),)
-
-
-def test_a_file_that_is_no_library_is_reported(tmp_path: Path) -> None:
-    path = tmp_path / LIBRARY
-    path.write_bytes(b"not a library")
-    from trimtab.bundle import file_hash
-
-    check_library(path, file_hash(path))
-    with pytest.raises(TargetError, match="cannot be loaded"):
-        load_library(PluginLibrary(path, file_hash(path)), object())
-
-
-def test_the_hash_of_the_sources_is_one_line_of_hexadecimal() -> None:
-    assert len(source_hash()) == 64 and int(source_hash(), 16)
+    assert build_library(tmp_path, tensorrt_include=found).name == LIBRARY

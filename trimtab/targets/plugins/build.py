@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
-from trimtab.bundle import file_hash
-from trimtab.errors import BuildFailed, TargetError
+from trimtab.errors import BuildFailed
 from trimtab.staging import write_file
 
 SOURCES = Path(__file__).parent / "cpp"
@@ -27,27 +23,6 @@ _LACKING = {
 """A word in CMake's complaint -> what is missing, and the package that brings it."""
 
 
-@dataclass(frozen=True)
-class PluginLibrary:
-    """A built library, as a manifest names it.
-
-    Attributes:
-        path: Where it lies.
-        sha256: Of its bytes.
-    """
-
-    path: Path
-    sha256: str
-
-
-def source_hash() -> str:
-    """SHA-256 of the library's sources: what a bundle can name before any device has built them."""
-    digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 def check_tools() -> None:
     """Makes sure that `build_library` finds what it needs: seconds, where a build on a device takes half a minute.
 
@@ -59,12 +34,12 @@ def check_tools() -> None:
 
 
 def build_library(
-    cache: Path, *, tensorrt_include: Path | None = None, cuda_include: Path | None = None
-) -> PluginLibrary:
-    """Builds the library into a folder that is named by all it is made from, or finds it there.
+    folder: Path, *, tensorrt_include: Path | None = None, cuda_include: Path | None = None
+) -> Path:
+    """Builds the library, the file `LIBRARY`, into a folder.
 
     Args:
-        cache: The folder of such folders.
+        folder: Made where it is missing.
         tensorrt_include: Where NvInferRuntime.h lies; found by CMake if None.
         cuda_include: Where cuda.h lies; found by CMake if None.
 
@@ -77,67 +52,10 @@ def build_library(
             _configuration(scratch)
             + [f"-D{name}={place}" for name, place in places.items() if place is not None]
         )
-        folder = cache / f"plugin-{_recipe(Path(scratch) / 'CMakeCache.txt')[:16]}"
+        _run(["cmake", "--build", scratch])
         library = folder / LIBRARY
-        if not library.is_file():
-            _run(["cmake", "--build", scratch])
-            write_file(library, (Path(scratch) / LIBRARY).read_bytes())
-    return PluginLibrary(library, file_hash(library))
-
-
-def check_library(path: Path, sha256: str) -> None:
-    """Makes sure that a library is there and is the one that an engine was built with.
-
-    Raises:
-        TargetError: It is missing, or another.
-    """
-    if not path.is_file():
-        raise TargetError(f"the plugin library {path} is missing: run `trimtab build` on this device")
-    found = file_hash(path)
-    if found != sha256:
-        raise TargetError(
-            f"the plugin library {path} has hash {found[:16]}, and the engine was built with {sha256[:16]}: "
-            "run `trimtab build` on this device"
-        )
-
-
-def load_library(library: PluginLibrary, registry: object) -> None:
-    """Registers the library's plugins; before a graph is parsed and before an engine is deserialized.
-
-    Args:
-        library: Checked by `check_library` first.
-        registry: TensorRT's, ``tensorrt.get_plugin_registry()``.
-
-    Raises:
-        TargetError: It is missing, another, or cannot be loaded.
-    """
-    check_library(library.path, library.sha256)
-    try:
-        ctypes.CDLL(str(library.path))  # says what is wrong; the registry only says that something is
-    except OSError as error:
-        raise TargetError(
-            f"the plugin library {library.path} cannot be loaded ({error}): build it again"
-        ) from error
-    if registry.load_library(str(library.path)) is None:  # type: ignore[attr-defined]
-        raise TargetError(
-            f"TensorRT did not take the plugin library {library.path}: build it against this version's headers"
-        )
-
-
-def _recipe(cmake_cache: Path) -> str:
-    """Hash of the sources, the compiler and the version of the headers, which CMake found."""
-    entries = {
-        name.partition(":")[0]: value
-        for name, found, value in (line.partition("=") for line in cmake_cache.read_text().splitlines())
-        if found
-    }
-    digest = hashlib.sha256(source_hash().encode())
-    compiler = subprocess.run([entries["CMAKE_CXX_COMPILER"], "--version"], capture_output=True, check=False)
-    digest.update(compiler.stdout)
-    for header in ("NvInferVersion.h", "NvInferRuntime.h"):
-        path = Path(entries["TENSORRT_INCLUDE"]) / header
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    return digest.hexdigest()
+        write_file(library, (Path(scratch) / LIBRARY).read_bytes())
+    return library
 
 
 def _configuration(scratch: str) -> list[str]:
