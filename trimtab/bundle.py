@@ -177,15 +177,12 @@ def open_bundle(folder: Path) -> Bundle:
     return Bundle(folder, contents)
 
 
-def write_manifest(folder: Path, contents: Contents) -> Contents:
+def write_manifest(folder: Path, contents: Contents) -> None:
     """Hashes every file of a folder and writes bundle.json and bundle.sha256 beside them.
 
     Args:
         folder: Holds everything that ``contents`` names.
         contents: ``files`` is ignored.
-
-    Returns:
-        The contents with their files.
     """
     files = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
@@ -194,9 +191,9 @@ def write_manifest(folder: Path, contents: Contents) -> Contents:
             files.append(FileEntry(relative, path.stat().st_size, file_hash(path)))
     contents = replace(contents, files=tuple(files))
     text = _text(contents)
+    from_json(json.loads(text))  # what could not be read back must not take an older bundle's place
     (folder / MANIFEST).write_bytes(text)
     (folder / DIGEST).write_bytes(hashlib.sha256(text).hexdigest().encode())
-    return from_json(json.loads(text))
 
 
 def update_manifest(folder: Path, contents: Contents) -> None:

@@ -392,7 +392,3 @@ def _devices(arguments: argparse.Namespace) -> dict[str, Any]:
         "devices": [dataclasses.asdict(device) for device in devices.values()],
         "at_hand": here.name if here else None,
     }
-
-
-if __name__ == "__main__":
-    sys.exit(main())
