@@ -400,13 +400,13 @@ def test_a_jetson_is_at_hand_before_its_nvidia_smi_is_asked(machine: Machine) ->
     model, compatible, kilobytes, name = JETSONS[2]
     machine.files(model=model, compatible=compatible, meminfo=f"MemTotal:  {kilobytes} kB\n")
     machine.nvidia_smi("NVIDIA Thor, 11.0, [N/A]")
-    found = recognise()
+    found = recognise(known_devices())
     assert found is not None and found.name == name
 
 
 def test_a_desktop_gpu_is_at_hand(machine: Machine) -> None:
     machine.nvidia_smi("NVIDIA GeForce RTX 5090, 12.0, 32607 MiB\n")
-    found = recognise()
+    found = recognise(known_devices())
     assert found is not None and found.name == "rtx-5090"
 
 
@@ -425,9 +425,9 @@ def test_a_device_of_ones_own_can_be_at_hand(machine: Machine, own: Callable[[st
     ],
 )
 def test_recognising_never_fails(machine: Machine, trouble: Exception) -> None:
-    assert recognise() is None
+    assert recognise(known_devices()) is None
     machine.nvidia_smi(trouble)
-    assert recognise() is None
+    assert recognise(known_devices()) is None
 
 
 # ---- the command line ----

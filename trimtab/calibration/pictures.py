@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -86,8 +86,6 @@ class Pictures:
         model: Its denoiser with the sampler fused.
         noising: Of its scheduler.
         pairs: From `captioned`.
-        seed: Of the draws from the encoder's posterior.
-        progress: Told (pictures encoded, pictures in all).
 
     Raises:
         InputError: The model takes no captions, or has no encoder; a picture cannot be read.
@@ -99,22 +97,18 @@ class Pictures:
         model: ir.Model,
         noising: Noising,
         pairs: Sequence[tuple[Path, str]],
-        seed: int = 0,
-        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         check_takes_pictures(pipeline)
         self._noising, self._axes = noising, batch_axes(model)
         self._texts: dict[str, dict[str, Array]] = {}
         self._captions = [caption for _, caption in pairs]
-        generator = np.random.default_rng(seed)
+        generator = np.random.default_rng(0)  # of the draws from the encoder's posterior
         latents = []
-        for number, (path, caption) in enumerate(pairs, 1):
+        for path, caption in pairs:
             if caption not in self._texts:
                 self._texts[caption] = _conditioning(pipeline, caption)
             state = self._texts[caption][STATE]
             latents.append(_encoded(pipeline, path, state.shape[1:], generator))
-            if progress is not None:
-                progress(number, len(pairs))
         self._latents = np.concatenate(latents)
         digest = hashlib.sha256(json.dumps(self._captions).encode() + self._latents.tobytes())
         self.identity = f"{len(pairs)} pictures {digest.hexdigest()[:16]}"

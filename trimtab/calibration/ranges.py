@@ -95,7 +95,6 @@ def measure_ranges(
     *,
     requests: Sequence[dict[str, Any]] | None = None,
     earlier: Path | None = None,
-    threads: int = 0,
     progress: Callable[[str], None] = logger.info,
 ) -> Ranges:
     """Draws pictures on ONNX Runtime, and keeps the maximum of every tensor over all steps.
@@ -109,7 +108,6 @@ def measure_ranges(
         requests: Arguments of `Pipeline.prepare`; None for `EVALUATIONS` on the longest schedule of as many
             steps at most, or else on the shortest.
         earlier: A file of `Ranges.save`, taken in place of a measurement if it is of the same program.
-        threads: As `draft` takes them.
         progress: Told every step.
 
     Raises:
@@ -127,7 +125,7 @@ def measure_ranges(
     watched, names = _watched(program)
     found = {segment: np.zeros(len(tensors)) for segment, tensors in names.items()}
     called: set[str] = set()
-    with draft(watched, folder, threads=threads) as pipeline:
+    with draft(watched, folder) as pipeline:
         for options in _requests(pipeline) if requests is None else requests:
             _draw(pipeline, options, found, called, progress)
     segments = {

@@ -75,7 +75,6 @@ def record(
     requests: Sequence[dict[str, Any]],
     *,
     steps: Iterable[int] | None = None,
-    on_step: Callable[[], None] = lambda: None,
 ) -> list[Sample]:
     """Walks whole trajectories, and keeps the denoiser's inputs at some of the steps.
 
@@ -83,7 +82,6 @@ def record(
         pipeline: A bundle or a `trimtab.calibration.draft.draft`.
         requests: Arguments of `Pipeline.prepare`, one trajectory each: see `own_requests`.
         steps: Indices into the schedule, for all of them; None for every one.
-        on_step: Told of every step that was taken, whether it is kept or not.
 
     Returns:
         By request, then by step.
@@ -92,9 +90,7 @@ def record(
         InputError: A step that the schedule does not have.
         CalibrationError: The model gives numbers that are not finite.
     """
-    return record_each(
-        pipeline, [(options, None if steps is None else set(steps)) for options in requests], on_step=on_step
-    )
+    return record_each(pipeline, [(options, None if steps is None else set(steps)) for options in requests])
 
 
 def record_each(
@@ -106,6 +102,7 @@ def record_each(
     """As `record`, with steps of its own for every request.
 
     What comes before the steps is done for all requests first: where memory is low, engines are loaded once.
+    ``on_step`` is told of every step that was taken, whether it is kept or not.
     """
     begun = []
     for options, _ in walk:

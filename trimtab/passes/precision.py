@@ -65,15 +65,13 @@ class ConvertPrecision(Pass):
         precision: "fp16" or "bf16".
         ranges: Tensor -> the largest magnitude that was measured, as `trimtab.calibration.ranges` gives it; None
             where none was measured, and then FP16 is refused.
-        margin: See `MARGIN`.
     """
 
-    def __init__(self, precision: str, ranges: Mapping[str, float] | None, margin: float = MARGIN) -> None:
+    def __init__(self, precision: str, ranges: Mapping[str, float] | None) -> None:
         if precision not in DTYPES:
             raise PassError(f"the precision {precision!r} is not one of {', '.join(DTYPES)}")
         self.precision = precision
         self.ranges = ranges
-        self.margin = margin
 
     def call(self, model: ir.Model) -> PassResult:
         reason = self._reason_against(model)
@@ -189,16 +187,16 @@ class _Choice:
                     reason = why_wide(value, node, dtype)
                     if reason is not None:
                         self._kept[node] = reason
-                elif limit < self._range(value) * (1 if value in self._exact else self.options.margin):
+                elif limit < self._range(value) * (1 if value in self._exact else MARGIN):
                     self._kept[node] = self._too_large(value.name, self._range(value))
             scores = (self.options.ranges or {}).get(f"{node.outputs[0].name}{SCORES}", 0.0)
-            if node not in self._kept and limit < scores * self.options.margin:
+            if node not in self._kept and limit < scores * MARGIN:
                 self._kept[node] = self._too_large("a score", scores)
 
     def _too_large(self, what: str | None, size: float) -> str:
         limit = LARGEST[DTYPES[self.options.precision]]
         return (
-            f"{what} reaches {size:.3g}, {self.options.margin:g} times that is too much for "
+            f"{what} reaches {size:.3g}, {MARGIN:g} times that is too much for "
             f"{self.options.precision}, which ends at {limit:.5g}"
         )
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from trimtab.targets.device import Device, known_devices
+from trimtab.targets.device import Device
 from trimtab.targets.machine import MEMINFO, meminfo_bytes, read_text, run_text
 
 DEVICE_TREE = Path("/proc/device-tree")
@@ -17,22 +17,21 @@ LEAST_VISIBLE, MOST_VISIBLE = 0.7, 1.02
 0.79; a GPU with ECC 0.94; the nearest sizes of one model are 8 and 12 GB, 0.67."""
 
 
-def recognise(devices: Mapping[str, Device] | None = None) -> Device | None:
+def recognise(devices: Mapping[str, Device]) -> Device | None:
     """The device at hand, or None where it is none of the known ones. Never fails.
 
     A Jetson is known by its device tree and its memory, any other GPU by nvidia-smi, where that is installed; of
     several GPUs it is the first that is known.
 
     Args:
-        devices: By name; those of `known_devices` by default.
+        devices: By name.
     """
-    known = known_devices() if devices is None else devices
     if model := read_text(DEVICE_TREE / "model"):
         compatible = read_text(DEVICE_TREE / "compatible")
-        jetson = match_jetson(model, compatible, meminfo_bytes(read_text(MEMINFO), "MemTotal"), known)
+        jetson = match_jetson(model, compatible, meminfo_bytes(read_text(MEMINFO), "MemTotal"), devices)
         if jetson is not None:
             return jetson
-    return match_gpu(run_text(NVIDIA_SMI), known)
+    return match_gpu(run_text(NVIDIA_SMI), devices)
 
 
 def match_jetson(

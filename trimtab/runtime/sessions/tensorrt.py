@@ -50,16 +50,18 @@ class TensorRT:
         name: "tensorrt" or "tensorrt_rtx".
         driver: The GPU.
         module: The backend's module; imported by default.
-        use_graphs: Launch the calls of a step as one CUDA graph, where they can be captured; may be changed later.
+
+    Attributes:
+        use_graphs: Launch the calls of a step as one CUDA graph, where they can be captured; may be changed.
 
     Raises:
         MissingDependency: The backend is not installed.
     """
 
-    def __init__(self, name: str, driver: Driver, module: Any = None, use_graphs: bool = True) -> None:
+    def __init__(self, name: str, driver: Driver, module: Any = None) -> None:
         self._trt: Any = import_backend(name) if module is None else module
         self._driver = driver
-        self.use_graphs = use_graphs
+        self.use_graphs = True
         self._log = _log(self._trt, TITLES[name])
         self._runtime: Any = self._trt.Runtime(self._log)
         self._sessions: list[TensorRTSession] = []

@@ -191,7 +191,7 @@ def _compile_matmul(
     kernels = _triton_kernels()
     signature = {"x": f"*{dtype}", "words": "*i32", "codebook": f"*i{16 * d}", "scale": "*fp32",
                  "bias": f"*{dtype}", **_INTEGERS, "y": f"*{dtype}"}  # fmt: skip
-    values = kernels.constants(tile, 0 if even else 1, d, bits)
+    values = kernels.constants(tile, even, d, bits)
     return _compile(MATMUL, sm, signature, values, {"n": by_n, "k": by_k, "stride": 4}, tile)
 
 

@@ -146,21 +146,19 @@ def integers(codebook: Any) -> Any:
     return codebook.contiguous().view({2: torch.int32, 4: torch.int64}[codebook.shape[1]]).reshape(-1)
 
 
-def constants(tile: Tile, k: int, d: int, bits: int) -> dict[str, int | bool]:
-    """The compile-time arguments of `vq_matmul` for one tile."""
+def constants(tile: Tile, even: bool, d: int, bits: int) -> dict[str, int | bool]:
+    """The compile-time arguments of `vq_matmul` for one tile; ``even``: its depth divides the rows of the weights."""
     return {
         "D": d,
         "BITS": bits,
-        "EVEN": k % tile.depth == 0,
+        "EVEN": even,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
     }
 
 
-def launch_matmul(
-    x: Any, words: Any, codebook: Any, scale: Any, bias: Any, tile: Tile, bits: int = 8, out: Any = None
-) -> Any:
+def launch_matmul(x: Any, words: Any, codebook: Any, scale: Any, bias: Any, tile: Tile, bits: int = 8) -> Any:
     """Runs `vq_matmul` on torch tensors: on a GPU, or on the CPU under Triton's interpreter.
 
     Args:
@@ -171,13 +169,12 @@ def launch_matmul(
         bias: (n) of the type of x.
         tile: How the work is cut.
         bits: A code's, 8 or 6.
-        out: (m, n) to write into; a new tensor if None.
     """
     (m, k), n = x.shape, words.shape[0]
-    y = x.new_empty((m, n)) if out is None else out
+    y = x.new_empty((m, n))
     vq_matmul[(tile.programs(m, n),)](
         x, words, integers(codebook), scale, bias, m, n, k, words.shape[1], y,
-        **constants(tile, k, codebook.shape[1], bits), num_warps=tile.warps, num_stages=tile.stages,
+        **constants(tile, k % tile.depth == 0, codebook.shape[1], bits), num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return y
 
