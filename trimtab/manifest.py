@@ -19,6 +19,9 @@ OPERATORS_DOMAIN = "trimtab"
 OPERATORS = 1
 """Version of the operators in that domain. Goes up when what a node of a graph means changes."""
 
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
+"""Which runtimes load an engine."""
+
 VIEWS = "trimtab.view."
 """Inputs and outputs of a graph whose names begin so lie in one buffer, which is the session's own: what an output has
 written, an input reads as numbers of another width. ONNX has no operator for that."""
@@ -58,7 +61,7 @@ class Engine:
 
     Attributes:
         target: A device of `trimtab.targets`, such as "cpu".
-        backend: Which runtime loads it: "onnxruntime", "tensorrt" or "tensorrt_rtx".
+        backend: Which runtime loads it: one of `BACKENDS`.
         path: File, relative to the bundle: the engine, or the graph where it is not built yet.
         bytes: Size of what the backend loads, weights with it.
         graph: The graph that it was or will be built from, relative to the bundle.

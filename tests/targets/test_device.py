@@ -14,8 +14,9 @@ import pytest
 
 from trimtab.cli import main
 from trimtab.errors import InputError
+from trimtab.manifest import BACKENDS
 from trimtab.targets import recognise as recognise_module
-from trimtab.targets.device import BACKENDS, PRECISIONS, Device, JetPack, find_device, known_devices
+from trimtab.targets.device import PRECISIONS, Device, JetPack, find_device, known_devices
 from trimtab.targets.recognise import match_gpu, match_jetson, recognise
 
 GIB = 2**30

@@ -18,8 +18,8 @@ from trimtab.passes.codebooks import Codebooks, PackedWeight
 from trimtab.passes.constants import add_constant
 from trimtab.program import DENOISER, PassEntry, Program, Segment
 
-_READERS = {"MatMul": 1, "Gemm": 1, "Conv": 1}
-"""Operator -> which of its inputs is the weight."""
+_READERS = frozenset(("MatMul", "Gemm", "Conv"))
+"""Operators whose second input is the weight."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ def sites(model: ir.Model) -> Iterator[Site]:
             continue
         uses = list(value.uses())
         fits = bool(uses) and all(
-            _READERS.get(node.op_type) == index
+            node.op_type in _READERS
+            and index == 1
             and node.domain == ""
             and node.graph is model.graph
             and (node.op_type == "Conv" or len(tensor.shape) == 2)

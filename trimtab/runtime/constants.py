@@ -11,10 +11,7 @@ import numpy as np
 
 from trimtab.manifest import Contents
 from trimtab.program import Step, TensorSpec
-from trimtab.runtime.sessions.base import Backend, Buffer
-
-ALIGNMENT = 256
-"""Bytes: what TensorRT asks of a tensor's address."""
+from trimtab.runtime.sessions.base import ALIGNMENT, Backend, Buffer
 
 Key = tuple[str, str, tuple[int, ...]]
 """Tensor name, dtype and shape."""

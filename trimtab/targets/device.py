@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.manifest import BACKENDS
 from trimtab.toml_file import read_toml
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8", "fp4")
 
 
@@ -47,7 +47,7 @@ class Device:
     Attributes:
         name: What ``--target`` takes.
         title: What people call it.
-        backend: The runtime that engines for it are built with, one of `BACKENDS`.
+        backend: The runtime that engines for it are built with, one of `trimtab.manifest.BACKENDS`.
         sm: CUDA compute capability, such as "8.7"; None without a GPU, as are the numbers below.
         memory_bytes: Installed memory in bytes.
         shared_memory: The CPU lives in the same memory.

@@ -276,7 +276,6 @@ def _segment(
     own = program.segments[name].model
     graph = convert(own, precision, {}).model
     if device.backend == "onnxruntime":
-        graph = graph.clone()
         SplitAttention(shapes[0])(graph)  # as lowering does
     again = repeated(own)  # lowering makes them one, in engines of every kind
     most: tuple[Peak, Extents] | None = None

@@ -11,13 +11,13 @@ check          whether an engine fits this machine
 from __future__ import annotations
 
 from trimtab.errors import BundleError, InputError
+from trimtab.manifest import BACKENDS
 from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session
 from trimtab.runtime.sessions.cuda import Driver
 from trimtab.runtime.sessions.onnxruntime import OnnxRuntimeCpu, OnnxRuntimeCuda, OnnxRuntimeSession
 from trimtab.runtime.sessions.tensorrt import TensorRT, import_backend
 
 __all__ = [
-    "BACKENDS",
     "PROVIDERS",
     "Backend",
     "Buffer",
@@ -27,9 +27,6 @@ __all__ = [
     "open_backend",
 ]
 
-BACKENDS = ("onnxruntime", "tensorrt", "tensorrt_rtx")
-"""Which runtimes can load an engine."""
-
 PROVIDERS = ("cpu", "cuda")
 """Where ONNX Runtime may run its graphs."""
 
@@ -38,7 +35,7 @@ def open_backend(name: str, *, provider: str = "cpu", threads: int = 0, fast: bo
     """A backend, ready to load engines.
 
     Args:
-        name: One of `BACKENDS`.
+        name: One of `trimtab.manifest.BACKENDS`.
         provider: For "onnxruntime": one of `PROVIDERS`.
         threads: CPU threads for one operator; 0 for one a core.
         fast: On the CPU, decode packed weights once, at load; on CUDA, products in TF32.

@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from trimtab.manifest import Engine
 
+ALIGNMENT = 256
+"""Bytes: what TensorRT's IExecutionContext::setTensorAddress asks of every address."""
+
 
 class Buffer(Protocol):
     """A contiguous tensor in the memory of a backend's device.

@@ -17,15 +17,12 @@ import numpy as np
 
 from trimtab.errors import BundleError, InputError, TargetError
 from trimtab.manifest import Engine
-from trimtab.runtime.sessions.base import Buffer, Run
+from trimtab.runtime.sessions.base import ALIGNMENT, Buffer, Run
 from trimtab.runtime.sessions.check import TITLES, check_engine, missing
 from trimtab.runtime.sessions.cuda import Captured, Driver
 from trimtab.runtime.sessions.device_array import DeviceArray
 
 logger = logging.getLogger(__name__)
-
-ALIGNMENT = 256
-"""What IExecutionContext::setTensorAddress asks of every address, in bytes."""
 
 
 def import_backend(name: str) -> Any:

@@ -144,16 +144,15 @@ def decode_kernel(sm: int, shape: Sequence[int], *, d: int = 4, bits: int = 8, d
     tiles(sm, 1, 1, 1)
     n, k, arranged = shape[0], math.prod(shape[1:]), order(shape, d)
     tile = DECODE[arranged]
-    signature = {"words": "*i32", "codebook": f"*i{16 * d}", "scale": "*fp32", **_INTEGERS, "taps": "i32",
+    signature = {"words": "*i32", "codebook": f"*i{16 * d}", "scale": "*fp32", **_SIZES, "taps": "i32",
                  "y": f"*{dtype}"}  # fmt: skip
-    signature.pop("m")
     values = {"D": d, "BITS": bits, "ORDER": arranged, "SHARED": tile.shared, "BLOCK_N": tile.columns,
               "BLOCK_K": tile.rows}  # fmt: skip
     # The last axis of the tile is the depth here, so a launch counts programs over (n, k) as it does over (n, m).
     return _compile(DECODER, sm, signature, values, {"n": _divisor(n), "k": _divisor(k), "stride": 4}, tile)
 
 
-_INTEGERS = {"m": "i32", "n": "i32", "k": "i32", "stride": "i32"}
+_SIZES = {"n": "i32", "k": "i32", "stride": "i32"}
 
 
 def _divisor(size: int) -> int:
@@ -190,7 +189,7 @@ def _compile_matmul(
 ) -> Kernel:
     kernels = _triton_kernels()
     signature = {"x": f"*{dtype}", "words": "*i32", "codebook": f"*i{16 * d}", "scale": "*fp32",
-                 "bias": f"*{dtype}", **_INTEGERS, "y": f"*{dtype}"}  # fmt: skip
+                 "bias": f"*{dtype}", "m": "i32", **_SIZES, "y": f"*{dtype}"}  # fmt: skip
     values = kernels.constants(tile, even, d, bits)
     return _compile(MATMUL, sm, signature, values, {"n": by_n, "k": by_k, "stride": 4}, tile)
 
