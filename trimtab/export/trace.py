@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript.rewriter.rules.common import slice_split_rule
 
 from trimtab.errors import ExportError, first_line
 from trimtab.export.decomposition import TRANSLATIONS, decompose_only_if_needed
@@ -59,7 +60,7 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
         for name, example in inputs.items()
     }
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _without_pairs_of_slices(), torch.no_grad():
             # Traced here and not by the exporter, whose fallbacks would lose the module names.
             exported = torch.export.export(
                 module.eval(),
@@ -109,6 +110,20 @@ def _quiet() -> Iterator[None]:
         fake.removeFilter(_nothing)
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _without_pairs_of_slices() -> Iterator[None]:
+    """Has the exporter not look for two Slices that one Split would do for.
+
+    Its rewriter walks the whole graph for each node to find the second of them, which grows with the square of the nodes
+    and was three quarters of its time on a U-Net of four million parameters.
+    """
+    slice_split_rule.try_rewrite = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del slice_split_rule.try_rewrite  # the method of its class is back
 
 
 def _nothing(_: logging.LogRecord) -> bool:
