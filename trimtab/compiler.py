@@ -12,6 +12,7 @@ import onnx_ir as ir
 
 from trimtab.apart import export_apart
 from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
+from trimtab.calibration.kmeans import check_installed
 from trimtab.calibration.ranges import FILE as RANGES
 from trimtab.calibration.ranges import measure_ranges
 from trimtab.errors import InputError
@@ -73,7 +74,7 @@ def compile(
         InputError: The model, the recipe or an option cannot be used.
         ExportError: The model cannot be exported.
         TargetError: A target cannot be built for.
-        MissingDependency: A target's builder is not installed.
+        MissingDependency: A target's builder is not installed, or what packs weights.
     """
     given = {name: value for name, value in options.items() if value is not None}
     chosen = make_recipe((read_toml(Path(recipe)) if recipe else {}) | given)
@@ -81,6 +82,8 @@ def compile(
     groups = by_precision(devices, chosen.precision)
     halves = [device for precision, those in groups.items() if precision != "fp32" for device in those]
     check_targets(devices, kernels=halves if chosen.vq is not None else ())
+    if chosen.vq is not None:
+        check_installed()
     device = timed_device(chosen, devices)
     if chosen.removal_plan is not None:
         load_plan(Path(chosen.removal_plan))  # what is no plan is said before the export

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+import trimtab
 from trimtab.calibration.codebook_plan import Settings
 from trimtab.calibration.kmeans import cluster, make_codebooks, nearest, pack, rounded
-from trimtab.errors import CalibrationError
+from trimtab.errors import CalibrationError, MissingDependency
 from trimtab.passes.codebooks import FORMATS, PackedWeight
 from trimtab.passes.vq import PackWeights, sites
 
@@ -51,6 +53,16 @@ def test_numbers_that_are_not_finite_are_refused_by_name() -> None:
         CalibrationError, match=r"blocks\.1\.to_k\.weight\.T holds numbers that are not finite"
     ):
         make_codebooks({"denoiser": model(blocks__0__to_q=weight(), blocks__1__to_k=broken)}, Settings())
+
+
+def test_without_faiss_its_extra_is_named_before_anything_is_exported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(MissingDependency, match=r"'faiss' is not installed .* pip install 'trimtab\[vq\]'"):
+        make_codebooks({"denoiser": model(blocks__0__to_q=weight())}, Settings())
+    with pytest.raises(MissingDependency, match="'faiss' is not installed"):
+        trimtab.compile(tmp_path / "no model is looked for", tmp_path / "bundle", vq=2)
 
 
 def test_clusters_are_found_again() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -66,6 +67,7 @@ def make_codebooks(
         CalibrationError: A weight that is not finite; a store of another model or other settings.
         MissingDependency: faiss is not installed.
     """
+    _faiss()  # a thread that cannot start says nothing of why
     found = _distinct(models)
     choices = choose(found, settings)
     for name, choice in choices.items():
@@ -271,6 +273,12 @@ def _finite(array: npt.NDArray[Any]) -> bool:
 def _alone() -> None:
     """Keeps faiss to one thread, in the thread that calls this."""
     _faiss().omp_set_num_threads(1)
+
+
+def check_installed() -> None:
+    """Raises MissingDependency where there is no faiss. It is looked for, and not loaded."""
+    if importlib.util.find_spec("faiss") is None:
+        raise MissingDependency("faiss", "vq")
 
 
 def _faiss() -> Any:
