@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,9 +15,11 @@ from trimtab.runtime.arguments import (
     all_labels,
     all_negatives,
     all_seeds,
+    all_texts,
     check_count,
     choose_schedule,
     guidance_scale,
+    plain,
     whole_size,
 )
 
@@ -73,6 +76,8 @@ def test_numbers_may_be_numpys() -> None:
     assert all_labels(kinds, np.int64(3), 2) == all_labels(kinds, np.array([3, 3]), 1) == (3, 3)
     assert all_seeds(np.array([1, 2]), 2) == (1, 2) and all_seeds(np.int64(7), 2) == (7,)
     assert whole_size([np.int64(64), 32]) == (64, 32) and whole_size(None) is None
+    settings = [plain(value) for value in (np.int64(3), np.array([3, 4]), [np.int64(5)], "six", None)]
+    assert json.dumps(settings) == '[3, [3, 4], [5], "six", null]'
 
 
 @pytest.mark.parametrize("value", [1.5, "one", [1.0, 2.0], object()])
@@ -81,6 +86,20 @@ def test_seeds_and_sizes_that_are_no_whole_numbers_are_refused_in_one_line(value
         all_seeds(value, 2)
     with pytest.raises(InputError, match="is not a width and a height in pixels"):
         whole_size(value)
+
+
+@pytest.mark.parametrize("value", [5, ["x", 5], object()])
+def test_prompts_that_are_no_texts_are_refused_in_one_line(value: Any) -> None:
+    with pytest.raises(InputError, match=r"^the prompt .* is no text: give one, or a list of them"):
+        all_texts(KINDS, value, 1)
+    with pytest.raises(InputError, match=r"^the negative prompt .* is no text: give one, or a list of them"):
+        all_negatives(KINDS, value, 2, 1)
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.5, "2"])
+def test_a_count_that_is_no_whole_number_above_zero_is_refused_in_one_line(count: Any) -> None:
+    with pytest.raises(InputError, match="pictures were asked for: ask for a whole number, one or more"):
+        check_count(count, (64, 64))
 
 
 def test_a_class_that_is_neither_number_nor_name_is_refused_in_one_line() -> None:

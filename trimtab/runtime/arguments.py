@@ -52,10 +52,10 @@ def check_count(count: int, size: tuple[int, int]) -> None:
         size: (width, height) in pixels.
 
     Raises:
-        InputError: Fewer than one, or too many.
+        InputError: Fewer than one, no whole number, or too many.
     """
-    if count < 1:
-        raise InputError(f"{count} pictures were asked for: ask for one or more")
+    if not isinstance(count, Integral) or count < 1:
+        raise InputError(f"{count!r:.60} pictures were asked for: ask for a whole number, one or more")
     each = size[0] * size[1] * 3 * 4  # float32, as a result holds them
     memory = _memory_bytes()
     if count * each > memory:
@@ -193,10 +193,9 @@ def all_texts(
         if prompt is not None:
             raise InputError("a prompt was given and this model does not read any: leave it out")
         return ()
-    if prompt is None or (len(prompt) == 0 and not isinstance(prompt, str)):
+    if prompt is None or (isinstance(prompt, Sized) and len(prompt) == 0 and not isinstance(prompt, str)):
         raise InputError("no prompt was given and this model needs one: give prompt= (--prompt TEXT)")
-    texts = [prompt] if isinstance(prompt, str) else list(prompt)
-    return tuple(text for text in texts for _ in range(count))
+    return tuple(text for text in _texts(prompt, "prompt") for _ in range(count))
 
 
 def all_negatives(
@@ -208,13 +207,20 @@ def all_negatives(
     mix = kinds.get("mix")
     if mix is not None and not mix.source.get("classifier_free"):
         logger.warning("the negative prompt makes no difference: this model is not guided away from one")
-    if isinstance(value, str):
-        return (value,) * batch
-    if len(value) not in (1, batch // count, batch):
+    texts = _texts(value, "negative prompt")
+    if len(texts) not in (1, batch // count, batch):
         raise InputError(
-            f"{len(value)} negative prompts were given for {batch} pictures: give one, or one for each prompt"
+            f"{len(texts)} negative prompts were given for {batch} pictures: give one, or one for each prompt"
         )
-    return tuple(text for text in value for _ in range(batch // len(value)))
+    return tuple(text for text in texts for _ in range(batch // len(texts)))
+
+
+def _texts(value: str | Sequence[str], what: str) -> list[str]:
+    """One text or several, as several."""
+    texts = [value] if isinstance(value, str) or not isinstance(value, Sized) else list(value)
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"the {what} {value!r:.60} is no text: give one, or a list of them")
+    return texts
 
 
 def all_labels(
@@ -247,5 +253,7 @@ def _class_number(names: Mapping[str, int], label: int | str) -> int:
 
 
 def plain(value: Any) -> Any:
-    """An argument as JSON takes it."""
-    return value if isinstance(value, str | int | None) else list(value)
+    """An argument as JSON takes it: numpy's numbers as Python's."""
+    if isinstance(value, str | None):
+        return value
+    return int(value) if isinstance(value, Integral) else [plain(each) for each in value]

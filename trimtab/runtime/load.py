@@ -280,7 +280,7 @@ class Pipeline:
             "schedule": chosen,
             "size": f"{size[0]}x{size[1]}",
             "tile": self._tile,
-            "strength": asked.strength if asked.strength is not None else task.strength,
+            "strength": float(asked.strength) if asked.strength is not None else task.strength,
             "model": contents.metadata.get("pipeline"),
             "trimtab": contents.version,
             "count": batch,
