@@ -77,6 +77,22 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == b"new" and names(tmp_path) == ["x"]
 
 
+def test_permissions_are_a_new_file_s_and_the_process_s_umask_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = os.umask(0o027)
+    try:
+        monkeypatch.delattr(os, "umask")  # for a moment it would be another one for every thread
+        write_file(tmp_path / "x", b"")
+        with staged_folder(tmp_path / "out", "marker"):
+            pass
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
 def _written(target: Path) -> str:
     with staged_folder(target, "marker") as stage:
         (stage / "marker").write_text("new")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -45,7 +46,8 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
     try:
         target = target.resolve()  # a link stays one, and .. is none of a folder that is moved away
         target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        stage = _beside(target)
+        stage.mkdir()
     except RuntimeError as error:  # what Python before 3.13 says of links that go round
         raise InputError(f"{target} leads nowhere: choose another place") from error
     except OSError as error:
@@ -54,7 +56,6 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
         ) from error
     try:
         yield stage
-        stage.chmod(0o777 & ~_umask())
         try:
             with locked(target, wait=False):
                 pass
@@ -157,21 +158,17 @@ def write_file(path: Path, data: bytes) -> None:
         InputError: The place cannot be written.
         TrimtabError: The disk is full.
     """
-    temporary: Path | None = None
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "wb") as stream:
+        with temporary.open("xb") as stream:
             stream.write(data)
-        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        temporary = None
     except OSError as error:
         raise _refusal(path, error) from error
     finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its name is the file's by now, or it was never made
+            temporary.unlink()
 
 
 def append_file(path: Path, data: bytes) -> None:
@@ -195,7 +192,10 @@ def _refusal(path: Path, error: OSError) -> TrimtabError:
     return InputError(f"{path} cannot be written ({error.strerror}): choose another place")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _beside(path: Path) -> Path:
+    """A name of its own for what is to become ``path``.
+
+    Not tempfile's, whose files and folders are their owner's alone: to give them a new file's permissions takes the
+    umask, which a process cannot read but by setting it, for all of its threads.
+    """
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
