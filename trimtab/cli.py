@@ -354,8 +354,14 @@ def _bench(arguments: argparse.Namespace) -> dict[str, Any]:
 def _compare(arguments: argparse.Namespace) -> dict[str, Any]:
     from trimtab.comparison import compare
 
-    options = {"prompt": arguments.prompt, "label": arguments.label, "schedule": arguments.schedule}
-    return compare(arguments.reference, arguments.other, seed=arguments.seed, **options)
+    return compare(
+        arguments.reference,
+        arguments.other,
+        seed=arguments.seed,
+        prompt=arguments.prompt,
+        label=arguments.label,
+        schedule=arguments.schedule,
+    )
 
 
 def _inspect(arguments: argparse.Namespace) -> dict[str, Any]:

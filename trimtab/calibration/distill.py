@@ -41,7 +41,7 @@ Progress = Callable[[float, float], None]
 
 _SAVE_SECONDS = 60.0
 _AVERAGE = 0.999
-"""Decay of the averaged weights a step, once the run is long enough: see `_Student.average`."""
+"""Decay of the averaged weights a step, once the run is long enough: see `_Student.step`."""
 
 _BETAS = (0.9, 0.99)
 
@@ -136,15 +136,9 @@ def distill(
             start from another; experts are to be of a convolution that there is not.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    candidates = Candidates(model)
-    bypass = {str(old.name): str(new.name) for old, new in candidates.bypass(plan.removed).items()}
     smaller = model.clone()
     RemoveLayers(plan.removed)(smaller)
-    left = {str(v.name) for node in smaller.graph for v in node.outputs}
-    pairs = [(OUTPUT, OUTPUT)]
-    if budget.features != "none":
-        features = [(name, bypass.get(name, name)) for name in block_outputs(model)]
-        pairs += [(mine, its) for mine, its in features if its in left]
+    pairs = _compared(model, plan, smaller, budget.features)
     teacher = TorchGraph(model, [mine for mine, _ in pairs], device)
     begun = smaller.clone()
     for name, array in assembled(model, smaller.graph.initializers, starts or {}).items():
@@ -195,6 +189,15 @@ def distill(
         run.save(checkpoint, header)
     weights = {name: tensor.cpu().numpy() for name, tensor in run.averages.items()}
     return Student(weights, str(header["teacher"]), run.steps, run.seconds, run.losses)
+
+
+def _compared(model: ir.Model, plan: RemovalPlan, smaller: ir.Model, features: str) -> list[tuple[str, str]]:
+    """Names of the teacher's values and of the student's in their place; the first are the predictions."""
+    bypass = {str(old.name): str(new.name) for old, new in Candidates(model).bypass(plan.removed).items()}
+    left = {str(v.name) for node in smaller.graph for v in node.outputs}
+    blocks = [] if features == "none" else block_outputs(model)
+    pairs = [(name, bypass.get(name, name)) for name in blocks]
+    return [(OUTPUT, OUTPUT), *((mine, its) for mine, its in pairs if its in left)]
 
 
 def block_outputs(model: ir.Model) -> list[str]:
