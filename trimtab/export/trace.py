@@ -116,8 +116,8 @@ def _quiet() -> Iterator[None]:
 def _without_pairs_of_slices() -> Iterator[None]:
     """Has the exporter not look for two Slices that one Split would do for.
 
-    Its rewriter walks the whole graph for each node to find the second of them, which grows with the square of the nodes
-    and was three quarters of its time on a U-Net of four million parameters.
+    Its rewriter walks the whole graph for each node to find the second of them: that grows with the square of the nodes,
+    three quarters of its time on a U-Net of four million parameters.
     """
     slice_split_rule.try_rewrite = lambda *_, **__: None
     try:
