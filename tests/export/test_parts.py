@@ -64,7 +64,7 @@ def with_vae(folder: Path, name: str) -> Source:
     """A pipeline with an autoencoder of a class."""
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", name]}
     (folder / "vae").mkdir(exist_ok=True)
-    (folder / "vae" / "config.json").write_text('{"latent_channels": 4, "block_out_channels": [8, 8]}')
+    (folder / "vae" / "config.json").write_text('{"block_out_channels": [8, 8]}')
     (folder / "model_index.json").write_text(json.dumps(index))
     return Source(folder)
 
@@ -259,12 +259,30 @@ def test_the_size_of_an_old_stable_diffusion_is_mended_as_its_pipeline_does(
     assert measured(tmp_path, {"_diffusers_version": version, "sample_size": sample_size}).size == size
 
 
-def measured(folder: Path, config: dict[str, Any]) -> PipelineParts:
-    """The sizes of a Stable Diffusion with a U-Net of a configuration, two pixels to a latent."""
+@pytest.mark.parametrize(
+    ("denoiser", "config", "sizes"),
+    [
+        ("SD3Transformer2DModel", {}, (256, 4, 384)),
+        ("PixArtTransformer2DModel", {"patch_size": 4}, (256, 8, None)),
+        ("DiTTransformer2DModel", {"sample_size": 16}, (32, 4, None)),
+        ("Transformer2DModel", {"norm_type": "ada_norm_zero"}, (64, 4, None)),
+        ("Transformer2DModel", {"norm_type": "ada_norm_single"}, (256, 4, None)),
+    ],
+)
+def test_what_a_configuration_leaves_out_is_its_class_s_default(
+    denoiser: str, config: dict[str, Any], sizes: tuple[int, int, int | None], tmp_path: Path
+) -> None:
+    made = measured(tmp_path, config, denoiser)
+    assert ((made.size[0], made.multiple, made.largest_side), made.channels) == (sizes, 4)
+
+
+def measured(folder: Path, config: dict[str, Any], denoiser: str = "UNet2DConditionModel") -> PipelineParts:
+    """The sizes of a pipeline with a denoiser of a configuration, two pixels to a latent."""
     source = with_vae(folder, "AutoencoderKL")
-    source.index["unet"] = ["diffusers", "UNet2DConditionModel"]
-    (folder / "unet").mkdir()
-    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    name = "unet" if "UNet" in denoiser else "transformer"
+    source.index[name] = ["diffusers", denoiser]
+    (folder / name).mkdir()
+    (folder / name / "config.json").write_text(json.dumps(config))
     made = PipelineParts(source, lambda _, graph: graph)
     measure(made)
     return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import logging
 import re
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Library -> what the names of its weight files begin with; a variant's name and a shard's number follow."""
+
+_RENAMED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""``norm_type`` -> the class that diffusers makes of an old Transformer2DModel."""
 
 
 class Source:
@@ -70,17 +74,37 @@ class Source:
         return entry
 
     def config(self, name: str) -> dict[str, Any]:
-        """A component's configuration, without loading it.
+        """A component's configuration, without loading it; what a diffusers class takes by default is filled in.
 
         Raises:
-            InputError: It is missing or cannot be read.
+            InputError: It is missing or cannot be read, or its class is not installed.
         """
-        self._entry(name)
+        library, class_name = self._entry(name)
         path = self.folder / name / "config.json"
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8")))
+            found = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise InputError(f"{path} cannot be read ({error}): copy the pipeline again, whole") from None
+        if library != "diffusers":  # transformers' classes take their defaults from classes of their own
+            return found
+        if class_name == "Transformer2DModel":
+            class_name = _RENAMED.get(str(found.get("norm_type")), class_name)
+        parameters = inspect.signature(self._class(name, library, class_name)).parameters.values()
+        return {p.name: p.default for p in parameters if p.default is not p.empty} | found
+
+    def _class(self, name: str, library: str, class_name: str) -> Any:
+        """A component's class (raises InputError where it is not installed, or not one of the two libraries')."""
+        if library not in _STEMS:
+            # The pipeline's own python package ("stable_diffusion", ...), or remote code, which is never run.
+            raise InputError(
+                f"{name} is a {library}.{class_name}: only diffusers and transformers are loaded"
+            )
+        cls = getattr(importlib.import_module(library), class_name, None)
+        if cls is None:
+            raise InputError(
+                f"{library} has no {class_name}, which {self.folder / name} needs: upgrade {library}"
+            )
+        return cls
 
     def load(self, name: str) -> Any:
         """Loads a model in float32 and eval mode, or a scheduler or tokenizer.
@@ -90,14 +114,7 @@ class Source:
         """
         library, class_name = self._entry(name)
         folder = self.folder / name
-        if library not in ("diffusers", "transformers"):
-            # The pipeline's own python package ("stable_diffusion", ...), or remote code, which is never run.
-            raise InputError(
-                f"{name} is a {library}.{class_name}: only diffusers and transformers are loaded"
-            )
-        cls = getattr(importlib.import_module(library), class_name, None)
-        if cls is None:
-            raise InputError(f"{library} has no {class_name}, which {folder} needs: upgrade {library}")
+        cls = self._class(name, library, class_name)
         options: dict[str, Any] = {}
         model = _is_model(cls)
         if model:
