@@ -163,6 +163,18 @@ def test_what_does_not_vary_stays_constant() -> None:
     assert followed["text-to-image"].schedules["flow-euler-4"].prologue[-1].segment == SEGMENT
 
 
+@pytest.mark.parametrize(("pipeline", "large"), [(FLUX, 1.15), (SD3, 1.16)])
+def test_a_scheduler_that_says_no_shifts_takes_those_of_its_pipeline(pipeline: str, large: float) -> None:
+    flow: dict[str, Any] = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    silent = UniPCMultistepScheduler(**flow, use_dynamic_shifting=True)
+    assert "max_shift" not in silent.config
+    # A picture of 4096 tokens, the many that the larger shift is for.
+    options = timesteps_options(silent, 4, _parts(pipeline))
+    assert options["mu"] == pytest.approx(large)
+    said = timesteps_options(_scheduler(max_shift=0.9), 4, _parts(pipeline))
+    assert said["mu"] == pytest.approx(0.9)
+
+
 def test_a_fixed_shift_needs_no_tables() -> None:
     parts = _parts()
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)

@@ -156,7 +156,9 @@ def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any
     if parts.pipeline.startswith("Flux") and not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if scheduler.config.get("use_dynamic_shifting"):
-        options["mu"] = time_shift(scheduler.config, image_tokens(parts, parts.size))
+        # What SD3's pipeline takes for the larger shift of a scheduler that says none: not Flow matching's own, 1.15.
+        said = {"max_shift": 1.16} if parts.pipeline.startswith("StableDiffusion3") else {}
+        options["mu"] = time_shift(said | dict(scheduler.config), image_tokens(parts, parts.size))
     return options
 
 
