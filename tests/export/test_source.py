@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.errors import InputError
+from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.runtime.tokenizer import Tokenizer
 
@@ -56,6 +59,18 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     save_file({k: v for k, v in weights.items() if k != lost}, folder / NAME.format(""), {"format": "pt"})
     with pytest.raises(InputError, match=rf"lacks 1 of CLIPTextModel's weights \({lost}\)"):
         Source(folder).load("text_encoder")
+
+
+def test_weights_in_a_form_that_is_not_read_are_found_before_anything_is_exported(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pipeline_folder("dit"), tmp_path / "dit"))
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    exported: list[str] = []
+    with pytest.raises(InputError, match="vae holds only diffusion_pytorch_model"):
+        export_pipeline(Source(folder), lambda name, graph: exported.append(name) or graph, steps=(2,))
+    assert exported == []
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

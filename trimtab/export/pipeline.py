@@ -50,6 +50,7 @@ def export_pipeline(
             f"{source.pipeline_class} is not supported: give one of {', '.join(sorted(FAMILIES))}, "
             "or export it yourself and name the .onnx files in a .toml file"
         )
+    source.check_weights()
     own = _own_scheduler(source)
     chosen = (
         make_scheduler(scheduler, {**own.config, "_class_name": type(own).__name__}) if scheduler else own

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 _STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Library -> what the names of its weight files begin with; a variant's name and a shard's number follow."""
 
+_EXPORTED = ("text_encoder", "transformer", "unet", "vae")
+"""What the names of the models that are exported begin with: safety checkers and image encoders are not."""
+
 _RENAMED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 """``norm_type`` -> the class that diffusers makes of an old Transformer2DModel."""
 
@@ -141,6 +144,18 @@ class Source:
                 f"{folder} lacks {len(missing)} of {class_name}'s weights ({missing[0]}): copy it again"
             )
         return component.eval()
+
+    def check_weights(self) -> None:
+        """Looks at the weight files of every model that is exported: the last is loaded long after the first.
+
+        Raises:
+            InputError: One is missing, cut short, or of a form that is not read; or its class is not installed.
+        """
+        for name in self.index:
+            if name.startswith(_EXPORTED) and self.has(name):
+                library, class_name = self._entry(name)
+                self._class(name, library, class_name)
+                self._weights(self.folder / name, _STEMS[library])
 
     def _weights(self, folder: Path, stem: str) -> str | None:
         """Checks that the weight files are there and whole; gives the variant to load ("fp16"), or None for none."""
