@@ -56,8 +56,12 @@ def test_the_first_rule_that_fits_decides_and_an_idle_one_is_refused() -> None:
         "blocks.0.to_q.weight": "a rule keeps it",
         "blocks.1.to_q.weight": 3,
     }
-    with pytest.raises(InputError, match=r"the rule 'up\.\*' fits no layer"):
-        choose(sites, Settings(rules=(("up.*", 4),)))
+    with pytest.raises(InputError, match=r"the rule 'blocks\.1' fits no layer: .*\(blocks\.1\.to_q or "):
+        choose(sites, Settings(rules=(("blocks.1", 4),)))
+    with pytest.raises(
+        InputError, match=r"rules before 'blocks\.1\.\*' fit all of its layers: give it before"
+    ):
+        choose(sites, Settings(rules=(("blocks.*", 3), ("blocks.1.*", 4))))
     with pytest.raises(InputError, match="5 bits were asked for"):
         Settings(bits=5)
 

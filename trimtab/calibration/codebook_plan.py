@@ -7,6 +7,7 @@ nearly the same error: each may then choose of all 256 codewords.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -83,12 +84,20 @@ def choose(found: Mapping[str, Site], settings: Settings) -> dict[str, int | str
         settings: The user's.
 
     Raises:
-        InputError: A rule that fits no layer.
+        InputError: A rule that fits no layer, or none that the rules before it leave.
     """
     rules = {name: _rule(site, settings) for name, site in found.items()}
     if idle := {pattern for pattern, _ in settings.rules} - {rule[0] for rule in rules.values() if rule}:
-        raise InputError(f"the rule {min(idle)!r} fits no layer: see the layers with trimtab inspect")
+        raise InputError(_why_idle(min(idle), sorted({site.module for site in found.values()})))
     return {name: _choice(site, rules[name], settings) for name, site in found.items()}
+
+
+def _why_idle(pattern: str, layers: list[str]) -> str:
+    """What is wrong with a rule that decides nothing."""
+    if any(fnmatch.fnmatchcase(layer, pattern) for layer in layers):
+        return f"rules before {pattern!r} fit all of its layers: give it before them"
+    near = " or ".join(difflib.get_close_matches(pattern, layers, 2, 0.0)) or "a graph without any has none"
+    return f"the rule {pattern!r} fits no layer: give the whole path of one, with * for parts of it ({near})"
 
 
 def plan(found: Mapping[str, Site], choices: Mapping[str, int | str], settings: Settings) -> list[Group]:
