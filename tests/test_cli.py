@@ -183,6 +183,18 @@ def test_compare_of_different_schedules_is_refused(
     assert "other noise" in fails(capsys, "compare", bundle, drawing, "--schedule", "3")
 
 
+def test_compare_of_bundles_that_do_other_things_is_refused(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = read_program(open_bundle(bundle))
+    (task,) = program.tasks.values()
+    unasked = tuple(spec for spec in task.inputs if spec.source.get("kind") != "label")
+    blind = {"unconditional": dataclasses.replace(task, inputs=unasked)}
+    draft(dataclasses.replace(program, tasks=blind), tmp_path / "blind").close()
+    told = fails(capsys, "compare", bundle, tmp_path / "blind")
+    assert told.endswith("blind unconditional: compare bundles of one pipeline")
+
+
 def test_a_bundle_that_bench_cannot_load_is_said(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     absent = bundle.with_name("absent.bundle")
     assert f"{absent} is not a folder" in fails(capsys, "bench", bundle, "--against", absent, "--rounds", 1)

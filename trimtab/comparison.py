@@ -43,6 +43,10 @@ def compare(reference: Path, other: Path, *, seed: int = 0, **options: Any) -> d
         InputError: The bundles do not draw the same kind of picture, or not by the same schedule.
     """
     with load(reference) as ours, load(other) as theirs:
+        if ours.tasks[0] != theirs.tasks[0]:
+            raise InputError(
+                f"{reference} does {ours.tasks[0]} and {other} {theirs.tasks[0]}: compare bundles of one pipeline"
+            )
         wanted = {name: value for name, value in options.items() if value is not None} | {"seed": seed}
         for pipe in (ours, theirs):
             contents = pipe.bundle.contents
