@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import tiny
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
-from trimtab.errors import InputError
+from trimtab.errors import ExportError, InputError
 from trimtab.export.pipeline import export_pipeline
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.runtime.tokenizer import Tokenizer
@@ -67,9 +69,26 @@ def test_weights_in_a_form_that_is_not_read_are_found_before_anything_is_exporte
     folder = Path(shutil.copytree(pipeline_folder("dit"), tmp_path / "dit"))
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
+    assert_refused_before_an_export(folder, InputError, "vae holds only diffusion_pytorch_model")
+
+
+def test_a_scheduler_without_a_table_is_found_before_anything_is_exported(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pipeline_folder("pixart_sigma"), tmp_path / "pixart"))
+    DPMSolverMultistepScheduler(thresholding=True).save_pretrained(folder / "scheduler")
+    assert_refused_before_an_export(folder, ExportError, "thresholding=True")
+
+
+def assert_refused_before_an_export(folder: Path, error: type[Exception], reason: str) -> None:
     exported: list[str] = []
-    with pytest.raises(InputError, match="vae holds only diffusion_pytorch_model"):
-        export_pipeline(Source(folder), lambda name, graph: exported.append(name) or graph, steps=(2,))
+
+    def keep(name: str, graph: ir.Model) -> ir.Model:
+        exported.append(name)
+        return graph
+
+    with pytest.raises(error, match=reason):
+        export_pipeline(Source(folder), keep, steps=(2,))
     assert exported == []
 
 

@@ -10,7 +10,7 @@ from trimtab.errors import ExportError
 from trimtab.export.families import FAMILIES, dit, stable_diffusion, unconditional
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler, probe
-from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks
+from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks, timesteps_options
 from trimtab.export.sampler.shift import follow_size
 from trimtab.export.sampler.walk import can_add_noise
 from trimtab.export.sizes import measure
@@ -62,6 +62,13 @@ def export_pipeline(
     measure(parts)
     parts.no_pictures = _no_pictures(source, chosen)
     _choose_size(parts, size)
+    for count in steps:  # a scheduler that no table holds is said before the first model is exported
+        probe(
+            chosen,
+            count,
+            timesteps_options=timesteps_options(chosen, count, parts),
+            step_options=dict(step_options or {}),
+        )
     family(parts)
     sampling = Sampling(chosen, steps, parts.step_options | dict(step_options or {}))
     return finish(parts, sampling)
