@@ -30,6 +30,7 @@ from trimtab.export.modules import ConditionalUNet
 from trimtab.export.parts import (
     Parts,
     PipelineParts,
+    halving_example,
     hidden_example,
     odd_latent,
     patched_example,
@@ -302,14 +303,16 @@ def test_sides_halve_at_every_level_where_an_upsampler_only_doubles(
     assert measured(tmp_path, {"sample_size": 8, "up_block_types": up_blocks}).multiple == multiple
 
 
-def test_a_unet_whose_upsamplers_only_double_is_traced_with_open_sizes() -> None:
+@pytest.mark.parametrize("first", ["ResnetDownsampleBlock2D", "DownBlock2D"])
+def test_a_unet_whose_upsamplers_only_double_is_traced_with_open_sizes(first: str) -> None:
     torch.manual_seed(0)
     model = unet(
         block_out_channels=(8, 8, 8),
-        down_block_types=("ResnetDownsampleBlock2D", "ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),
+        down_block_types=(first, "ResnetDownsampleBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "ResnetUpsampleBlock2D", "ResnetUpsampleBlock2D"),
     )
-    assert_open_sizes(model, sample_example(4, (24, 20)), (8, 20))
+    made = Parts("x", lambda _, graph: graph, factor=8, multiple=32)
+    assert_open_sizes(model, halving_example(made), (8, 20))
 
 
 def test_a_unet_of_many_levels_is_traced_with_open_sizes_at_its_bottom() -> None:

@@ -1,12 +1,15 @@
-"""Tracing: what is said of a module that torch cannot export, and what the exporter is spared."""
+"""Tracing: open sizes, what is said of a module that torch cannot export, and what the exporter is spared."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import numpy as np
 import torch
+from graphs import run
 from onnxscript.rewriter.rules.common import slice_split_rule
+from torch import Tensor, nn
 
 from trimtab.export.trace import Example, trace
 
@@ -33,13 +36,39 @@ def test_a_module_that_cannot_be_traced_is_refused_in_one_line_and_torch_logs_no
     assert ran.stdout.count("\n") == 1 and ran.stderr == ""
 
 
-class Halves(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+class Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
         return x[..., :2] * x[..., 2:]
 
 
 def test_the_search_for_pairs_of_slices_is_left_out_of_a_trace_alone() -> None:
     whole = vars(slice_split_rule).copy()
-    graph = trace(Halves(), {"x": Example(torch.randn(2, 4), ("n", None))}, ["y"]).graph
+    graph = trace(Gate(), {"x": Example(torch.randn(2, 4), ("n", None))}, ["y"]).graph
     assert [node.op_type for node in graph] == ["Slice", "Slice", "Mul"]
     assert vars(slice_split_rule) == whole
+
+
+class Halves(nn.Module):
+    """Halves sides rounded up, then down, and doubles them back: torch.export finds no end among such floors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.Conv2d(1, 1, 3, stride=2, padding=1)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        half = self.model(sample)
+        half = half + nn.functional.interpolate(nn.functional.avg_pool2d(half, 2), scale_factor=2.0)
+        return sample + nn.functional.interpolate(half, scale_factor=2.0)
+
+
+def test_sides_that_halve_at_every_level_are_open_and_inner_sizes_follow_from_them() -> None:
+    module = Halves()
+    sizes = ("latent_height", "latent_width")
+    sample = Example(torch.randn(2, 1, 12, 8), ("rows", None, *sizes), dict.fromkeys(sizes, 4))
+    model = trace(module, {"sample": sample}, ["result"])
+    assert str(model.graph.inputs[0].shape) == "[rows,1,latent_height,latent_width]"
+    assert str(model.graph.outputs[0].shape) == "[rows,1,4*(latent_height//4),4*(latent_width//4)]"
+    given = torch.randn(1, 1, 4, 20)
+    with torch.no_grad():
+        theirs = module(given).numpy()
+    assert np.abs(run(model, {"sample": given.numpy()})["result"] - theirs).max() <= 1e-6

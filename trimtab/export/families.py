@@ -25,6 +25,7 @@ from trimtab.export.parts import (
     ROWS,
     TOKENS,
     PipelineParts,
+    halving_example,
     hidden_example,
     odd_latent,
     patched_example,
@@ -81,19 +82,20 @@ def _t5(parts: PipelineParts, suffix: str, length: int) -> None:
 
 
 def _unet_sample(parts: PipelineParts) -> Example:
-    if parts.multiple > parts.factor:  # upsamplers that only double
-        return patched_example(parts)
+    if parts.multiple > parts.factor:
+        return halving_example(parts)
     levels = parts.source.config(denoiser_name(parts.source)).get("block_out_channels") or ()
     return sample_example(parts.channels, odd_latent(len(levels) - 1))
 
 
 def _known_examples(parts: PipelineParts) -> dict[str, Example]:
     """What a denoiser with inpainting channels reads beside the sample."""
-    sample = _unet_sample(parts).tensor
+    sample = _unet_sample(parts)
     sizes = ("latent_height", "latent_width")
+    mask = torch.rand(1, 1, *sample.tensor.shape[2:])
     return {
-        "mask": Example(torch.rand(1, 1, *sample.shape[2:]), (None, None, *sizes)),
-        "masked_latents": Example(torch.randn_like(sample), ("batch", None, *sizes)),
+        "mask": Example(mask, (None, None, *sizes), sample.multiples),
+        "masked_latents": Example(torch.randn_like(sample.tensor), ("batch", None, *sizes), sample.multiples),
     }
 
 
@@ -337,11 +339,9 @@ def unconditional(parts: PipelineParts) -> None:
     """DDPM and DDIM pipelines: a U-Net over pixels, no condition."""
     parts.guidance = None
     parts.classifier_free = False
-    sides = (3 * parts.multiple, 2 * parts.multiple) if parts.multiple > 1 else (6, 4)
-    open_sizes = ("latent_height", "latent_width")
-    sample = Example(torch.randn(ROWS, parts.channels, *sides), ("prompts", None, *open_sizes))
+    sample = halving_example(parts) if parts.multiple > 1 else sample_example(parts.channels, (6, 4))
     parts.denoiser(denoiser_module(parts.source), {"sample": sample, "timestep": timestep_example()})
-    latents = Example(sample.tensor, ("batch", None, *open_sizes))
+    latents = Example(sample.tensor, ("batch", *sample.dims[1:]))
     parts.add("pixels", encoders.PixelDecoder(), {"latents": latents}, ["image"])
 
 

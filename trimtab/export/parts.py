@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 import torch
@@ -254,6 +254,13 @@ def patched_example(parts: Parts) -> Example:
     most = max(PATCHES) if parts.largest_side is None else parts.largest_side // parts.multiple
     height, width = (patch * min(count, most) for count in PATCHES)
     return sample_example(parts.channels, (height, width))
+
+
+def halving_example(parts: Parts) -> Example:
+    """A sample for a U-Net whose upsamplers only double: its sides halve at every level."""
+    multiple = parts.multiple // parts.factor
+    sample = sample_example(parts.channels, (3 * multiple, 2 * multiple))
+    return replace(sample, multiples=dict.fromkeys(("latent_height", "latent_width"), multiple))
 
 
 def timestep_example() -> Example:

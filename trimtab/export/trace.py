@@ -8,7 +8,8 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -33,10 +34,13 @@ class Example:
     Attributes:
         tensor: Values of the right dtype; the sizes only serve the trace.
         dims: A name for every axis whose size stays open, None for the others.
+        multiples: Name of an open size -> what every size that is given will be a multiple of. Said, where sizes are
+            halved, halves stay simple: torch.export finds no end among floors of floors.
     """
 
     tensor: torch.Tensor
     dims: tuple[str | None, ...] = ()
+    multiples: Mapping[str, int] = field(default_factory=dict)
 
 
 def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Sequence[str]) -> ir.Model:
@@ -55,10 +59,8 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     Raises:
         ExportError: The exporter failed; the message holds its first line.
     """
-    dynamic = {
-        name: {axis: torch.export.Dim.DYNAMIC for axis, dim in enumerate(example.dims) if dim}
-        for name, example in inputs.items()
-    }
+    units: dict[str, Any] = {}
+    dynamic = {name: _open_sizes(example, units) for name, example in inputs.items()}
     try:
         with _quiet(), _without_pairs_of_slices(), torch.no_grad():
             # Traced here and not by the exporter, whose fallbacks would lose the module names.
@@ -92,6 +94,17 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     return model
 
 
+def _open_sizes(example: Example, units: dict[str, Any]) -> dict[int, Any]:
+    """Axis -> what torch.export takes for its size; ``units`` keeps what sizes of one name are multiples of."""
+    sizes: dict[int, Any] = {}
+    for axis, dim in enumerate(example.dims):
+        if dim and (multiple := example.multiples.get(dim, 1)) > 1:
+            sizes[axis] = multiple * units.setdefault(dim, torch.export.Dim(f"{dim}_unit"))
+        elif dim:
+            sizes[axis] = torch.export.Dim.DYNAMIC
+    return sizes
+
+
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the exporter's chatter about packages that it would like to have."""
@@ -116,8 +129,8 @@ def _quiet() -> Iterator[None]:
 def _without_pairs_of_slices() -> Iterator[None]:
     """Has the exporter not look for two Slices that one Split would do for.
 
-    Its rewriter walks the whole graph for each node to find the second of them: that grows with the square of the nodes,
-    three quarters of its time on a U-Net of four million parameters.
+    Its rewriter walks the whole graph for each node to find the second of them: the square of the nodes, and three
+    quarters of its time on a U-Net of four million parameters.
     """
     slice_split_rule.try_rewrite = lambda *_, **__: None
     try:
@@ -147,10 +160,15 @@ def _name_sizes(graph: ir.Graph, inputs: Mapping[str, Example]) -> None:
     """Gives torch's symbols (s53) the names that the caller chose, in every shape of the graph."""
     names: dict[str, str] = {}
     for value in graph.inputs:
-        dims = inputs[value.name or ""].dims
-        for size, name in zip(value.shape or (), dims, strict=False):
-            if name and isinstance(size, ir.SymbolicDim) and size.value:
-                names.setdefault(str(size.value), name)
+        example, shape = inputs[value.name or ""], value.shape or ir.Shape(())
+        for axis, (size, name) in enumerate(zip(shape, example.dims, strict=False)):
+            if not name or not isinstance(size, ir.SymbolicDim) or not size.value:
+                continue
+            if (multiple := example.multiples.get(name, 1)) > 1:
+                names.setdefault(size.value.removeprefix(f"{multiple}*"), f"({name}//{multiple})")
+                shape[axis] = name
+            else:
+                names.setdefault(size.value, name)
     if not names:
         return
     symbol = re.compile(r"\b(" + "|".join(map(re.escape, names)) + r")\b")
