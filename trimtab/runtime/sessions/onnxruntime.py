@@ -138,6 +138,7 @@ class OnnxRuntimeSession:
                 f"onnxruntime {onnxruntime.__version__} cannot start its {name}: install the CUDA and cuDNN that "
                 "it was built for (pip install 'onnxruntime-gpu[cuda,cudnn]')"
             )
+        self._graph = graph
         self._device = device
         self._new = new
         self._views = Views(self._session, graph)
@@ -148,7 +149,12 @@ class OnnxRuntimeSession:
         binding = session.io_binding()
         for bind, buffers in ((binding.bind_input, inputs), (binding.bind_output, outputs)):
             for name, buffer in buffers.items():
-                bind(name, self._device, 0, buffer.dtype.type, buffer.shape, _address(buffer))
+                try:
+                    bind(name, self._device, 0, buffer.dtype.type, buffer.shape, _address(buffer))
+                except Exception as error:
+                    raise BundleError(
+                        f"{self._graph} cannot be given {name} ({first_line(error)}): compile the bundle again"
+                    ) from error
         held = [*inputs.values(), *outputs.values()]  # the binding only knows addresses
         if self._views.bytes:
             shared = self._new((self._views.bytes,), "uint8")
