@@ -158,10 +158,12 @@ def _laid_open(
         blocks: Gains the names of the modules' results, by module path; of several parts, part by part.
     """
     import onnx_ir as ir
-    import onnxruntime
 
     from trimtab.passes.scopes import expose_blocks
+    from trimtab.runtime.sessions.onnxruntime import import_onnxruntime
     from trimtab.storage import read_graph
+
+    onnxruntime = import_onnxruntime()
 
     model = read_graph(bundle, path)
     for block, name in expose_blocks(model).items():

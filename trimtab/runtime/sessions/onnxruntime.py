@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,26 @@ def cuda_provider(stream: int, tf32: bool = False) -> Provider:
     )
 
 
+def import_onnxruntime() -> Any:
+    """The package onnxruntime, which is told not to report to its makers what is run with it.
+
+    From 1.29 on it else keeps an identifier of the machine in ``~/.cache/Microsoft`` and sends events over the network.
+    It asks as it is imported: whoever imports it before, or has set the variable, decides for themselves.
+
+    Raises:
+        MissingDependency: It is not installed.
+        TargetError: It is, and cannot be loaded.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise MissingDependency("onnxruntime", "", "run pip install onnxruntime") from error
+    except (ImportError, OSError) as error:  # a library of its own that is not there
+        raise TargetError(f"onnxruntime cannot be loaded ({error}): install it again") from error
+    return onnxruntime
+
+
 class OnnxRuntimeSession:
     """An ONNX graph on one of ONNX Runtime's providers.
 
@@ -90,12 +111,7 @@ class OnnxRuntimeSession:
         optimise: bool = True,
         new: Callable[[tuple[int, ...], str], Buffer] = np.zeros,
     ) -> None:
-        try:
-            import onnxruntime
-        except ModuleNotFoundError as error:
-            raise MissingDependency("onnxruntime", "", "run pip install onnxruntime") from error
-        except (ImportError, OSError) as error:  # a library of its own that is not there
-            raise TargetError(f"onnxruntime cannot be loaded ({error}): install it again") from error
+        onnxruntime = import_onnxruntime()
         name = provider if isinstance(provider, str) else provider[0]
         if name not in onnxruntime.get_available_providers():
             raise TargetError(f"onnxruntime {onnxruntime.__version__} has no {name}: {GPU_PACKAGE}")
