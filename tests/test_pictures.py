@@ -246,6 +246,15 @@ def test_threads_that_share_a_pipeline_draw_their_own_pictures(family: str, load
 
 
 @families("dit")
+def test_a_picture_within_a_picture_is_refused_and_the_next_one_is_right(family: str, load: Load) -> None:
+    pipe = load(family)
+    alone = pipe(label=1, seed=1, schedule=3).pixels
+    with pytest.raises(trimtab.TrimtabError, match="from within on_step"):
+        pipe(label=1, seed=1, schedule=3, on_step=lambda *_: pipe(label=2, seed=2, schedule=3))
+    np.testing.assert_array_equal(pipe(label=1, seed=1, schedule=3).pixels, alone)
+
+
+@families("dit")
 def test_class_to_image_equals_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
     assert_equal(
         load(family)(label=[3, 5], seed=1), reference(diffusers_pipeline(family), 1, class_labels=[3, 5])

@@ -132,6 +132,7 @@ class Pipeline:
         self._tokenizers: dict[str, Tokenizer] | None = None
         self._plan: tuple[tuple[Any, ...], Plan] | None = None
         self._turn = threading.RLock()  # buffers are bound once, so one call has them at a time
+        self._drawing = False
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -175,7 +176,7 @@ class Pipeline:
             image: A picture to start from (a file, PIL, or (height, width, 3) in 0..1).
             mask: Where to draw anew (white), as a file, PIL, or (height, width, 1) in 0..1.
             strength: How much of ``image`` is lost, in 0..1; None for the model's default.
-            on_step: Told (steps done, steps in all).
+            on_step: Told (steps done, steps in all). It may raise to end the call, and may not draw with this pipeline.
 
         Raises:
             InputError: Something that this bundle cannot do, or cannot do without.
@@ -186,7 +187,16 @@ class Pipeline:
             prompt, negative_prompt, label, guidance, seed, count, size, schedule, image, mask, strength
         )
         with self._turn:
-            return self._draw(asked, on_step)
+            if self._drawing:  # this thread, from within on_step
+                raise InputError(
+                    "a picture was asked for from within on_step, of the pipeline that is drawing one: load the "
+                    "bundle once more for it"
+                )
+            self._drawing = True
+            try:
+                return self._draw(asked, on_step)
+            finally:
+                self._drawing = False
 
     def _draw(self, asked: Asked, on_step: OnStep | None) -> Result:
         requests, plan, settings = self._prepare(asked)
