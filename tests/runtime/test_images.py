@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -127,3 +129,11 @@ def test_pixels_of_an_unknown_range_are_refused_in_one_line(mode: str, gray: boo
 def test_an_image_that_pil_cannot_turn_to_grey_is_refused_in_one_line() -> None:
     with pytest.raises(InputError, match="the mask cannot be read as a picture"):
         read_image(Image.new("LAB", SIZE), SIZE, gray=True)
+
+
+@pytest.mark.parametrize("given", [b"\x89PNG", 5, [[[0.5] * 3]], io.BytesIO(b"\x89PNG")])
+def test_what_is_no_picture_is_refused_in_one_line(given: Any) -> None:
+    with pytest.raises(
+        InputError, match=r"the picture is of the type .*: give a file, a PIL image or an array"
+    ):
+        read_image(given, SIZE)

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -52,10 +52,12 @@ def check_count(count: int, size: tuple[int, int]) -> None:
         size: (width, height) in pixels.
 
     Raises:
-        InputError: Fewer than one, no whole number, or too many.
+        InputError: No whole number, fewer than one, or too many.
     """
-    if not isinstance(count, Integral) or count < 1:
-        raise InputError(f"{count!r:.60} pictures were asked for: ask for a whole number, one or more")
+    if not is_whole(count):
+        raise InputError(f"the count {count!r:.60} is no whole number: ask for one picture or more")
+    if count < 1:
+        raise InputError(f"{count} pictures were asked for: ask for one or more")
     each = size[0] * size[1] * 3 * 4  # float32, as a result holds them
     memory = _memory_bytes()
     if count * each > memory:
@@ -78,7 +80,7 @@ def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float 
     if task.guidance is None:
         check_guidance(guidance, [task])
         return 1.0, 1
-    scale = float(task.guidance if guidance is None else guidance)
+    scale = number("guidance scale", task.guidance if guidance is None else guidance)
     if not abs(scale) <= float(np.finfo(np.float32).max):  # NaN neither
         raise InputError(f"the guidance scale {scale} is not a finite number of 32 bits: give a smaller one")
     # As in diffusers, a scale of 1 or less turns classifier-free guidance off.
@@ -109,7 +111,7 @@ def choose_schedule(
         if strength is not None:
             raise InputError("a strength was given without a picture: give image= (--image FILE) too")
         return name
-    share = task.strength if strength is None else strength
+    share = task.strength if strength is None else number("strength", strength)
     if not 0 < share <= 1:
         raise InputError(f"the strength {share} is not above 0 and at most 1")
     if share == 1 and name in task.schedules:
@@ -169,20 +171,22 @@ def all_seeds(seed: int | Sequence[int] | None, batch: int) -> tuple[int, ...]:
         return (secrets.randbelow(2**32),)
     if isinstance(seed, Integral):
         return (int(seed),)
-    if not isinstance(seed, Sized) or not all(isinstance(each, Integral) for each in seed):
+    seeds = _several(seed)
+    if seeds is None or not all(map(is_whole, seeds)):
         raise InputError(f"the seed {seed!r:.60} is no whole number: give one, or one for each picture")
-    if len(seed) != batch:
-        raise InputError(f"{len(seed)} seeds were given for {batch} pictures: give one, or one for each")
-    return tuple(map(int, seed))
+    if len(seeds) != batch:
+        raise InputError(f"{len(seeds)} seeds were given for {batch} pictures: give one, or one for each")
+    return tuple(map(int, seeds))
 
 
 def whole_size(size: Sequence[int] | None) -> tuple[int, int] | None:
     """(width, height) as whole numbers; None for none."""
     if size is None:
         return None
-    if not isinstance(size, Sized) or len(size) != 2 or not all(isinstance(side, Integral) for side in size):
+    sides = _several(size)
+    if sides is None or len(sides) != 2 or not all(map(is_whole, sides)):
         raise InputError(f"the size {size!r:.60} is not a width and a height in pixels")
-    return int(size[0]), int(size[1])
+    return int(sides[0]), int(sides[1])
 
 
 def all_texts(
@@ -193,9 +197,22 @@ def all_texts(
         if prompt is not None:
             raise InputError("a prompt was given and this model does not read any: leave it out")
         return ()
-    if prompt is None or (isinstance(prompt, Sized) and len(prompt) == 0 and not isinstance(prompt, str)):
+    texts = [] if prompt is None else _texts("prompt", prompt)
+    if not texts:
         raise InputError("no prompt was given and this model needs one: give prompt= (--prompt TEXT)")
-    return tuple(text for text in _texts(prompt, "prompt") for _ in range(count))
+    return tuple(text for text in texts for _ in range(count))
+
+
+def _texts(what: str, value: str | Sequence[str]) -> list[str]:
+    """One text, or several, as a list.
+
+    Raises:
+        InputError: It is neither.
+    """
+    texts = [value] if isinstance(value, str) else _several(value)
+    if texts is None or not all(isinstance(text, str) for text in texts):
+        raise InputError(f"the {what} {value!r:.60} is no text: give one, or one for each picture")
+    return texts
 
 
 def all_negatives(
@@ -207,20 +224,12 @@ def all_negatives(
     mix = kinds.get("mix")
     if mix is not None and not mix.source.get("classifier_free"):
         logger.warning("the negative prompt makes no difference: this model is not guided away from one")
-    texts = _texts(value, "negative prompt")
+    texts = _texts("negative prompt", value)
     if len(texts) not in (1, batch // count, batch):
         raise InputError(
             f"{len(texts)} negative prompts were given for {batch} pictures: give one, or one for each prompt"
         )
     return tuple(text for text in texts for _ in range(batch // len(texts)))
-
-
-def _texts(value: str | Sequence[str], what: str) -> list[str]:
-    """One text or several, as several."""
-    texts = [value] if isinstance(value, str) or not isinstance(value, Sized) else list(value)
-    if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"the {what} {value!r:.60} is no text: give one, or a list of them")
-    return texts
 
 
 def all_labels(
@@ -231,9 +240,10 @@ def all_labels(
         if label is not None:
             raise InputError("a class was given and this model has none: leave it out")
         return ()
-    if label is None or (isinstance(label, Sized) and len(label) == 0):
+    several = [] if label is None or (isinstance(label, str) and not label) else _several(label)
+    if several == []:
         raise InputError("no class was given and this model needs one: give label= (--class N)")
-    labels = list(label) if isinstance(label, Sized) and not isinstance(label, str) else [label]
+    labels: list[Any] = [label] if several is None else several
     names = class_names(kinds["label"])
     return tuple(number for value in labels for number in [_class_number(names, value)] * count)
 
@@ -252,8 +262,32 @@ def _class_number(names: Mapping[str, int], label: int | str) -> int:
     raise InputError(f"there is no class {label!r} in this model: {hint}")
 
 
+def number(what: str, value: Any) -> float:
+    """A real number, also as numpy has it.
+
+    Raises:
+        InputError: It is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise InputError(f"the {what} {value!r:.60} is no number: give one") from None
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, also as numpy has it."""
+    return isinstance(value, Integral)
+
+
+def _several(value: Any) -> list[Any] | None:
+    """The elements of what has some; None for one thing, as a text, a number, or an array without axes."""
+    if isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", 1) == 0:
+        return None
+    return list(value) if isinstance(value, Iterable) and isinstance(value, Sized) else None
+
+
 def plain(value: Any) -> Any:
-    """An argument as JSON takes it: numpy's numbers as Python's."""
-    if isinstance(value, str | None):
+    """An argument as JSON takes it."""
+    if value is None or isinstance(value, str):
         return value
     return int(value) if isinstance(value, Integral) else [plain(each) for each in value]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from trimtab.bundle import Bundle
 from trimtab.errors import BundleError, InputError, TrimtabError, WrongDevice
 from trimtab.manifest import Contents, Engine
+from trimtab.runtime.arguments import is_whole
 from trimtab.runtime.external import external_locations
 from trimtab.runtime.sessions import Backend, Buffer, Run, Session, open_backend
 
@@ -52,9 +53,9 @@ class Engines:
         low_memory: bool = False,
         fast: bool = False,
     ) -> None:
-        if not 0 <= threads <= MAX_THREADS:
+        if not is_whole(threads) or not 0 <= threads <= MAX_THREADS:
             raise InputError(
-                f"{threads} threads were asked for: give 0 for one a core, or up to {MAX_THREADS}"
+                f"{threads!r:.60} threads were asked for: give 0 for one a core, or up to {MAX_THREADS}"
             )
         self._bundle = bundle
         self.target, self.backend = _choose(bundle, target, provider, threads, fast)

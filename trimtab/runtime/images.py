@@ -76,6 +76,10 @@ def read_image(
             )
         return np.ascontiguousarray(image[None], np.float32)
     name = str(image) if isinstance(image, str | Path) else f"the {'mask' if gray else 'picture'}"
+    if not isinstance(image, str | Path | PIL.Image.Image):
+        raise InputError(
+            f"{name} is of the type {type(image).__name__}: give a file, a PIL image or an array of floats"
+        )
     image = _open(image) if isinstance(image, str | Path) else _eight_bits(name, image)
     if not gray:
         image = _converted(name, image, "RGB")

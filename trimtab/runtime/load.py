@@ -24,6 +24,7 @@ from trimtab.runtime.arguments import (
     choose_schedule,
     for_size,
     guidance_scale,
+    number,
     plain,
     whole_size,
 )
@@ -290,7 +291,7 @@ class Pipeline:
             "schedule": chosen,
             "size": f"{size[0]}x{size[1]}",
             "tile": self._tile,
-            "strength": float(asked.strength) if asked.strength is not None else task.strength,
+            "strength": task.strength if asked.strength is None else number("strength", asked.strength),
             "model": contents.metadata.get("pipeline"),
             "trimtab": contents.version,
             "count": batch,

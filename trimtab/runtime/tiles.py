@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from trimtab.errors import InputError
 from trimtab.manifest import SegmentEntry
+from trimtab.runtime.arguments import is_whole
 from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session
 from trimtab.shapes import bind, shape
 
@@ -75,9 +76,9 @@ def bind_tiled(
         InputError: No tile can have this side, or no tile can be cut for this segment.
     """
     factor = _factor(segment, inputs, outputs)
-    if side % factor or side < OVERLAP * factor:
+    if not is_whole(side) or side % factor or side < OVERLAP * factor:
         raise InputError(
-            f"tiles of {side} pixels were asked for: use a multiple of {factor}, {OVERLAP * factor} or more"
+            f"tiles of {side!r:.60} pixels were asked for: use a multiple of {factor}, {OVERLAP * factor} or more"
         )
     (name, latents), (result, picture) = *inputs.items(), *outputs.items()
     batch, channels, *sizes = latents.shape
