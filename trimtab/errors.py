@@ -68,10 +68,15 @@ class MissingDependency(TrimtabError):
     """
 
     def __init__(self, package: str, extra: str, advice: str | None = None) -> None:
-        advice = advice or f"run pip install 'trimtab[{extra}]'"
-        super().__init__(f"the package {package!r} is not installed and is needed here: {advice}")
+        told = advice or f"run pip install 'trimtab[{extra}]'"
+        super().__init__(f"the package {package!r} is not installed and is needed here: {told}")
         self.package = package
         self.extra = extra
+        self._advice = advice
+
+    def __reduce__(self) -> tuple[type[MissingDependency], tuple[str, str, str | None]]:
+        """So that it comes back whole from a process of a caller's pool."""
+        return type(self), (self.package, self.extra, self._advice)
 
 
 def first_line(error: BaseException) -> str:
