@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,15 @@ def test_a_file_that_does_not_cut_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_fails_on_a_prompt_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="cannot read a prompt"):
         Tokenizer(saved(tmp_path, 3, 3, unknown="[NONE]")).encode(["c"])
+
+
+def test_a_file_that_makes_rust_panic_is_one_line(tmp_path: Path) -> None:
+    path = saved(tmp_path, 3, 3)
+    data = json.loads(path.read_text())
+    data["truncation"]["stride"] = 9
+    path.write_text(json.dumps(data))
+    with pytest.raises(BundleError, match="cannot read a prompt"):
+        Tokenizer(path).encode(["a b a b a"])
 
 
 def test_a_prompt_that_is_no_unicode_is_refused(tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ class Tokenizer:
             if self._vectors:
                 texts = [self._spelled_out(text) for text in texts]
             encodings = self._fast.encode_batch(list(texts))
-        except Exception as error:
+        except BaseException as error:
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise  # Ctrl-C; what Rust gives up with is no Exception either
             raise BundleError(
                 f"{self._path} cannot read a prompt ({first_line(error)}): compile the bundle again"
             ) from None
