@@ -7,6 +7,7 @@ import gc
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from typing import Any
 import pytest
 from engines import DEVICE, OPTIONS, FakeBuilder, churn, graph, want
 
-from trimtab.errors import BuildFailed, InputError, MissingDependency, TrimtabError
+from trimtab.errors import BuildFailed, InputError, TrimtabError
 from trimtab.targets.base import BuildOptions
 from trimtab.targets.cache import CacheEntry, EngineCache, clock, engine_key
+from trimtab.targets.engines import open_cache
 
 spawn = multiprocessing.get_context("spawn")
 
@@ -316,16 +318,61 @@ def test_errors_of_the_disk_are_one_line(
     assert left(cache) == []
 
 
+def test_a_cache_that_was_taken_away_begins_anew(cache: EngineCache, builder: FakeBuilder) -> None:
+    get(cache, builder).close()
+    shutil.rmtree(cache.folder)
+    assert (cache.stats().engines, cache.clear()) == (0, 0)
+    assert get(cache, builder).source == "built" and get(cache, builder).source == "local"
+
+    class Losing(FakeBuilder):
+        def build(self, *args: Any) -> Any:
+            shutil.rmtree(cache.folder)
+            return super().build(*args)
+
+    with pytest.raises(
+        InputError, match=r"^[^\n]*cannot be written \(No such file or directory\)[^\n]*$"
+    ) as error:
+        get(cache, Losing(builder.counter), "2")
+    assert isinstance(error.value.__cause__, OSError)  # a compile goes on without
+
+
+def test_what_stands_in_the_place_of_an_entry_is_removed(cache: EngineCache, builder: FakeBuilder) -> None:
+    entry = get(cache, builder)
+    entry.close()
+    for put in (Path.touch, lambda path: path.symlink_to("nowhere")):
+        shutil.rmtree(entry.path.parent)
+        put(entry.path.parent)
+        assert get(cache, builder).source == "built"
+
+
+def test_a_lower_limit_holds_before_the_next_engine_is_built(
+    cache: EngineCache, builder: FakeBuilder
+) -> None:
+    get(cache, builder).close()
+    sizes = []
+
+    class Looking(FakeBuilder):
+        def build(self, *args: Any) -> Any:
+            sizes.append(cache.stats().bytes)
+            return super().build(*args)
+
+    get(EngineCache(cache.folder, limit_bytes=0), Looking(builder.counter), "2").close()
+    assert sizes == [0]
+
+
+def test_without_a_home_the_default_folder_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    with pytest.raises(InputError, match=r"written \(Could not determine home directory\.\): give the cache"):
+        EngineCache("~/.cache/trimtab")
+    assert open_cache("~/.cache/trimtab") is None  # a compile goes on without
+
+
 def test_a_limit_below_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="below 0"):
         EngineCache(tmp_path, limit_bytes=-1)
-
-
-def test_without_fsspec_a_url_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "fsspec", None)
-    EngineCache(tmp_path / "cache")  # a folder does not need it
-    with pytest.raises(MissingDependency, match=r"trimtab\[cache\]"):
-        EngineCache("memory://x", near=tmp_path / "cache")
 
 
 def test_a_wait_for_somebody_else_is_said(cache: EngineCache, builder: FakeBuilder) -> None:

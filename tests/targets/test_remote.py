@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from engines import DEVICE, OPTIONS, FakeBuilder, graph
 from fsspec.implementations.memory import MemoryFileSystem
 
-from trimtab.errors import InputError
+from trimtab.errors import InputError, MissingDependency
 from trimtab.targets.cache import CacheEntry, EngineCache
 
 
@@ -153,3 +154,10 @@ def test_a_place_that_cannot_even_be_opened_is_done_without(
 def test_a_scheme_that_nobody_knows_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"Protocol not known: s4"):
         machine("s4://bucket", tmp_path, "near")
+
+
+def test_without_fsspec_a_url_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    EngineCache(tmp_path / "cache")  # a folder does not need it
+    with pytest.raises(MissingDependency, match=r"trimtab\[cache\]"):
+        EngineCache("memory://x", near=tmp_path / "cache")

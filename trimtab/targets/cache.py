@@ -90,16 +90,17 @@ class EngineCache:
         if limit_bytes < 0:
             raise InputError(f"the limit is {limit_bytes} bytes and must not be below 0: give a larger one")
         self._remote = Remote(str(place)) if is_remote(str(place)) else None
-        self.folder = Path(near if self._remote else place).expanduser()
         self.limit_bytes = limit_bytes
         self._counts = {"local": 0, "remote": 0, "built": 0}
+        self.folder = Path(near if self._remote else place)
         try:
-            for name in _FOLDERS:
-                (self.folder / name).mkdir(parents=True, exist_ok=True)
+            self.folder = self.folder.expanduser()
+            self._make_folders()
             tempfile.TemporaryFile(dir=self.folder / "stage").close()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter of who has no home folder
+            reason = error.strerror if isinstance(error, OSError) else error
             raise InputError(
-                f"{self.folder} cannot be written ({error.strerror}): give the cache another folder"
+                f"{self.folder} cannot be written ({reason}): give the cache another folder"
             ) from error
 
     def get_or_build(
@@ -130,6 +131,7 @@ class EngineCache:
         model = builder.lower(model, device)
         key = engine_key(model, device, options, builder)
         with self._one_line(), self._waiting(key, progress):
+            self._make_folders()
             entry = self._found(key) or self._fetched(key)
             if entry is None:
                 entry = self._built(key, model, device, options, builder, progress)
@@ -188,7 +190,8 @@ class EngineCache:
 
     def stats(self) -> CacheStats:
         """What the local folder holds, and what this object did since it was made."""
-        sizes = self._sizes()
+        with self._one_line():
+            sizes = self._sizes()
         return CacheStats(len(sizes), sum(sizes.values()), self.limit_bytes, **self._counts)
 
     def clear(self) -> int:
@@ -197,11 +200,17 @@ class EngineCache:
         Returns:
             Bytes of the engines removed.
         """
-        freed = sum(size for folder, size in self._sizes().items() if self._removed(folder))
-        for path in [*(self.folder / "times").iterdir(), *(self.folder / "timing").iterdir()]:
-            if not path.name.startswith("."):  # being written
-                path.unlink(missing_ok=True)
+        with self._one_line():
+            freed = sum(size for folder, size in self._sizes().items() if self._removed(folder))
+            for path in [*(self.folder / "times").glob("*"), *(self.folder / "timing").glob("*")]:
+                if not path.name.startswith("."):  # being written
+                    path.unlink(missing_ok=True)
         return freed
+
+    def _make_folders(self) -> None:
+        """Somebody may have taken the cache away since it was opened: it begins anew."""
+        for name in _FOLDERS:
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
 
     def _lock(self, name: str) -> FileLock:
         return FileLock(self.folder / "locks" / f"{name}.lock", thread_local=False)
@@ -223,12 +232,14 @@ class EngineCache:
     def _found(self, key: EngineKey) -> CacheEntry | None:
         """The local entry of a key if it is whole; a damaged one is removed. The key's lock must be held."""
         folder = self.folder / "entries" / key.digest
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return None
         info = verified(folder, key)
         if isinstance(info, str):
             logger.warning("the cached engine %s is damaged (%s): it is removed and made again", folder, info)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            if os.path.lexists(folder):  # no folder
+                folder.unlink()
             return None
         return self._taken(key, info, "local")
 
@@ -269,6 +280,7 @@ class EngineCache:
         builder: Builder,
         progress: Progress,
     ) -> CacheEntry:
+        self._evict(warn=False)  # a disk that is full gets room by a lower limit
         seconds = self.expected_seconds(key)
         last = f", which took {_minutes(seconds)} the last time" if seconds is not None else ""
         progress(f"building an engine for {device.name}{last}")
@@ -300,7 +312,7 @@ class EngineCache:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
 
-    def _evict(self) -> None:
+    def _evict(self, warn: bool = True) -> None:
         """Removes what was not used for longest until the limit holds, and what killed processes left behind."""
         with self._lock("evict"):  # two at once would each free the whole excess
             for stage in (self.folder / "stage").iterdir():
@@ -313,7 +325,7 @@ class EngineCache:
                 if self._removed(folder):
                     logger.info("evicted the engine %s", folder.name)
                     total -= sizes[folder]
-        if total > self.limit_bytes:
+        if warn and total > self.limit_bytes:
             logger.warning(
                 "%s holds %d bytes that are all in use, and its limit is %d: give a larger limit",
                 self.folder,
@@ -353,7 +365,7 @@ class EngineCache:
     def _sizes(self) -> dict[Path, int]:
         """Bytes of every entry. Entries may go while they are counted, and a stray file is none."""
         sizes = {}
-        for folder in (self.folder / "entries").iterdir():
+        for folder in (self.folder / "entries").glob("*"):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 sizes[folder] = sum(path.stat().st_size for path in folder.iterdir())
         return sizes
@@ -368,8 +380,9 @@ class EngineCache:
                 raise TrimtabError(
                     f"the disk of {self.folder} is full, and nothing was kept there: make room, or lower the limit"
                 ) from error
-            if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-                where = error.filename or self.folder
+            where = error.filename or self.folder
+            lost = isinstance(error, FileNotFoundError) and Path(where).is_relative_to(self.folder)
+            if lost or error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
                 raise InputError(
                     f"{where} cannot be written ({error.strerror}): give the cache another folder"
                 ) from error

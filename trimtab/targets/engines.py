@@ -79,7 +79,7 @@ def open_cache(place: Place) -> EngineCache | None:
     try:
         return EngineCache(place)
     except InputError as error:
-        if not isinstance(error.__cause__, OSError):
+        if not isinstance(error.__cause__, OSError | RuntimeError):
             raise
         logger.warning("%s; engines are built without a cache", error)
         return None
