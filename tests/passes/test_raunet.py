@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -34,3 +36,17 @@ def test_an_upsampler_that_doubles_says_so_in_sizes_as_foreign_ones_do_not() -> 
         assert np.array_equal(found, expected)
     with pytest.raises(PassError, match="does not double"):
         raunet._resize_to_sizes(module_tree(graph(3).graph)[path])
+
+
+@pytest.mark.parametrize(
+    ("side", "refused"),
+    [("latent_height", False), ("latent_height//2", False), ("2*(latent_height//4)", True)],
+)
+def test_a_u_net_whose_sides_halve_at_every_level_is_refused(side: str, refused: bool) -> None:
+    path = "up_blocks.0.upsamplers.0"
+    source = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT))
+    node = ir.Node("", "Resize", [source], metadata_props={SCOPES: repr(["", path, "y"])})
+    node.outputs[0].shape = ir.Shape(["rows", 2, side, side])
+    tree = module_tree(ir.Graph([source], node.outputs, nodes=[node], opset_imports={"": 23}))
+    with pytest.raises(PassError, match="doubles what it reads") if refused else nullcontext():
+        raunet._check_told(tree[path])

@@ -6,6 +6,7 @@ half, or a pooling inside of a block, hands everything behind it the feature map
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -124,6 +125,7 @@ def add_alternatives(model: ir.Model, places: Places) -> tuple[Swaps, int]:
     """
     graph, tree = model.graph, module_tree(model.graph)
     swaps: Swaps = {CONV: {}, POOL: {}}
+    _check_told(tree[places.upsampler])
     pooled = _pooled(tree, places)
     blocks = _add_windows(graph, tree, places, pooled, swaps)
     _add_pool(graph, places, pooled, swaps)
@@ -168,15 +170,24 @@ def _add_conv(tree: Mapping[str, Module], places: Places, swaps: Swaps) -> None:
 
 def _check_size(source: ir.Value, upsampler: Module) -> None:
     """Refuses an upsampler that comes back to other sizes than the downsampler left: every other cut hangs on that."""
-    before, after = (
-        None if value.shape is None else [canonical(str(dim)) for dim in value.shape[2:]]
-        for value in (source, _resize(upsampler).outputs[0])
-    )
+    values = (source, _resize(upsampler).outputs[0])
+    before, after = (v.shape and [canonical(str(dim)) for dim in v.shape[2:]] for v in values)
     if before != after:
-        raise PassError(
-            f"{upsampler.path} doubles what it reads, and HiDiffusion needs one that is told the size before, as "
-            "Stable Diffusion's are: leave HiDiffusion out"
-        )
+        raise _doubles(upsampler)
+
+
+def _check_told(upsampler: Module) -> None:
+    """Refuses an upsampler whose sides are a multiple of their half, and no longer where other halves come up to it."""
+    sides = _resize(upsampler).outputs[0].shape or ()
+    if any(re.fullmatch(r"\d+\*\(\w+//\d+\)", str(side)) for side in sides):
+        raise _doubles(upsampler)
+
+
+def _doubles(upsampler: Module) -> PassError:
+    return PassError(
+        f"{upsampler.path} doubles what it reads, and HiDiffusion needs one that is told the size before, as "
+        "Stable Diffusion's are: leave HiDiffusion out"
+    )
 
 
 def _resize(upsampler: Module) -> ir.Node:
