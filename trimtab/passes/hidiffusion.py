@@ -90,7 +90,6 @@ def hidiffusion(program: Program) -> Program:
         name: _Rewrites(f"{SHIFT}s{number or ''}", found[name], *add_alternatives(model, found[name]))
         for number, (name, model) in enumerate(models.items())
     }
-    least = {scale: math.ceil(trained[0] * trained[1] * scale * scale / 2) for scale in SCALES}
     loops = {
         name: len(schedule.steps)
         for task in program.tasks.values()
@@ -103,7 +102,7 @@ def hidiffusion(program: Program) -> Program:
         return dataclasses.replace(
             schedule,
             steps=_rewritten(schedule.steps, whole, scale, rewrites),
-            least_pixels=least[scale] if native == 1 else 0,
+            least_pixels=_least_pixels(scale, trained) if native == 1 else 0,
             size_multiple=multiple,
         )
 
@@ -146,8 +145,12 @@ class _Rewrites:
 
 def scale_of(size: tuple[int, int], trained: tuple[int, int]) -> int:
     """1, 2 or 4: how many times the trained side a picture is, by its area, to the nearest power of two."""
-    ratio = math.sqrt(size[0] * size[1] / (trained[0] * trained[1]))
-    return 1 << min(2, max(0, round(math.log2(ratio))))
+    return max((scale for scale in SCALES if size[0] * size[1] >= _least_pixels(scale, trained)), default=1)
+
+
+def _least_pixels(scale: int, trained: tuple[int, int]) -> int:
+    """The area at which a scale is the nearest one, in whole numbers: 512x1024 lies right there."""
+    return -(-trained[0] * trained[1] * scale * scale // 2)
 
 
 def _windowed(
