@@ -55,6 +55,39 @@ def test_weights_of_any_variant_are_loaded(variants: tuple[str, ...], loaded: st
     assert float(found.detach().mean()) == variants.index(loaded)
 
 
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [
+        ("transformers", "AutoModel"),
+        ("transformers", "AutoTokenizer"),
+        ("transformers", "pipeline"),
+        ("diffusers", "DiffusionPipeline"),
+        ("diffusers", "AutoModel"),
+        ("diffusers", "utils"),
+    ],
+)
+def test_what_would_look_for_code_in_the_folder_is_not_loaded(
+    library: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "evil.Evil")}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(code))
+    (folder / "text_encoder" / "model_index.json").write_text(json.dumps({"_class_name": ["evil", "Evil"]}))
+    (folder / "text_encoder" / "evil.py").write_text("raise SystemExit")
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": [library, name]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(InputError, match="is no model, scheduler or tokenizer"):
+        Source(folder).load("text_encoder")
+
+
+@pytest.mark.parametrize("name", [None, 5, ["CLIPTextModel"], "CLIPTextModels"])
+def test_a_class_that_there_is_none_of_is_one_line(name: Any, folder: Path) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", name]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="transformers has no"):
+        Source(folder).load("text_encoder")
+
+
 def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     weights = load_file(folder / NAME.format(""))
     lost = min(weights)

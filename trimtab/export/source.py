@@ -52,7 +52,7 @@ class Source:
         try:
             self.index: dict[str, Any] = json.loads(index.read_text(encoding="utf-8"))
             self.pipeline_class = str(self.index["_class_name"])
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(
                 f"{index} cannot be read as a pipeline's index ({error}): save it again"
             ) from None
@@ -86,7 +86,7 @@ class Source:
         path = self.folder / name / "config.json"
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({error}): copy the pipeline again, whole") from None
         if library != "diffusers":  # transformers' classes take their defaults from classes of their own
             return found
@@ -96,16 +96,26 @@ class Source:
         return {p.name: p.default for p in parameters if p.default is not p.empty} | found
 
     def _class(self, name: str, library: str, class_name: str) -> Any:
-        """A component's class (raises InputError where it is not installed, or not one of the two libraries')."""
-        if library not in _STEMS:
+        """A component's class.
+
+        Raises:
+            InputError: It is not installed, is not one of the two libraries', or might run code of the folder.
+        """
+        if str(library) not in _STEMS:
             # The pipeline's own python package ("stable_diffusion", ...), or remote code, which is never run.
             raise InputError(
                 f"{name} is a {library}.{class_name}: only diffusers and transformers are loaded"
             )
-        cls = getattr(importlib.import_module(library), class_name, None)
+        cls = getattr(importlib.import_module(library), str(class_name), None)
         if cls is None:
             raise InputError(
                 f"{library} has no {class_name}, which {self.folder / name} needs: upgrade {library}"
+            )
+        if not _is_known(cls, library):
+            # Others, as DiffusionPipeline and AutoModel, look into the folder for code, and ask whether to run it.
+            raise InputError(
+                f"{name} is a {library}.{class_name}, which is no model, scheduler or tokenizer: save the pipeline "
+                "again"
             )
         return cls
 
@@ -118,14 +128,14 @@ class Source:
         library, class_name = self._entry(name)
         folder = self.folder / name
         cls = self._class(name, library, class_name)
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {} if library == "diffusers" else {"trust_remote_code": False}
         model = _is_model(cls)
         if model:
             import torch
 
             weights = self._weights(folder, _STEMS[library])
             # Only safetensors: a pickle runs code when it is opened.
-            options = {"torch_dtype": torch.float32, "use_safetensors": True, "variant": weights}
+            options |= {"torch_dtype": torch.float32, "use_safetensors": True, "variant": weights}
             options["output_loading_info"] = True
             if library == "transformers":
                 options["dtype"] = options.pop("torch_dtype")
@@ -216,6 +226,17 @@ def _no_bar(library: str) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _is_known(cls: Any, library: str) -> bool:
+    """Whether it is a class of a kind that reads a folder's data alone."""
+    import torch
+
+    if library == "diffusers":
+        from diffusers import SchedulerMixin as Other
+    else:
+        from transformers import PreTrainedTokenizerBase as Other
+    return isinstance(cls, type) and issubclass(cls, torch.nn.Module | Other)
+
+
 def _is_model(cls: type) -> bool:
     import torch
 
@@ -235,7 +256,7 @@ def _check_safetensors(file: Path) -> None:
             + length
             + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
         )
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{file} is not a safetensors file or is cut short: copy it again") from None
     if size < needed:
         raise InputError(f"{file} is cut short: {size} bytes of {needed}; copy it again")
