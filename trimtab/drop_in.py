@@ -12,10 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from trimtab.bundle import open_bundle
 from trimtab.errors import InputError
 from trimtab.manifest import SegmentEntry
 from trimtab.program import DENOISER, STATE
-from trimtab.runtime.load import load
+from trimtab.runtime.load import Pipeline
 from trimtab.runtime.sessions import Buffer
 from trimtab.shapes import bind, shape
 
@@ -56,21 +57,21 @@ class Denoiser(torch.nn.Module):
             self.add_embedding = SimpleNamespace(
                 linear_1=SimpleNamespace(in_features=embedding.linear_1.in_features)
             )
-        self._pipeline = load(bundle, target=target)
-        segments = self._pipeline.bundle.contents.segments
+        opened = open_bundle(Path(bundle))
+        segments = opened.contents.segments
         parts = [name for name in segments if name.startswith(DENOISER)]
         if parts != [DENOISER]:
             raise InputError(
                 f"{bundle} has the denoisers {', '.join(parts)}, which its own schedule calls in turn: run the bundle "
                 "itself, or compile one that skips nothing"
             )
-        segment = segments[DENOISER]
         if getattr(self.config, "time_cond_proj_dim", None) is not None:
             raise InputError(
                 f"{bundle} reads the guidance scale, which diffusers hands to a U-Net as an embedding: "
                 "run the bundle itself"
             )
-        self._segment: SegmentEntry = segment
+        self._segment: SegmentEntry = segments[DENOISER]
+        self._pipeline = Pipeline(opened, target)
 
     @contextlib.contextmanager
     def cache_context(self, name: str) -> Any:
