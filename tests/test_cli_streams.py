@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,12 @@ import pytest
 from test_cli import fails, succeeds
 
 from trimtab.cli import main
+
+OWN_DEVICE = """
+[own]
+title = "Mon garçon"
+backend = "onnxruntime"
+"""
 
 
 def test_a_signal_after_the_result_changes_no_exit_code(tmp_path: Path) -> None:
@@ -46,6 +53,16 @@ def test_closed_streams_are_no_fault() -> None:
         command = f'"{sys.executable}" -m trimtab devices {closed}'
         done = subprocess.run(command, shell=True, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_a_name_that_stdout_has_no_letters_for_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(OWN_DEVICE, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "trimtab", "devices", "--devices", tmp_path / "own.toml"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stderr) == (0, b"") and rb"gar\xe7on" in done.stdout
 
 
 def test_bench_says_what_its_process_could_not_read(

@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     render.logs(arguments.debug)
+    render.escape_names(sys.stdout)
     try:
         result = arguments.command(arguments)
         lines = [render.as_json(result)] if arguments.json else [*arguments.show(result)]

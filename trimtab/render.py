@@ -26,6 +26,12 @@ def logs(debug: bool) -> None:
             logging.getLogger(f"trimtab.calibration.{name}").setLevel(logging.INFO)
 
 
+def escape_names(stream: TextIO | None) -> None:
+    """Has a stream write what its encoding has no letters for, as a file's name may be, with escapes."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        stream.reconfigure(errors="backslashreplace")
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         line = f"trimtab: {record.levelname.lower()}: {record.getMessage()}"
