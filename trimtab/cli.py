@@ -16,20 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from trimtab import __version__, options, removal_commands, render
-from trimtab.errors import MissingDependency, TrimtabError, first_line
+from trimtab.errors import TrimtabError, explain
 
 EXIT_FAILED = 1
-
-_COMPILE_PACKAGES = (
-    "torch",
-    "onnx_ir",
-    "onnxscript",
-    "onnx",
-    "diffusers",
-    "transformers",
-    "scipy",
-    "huggingface_hub",
-)
 
 _RECIPE = (
     *(
@@ -80,33 +69,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Exception, KeyboardInterrupt) as error:
         if arguments.debug:
             raise
-        message = _message(error, arguments.interrupted, arguments.extra)
+        stopped = isinstance(error, KeyboardInterrupt)
+        message = arguments.interrupted if stopped else explain(error, arguments.extra)
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in message)  # names in it are anybody's
     print(f"trimtab: error: {line}", file=sys.stderr)
     return EXIT_FAILED
-
-
-def _message(error: BaseException, interrupted: str, extra: Callable[[], str]) -> str:
-    """What to say of an error, in one line.
-
-    Args:
-        error: What was raised.
-        interrupted: What is left of a command that was.
-        extra: Gives what installs the packages that it needs.
-    """
-    if isinstance(error, KeyboardInterrupt):
-        return interrupted
-    if isinstance(error, TrimtabError):
-        return str(error)
-    if isinstance(error, MemoryError):
-        return "memory ran out: choose a smaller size or batch"
-    if isinstance(error, ModuleNotFoundError):
-        package = (error.name or "").partition(".")[0]
-        if package in _COMPILE_PACKAGES:
-            return str(MissingDependency(package, extra()))
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename} cannot be used ({error.strerror}): check its name and who may read and write it"
-    return f"{type(error).__name__}: {first_line(error)} (a fault in trimtab: run it with --debug)"
 
 
 def _build_extra() -> str:
@@ -301,10 +268,10 @@ def _build(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from trimtab.runtime.images import check_name, save
+    from trimtab.runtime.images import check_place, save
     from trimtab.runtime.load import load
 
-    check_name(arguments.output)
+    check_place(arguments.output)
     start = time.perf_counter()
     with (
         load(

@@ -17,6 +17,8 @@ Every message is one line: what was found, what was needed, what to do.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 
 class TrimtabError(Exception):
     """Base of all errors that trimtab raises on purpose."""
@@ -82,3 +84,35 @@ class MissingDependency(TrimtabError):
 def first_line(error: BaseException) -> str:
     """What a message quotes of an error that others raised: 200 characters of its first line, or its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+_COMPILE_PACKAGES = (
+    "torch",
+    "onnx_ir",
+    "onnxscript",
+    "onnx",
+    "diffusers",
+    "transformers",
+    "scipy",
+    "huggingface_hub",
+)
+
+
+def explain(error: BaseException, extra: Callable[[], str]) -> str:
+    """What a user is told of any error, in one line.
+
+    Args:
+        error: What was raised.
+        extra: Gives the extra that installs the packages which are imported where they are needed.
+    """
+    if isinstance(error, TrimtabError):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "memory ran out: choose a smaller size or batch"
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package in _COMPILE_PACKAGES:
+            return str(MissingDependency(package, extra()))
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename} cannot be used ({error.strerror}): check its name and who may read and write it"
+    return f"{type(error).__name__}: {first_line(error)} (a fault in trimtab: run it with --debug)"

@@ -13,7 +13,7 @@ from diffusers.utils import load_image
 from PIL import Image
 
 from trimtab.errors import InputError
-from trimtab.runtime.images import read_image
+from trimtab.runtime.images import check_place, read_image
 
 ORIENTATION = 0x0112
 """Of the Exif standard: how the camera was held."""
@@ -137,3 +137,15 @@ def test_what_is_no_picture_is_refused_in_one_line(given: Any) -> None:
         InputError, match=r"the picture is of the type .*: give a file, a PIL image or an array"
     ):
         read_image(given, SIZE)
+
+
+def test_a_place_where_no_picture_can_be_written_is_refused_before_one_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_place(tmp_path / "new" / "folders" / "x.png")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="file is no folder that can be written: choose another place"):
+        check_place(tmp_path / "file" / "x.png")
+    monkeypatch.setattr("os.access", lambda *_: False)  # to root everything is writable
+    with pytest.raises(InputError, match="is no folder that can be written"):
+        check_place(tmp_path / "x.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,12 +159,15 @@ def save_npy(pixels: Pixels, path: Path) -> None:
     write_file(path, data.getvalue())
 
 
-def check_name(path: Path) -> None:
-    """Raises InputError where a name is none for pictures."""
+def check_place(path: Path) -> None:
+    """Raises InputError where a name is none for pictures, or no picture can be written there."""
     if path.suffix.lower() not in (".png", ".npy"):
         raise InputError(f"{path} does not end in .png or .npy: choose one of them")
     if path.is_dir():
         raise InputError(f"{path} is a folder: give the name of a file")
+    there = next(folder for folder in path.parents if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{there} is no folder that can be written: choose another place than {path}")
 
 
 def save(pixels: Pixels, settings: Mapping[str, Any], path: Path) -> list[Path]:
