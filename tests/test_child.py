@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,21 @@ def test_a_script_without_a_guard_is_not_run_again(module: str, tmp_path: Path) 
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.stdout == "1\n"
+
+
+def test_a_child_at_work_ends_soon_after_who_started_it_was_killed(module: str, tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    question = f"import pathlib, time; pathlib.Path({str(started)!r}).touch(); time.sleep(60)"
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from trimtab.child import Child\nwith Child('executes') as child:\n    child.ask({question!r})\n"
+    )
+    with subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE) as parent:
+        while not started.exists():
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+        parent.communicate(timeout=30)  # the end of a stderr that both had
 
 
 def test_endings_have_names_where_the_system_has_no_signals(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable
 from signal import Signals
@@ -26,6 +28,7 @@ import signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 import importlib, json, sys
 sys.path[:] = json.loads(sys.argv[1])
+importlib.import_module("trimtab.child").end_with_parent()
 importlib.import_module(sys.argv[2]).main()
 """
 
@@ -116,6 +119,21 @@ def start(module: str, **options: Any) -> subprocess.Popen[str]:
         encoding="utf-8",
         **options,
     )
+
+
+def end_with_parent() -> None:
+    """In a child: has it end soon after the process that started it, which may be killed and close nothing.
+
+    Linux's PR_SET_PDEATHSIG would not do: it ends a child with the thread that started it.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def serve(function: Callable[[Any], Any]) -> None:
