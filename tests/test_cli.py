@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import foreign
@@ -287,7 +287,7 @@ def test_a_hub_id_without_a_network_fails_with_one_line(
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", offline)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
     assert "the network" in compile_fails(capsys, "someone/some-model", tmp_path)
 
 
@@ -303,15 +303,21 @@ def test_of_a_hub_s_weights_those_that_are_read_are_downloaded(
     others += ["transformer/diffusion_pytorch_model.fp16-00001-of-00001.safetensors", "unet/lora.safetensors"]
     asked: dict[str, Any] = {}
 
-    def download(model: str, **options: Any) -> str:
-        asked.update(options)
+    def information(_: Any, model: str, *, revision: str | None, timeout: float) -> SimpleNamespace:
+        asked.update(listed=(model, revision))
+        names = [*read, *shards, *others, "unet/config.json"]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
+
+    def download(model: str, *, revision: str | None, **options: Any) -> str:
+        asked.update(options, downloaded=(model, revision))
         return str(tmp_path)
 
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "list_repo_files", lambda *_: [*read, *shards, *others, "unet/config.json"]
-    )
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", information)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert source.find("someone/some-model@v1.5") == tmp_path
+    assert asked["listed"] == asked["downloaded"] == ("someone/some-model", "v1.5")
     assert source.find("someone/some-model") == tmp_path
+    assert asked["listed"] == asked["downloaded"] == ("someone/some-model", None)
     assert {name for name in asked["ignore_patterns"] if name.endswith(".safetensors")} == set(others)
 
 

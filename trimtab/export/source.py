@@ -265,6 +265,8 @@ def _check_safetensors(file: Path) -> None:
 def find(model: str) -> Path:
     """The folder of a model: a path as it is, a hub id downloaded (or found in the hub's cache).
 
+    ``owner/name@revision`` is a branch, a tag or a commit of the hub's; without one it is the main branch.
+
     Raises:
         InputError: Neither a path nor a model that the hub gives.
     """
@@ -282,14 +284,20 @@ def find(model: str) -> Path:
 def _download(model: str) -> Path:
     import huggingface_hub
 
+    name, _, version = model.partition("@")
+    revision = version or None
     patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
     # Single-file checkpoints of the same weights, and what other frameworks would load.
     ignored = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "openvino*", "flax*", "safety_checker/*"]
     with contextlib.suppress(Exception):  # without a network the cache is looked into below
-        ignored += _unread(huggingface_hub.HfApi().list_repo_files(model))
+        # Asked once: a listing of the files is tried six times, in half a minute.
+        info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
+        ignored += _unread([file.rfilename for file in info.siblings or ()])
     try:
         return Path(
-            huggingface_hub.snapshot_download(model, allow_patterns=patterns, ignore_patterns=ignored)
+            huggingface_hub.snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
+            )
         )
     except Exception as error:  # requests, httpx and hub errors share no base
         raise InputError(
