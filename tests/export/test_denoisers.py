@@ -14,7 +14,15 @@ from diffusers import LatentConsistencyModelPipeline, PixArtTransformer2DModel, 
 from tiny import TWO_LEVELS, clip_text, unet, vae
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.denoisers import _WRAPPERS, caption_width, check_conditions, denoiser_module, latent_space
+from trimtab.export.denoisers import (
+    _WRAPPERS,
+    caption_width,
+    check_conditions,
+    check_denoiser,
+    denoiser_module,
+    denoiser_name,
+    latent_space,
+)
 from trimtab.export.families import FAMILIES
 from trimtab.export.modules import PixArtTransformer, PixelUNet
 from trimtab.export.source import Source
@@ -215,11 +223,33 @@ def test_a_denoiser_that_was_left_out_is_missed_by_its_name(pipeline_folder: Pip
             denoiser_module(source)
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "pixart_alpha", "dit", "ddpm"])
+def test_a_denoiser_is_checked_by_its_configuration_before_any_weights_are_read(
+    pipeline_folder: PipelineFolder, tmp_path: Path, family: str
+) -> None:
+    whole = pipeline_folder(family)
+    for path in whole.rglob("*.json"):
+        copy = tmp_path / path.relative_to(whole)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    source = Source(tmp_path)
+    name = denoiser_name(source)
+    assert {p.device.type for p in source.hollow(name).parameters()} == {"meta"}
+    check_denoiser(source)
+    if family == "ddpm":  # whose sample is whatever its U-Net takes
+        return
+    config = json.loads((tmp_path / name / "config.json").read_text())
+    (tmp_path / name / "config.json").write_text(json.dumps(config | {"in_channels": 24}))
+    with pytest.raises(ExportError, match="takes 24 channels"):
+        check_denoiser(source)
+
+
 def test_other_pipelines_and_channels_are_refused(pipeline_folder: PipelineFolder, tmp_path: Path) -> None:
     index = {"_class_name": "StableAudioPipeline"}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ExportError, match="StableAudioPipeline is not supported: give one of"):
-        denoiser_module(Source(tmp_path))
+    for load in (check_denoiser, denoiser_module):
+        with pytest.raises(ExportError, match="StableAudioPipeline is not supported: give one of"):
+            load(Source(tmp_path))
 
     class Wide(Source):
         def load(self, name: str) -> object:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from trimtab.errors import ExportError, InputError
+from trimtab.errors import ExportError, InputError, TrimtabError
 from trimtab.export import modules
 from trimtab.export.source import Source
+
+logger = logging.getLogger(__name__)
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 """Of the others, ConsistencyDecoderVAE samples, and AsymmetricAutoencoderKL reads the picture beside the latents."""
@@ -42,6 +45,24 @@ def latent_space(source: Source) -> tuple[int, int]:
         ) from None
 
 
+def check_denoiser(source: Source) -> None:
+    """Refuses what `denoiser_module` would refuse, by the configuration alone: before anything is loaded.
+
+    Raises:
+        InputError: A configuration is missing or cannot be read.
+        ExportError: The pipeline's class is not supported, or its U-Net takes other channels or reads classes.
+    """
+    wrap = _wrapper(source)
+    try:
+        model = source.hollow(denoiser_name(source))
+    except TrimtabError:
+        raise
+    except Exception as error:  # loading it says what is wrong, if something is
+        logger.debug("the denoiser is not checked before it is loaded: %s", error)
+        return
+    wrap(source, model)
+
+
 def denoiser_module(source: Source) -> modules.Denoiser:
     """Loads a pipeline's denoiser, in float32 and eval mode, behind its graph's own interface.
 
@@ -56,12 +77,17 @@ def denoiser_module(source: Source) -> modules.Denoiser:
         InputError: The component is missing or damaged.
         ExportError: The pipeline's class is not supported, or its U-Net takes other channels or reads classes.
     """
+    return _wrapper(source)(source, source.load(denoiser_name(source)))
+
+
+def _wrapper(source: Source) -> Callable[[Source, Any], modules.Denoiser]:
+    """Raises ExportError for a pipeline's class that has none."""
     wrap = _WRAPPERS.get(source.pipeline_class)
     if wrap is None:
         raise ExportError(
             f"{source.pipeline_class} is not supported: give one of {', '.join(sorted(_WRAPPERS))}"
         )
-    return wrap(source, source.load(denoiser_name(source)))
+    return wrap
 
 
 def caption_width(transformer: Any) -> int:
@@ -174,6 +200,7 @@ def _pixart(source: Source, transformer: Any) -> modules.Denoiser:
             f"and PixArt's pipeline tells it to models of {modules.CONDITIONED_SIZE}: save it with the right one"
         )
     _check_channels(source, transformer, variance=True)
+    caption_width(transformer)  # refuses one that reads no text
     return modules.PixArtTransformer(transformer, latent_space(source)[1])
 
 

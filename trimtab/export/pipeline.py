@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.errors import ExportError
+from trimtab.export.denoisers import check_denoiser
 from trimtab.export.families import FAMILIES, dit, stable_diffusion, unconditional
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler, probe
@@ -51,6 +52,7 @@ def export_pipeline(
             "or export it yourself and name the .onnx files in a .toml file"
         )
     source.check_weights()
+    check_denoiser(source)
     own = _own_scheduler(source)
     chosen = (
         make_scheduler(scheduler, {**own.config, "_class_name": type(own).__name__}) if scheduler else own

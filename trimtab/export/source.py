@@ -82,18 +82,36 @@ class Source:
         Raises:
             InputError: It is missing or cannot be read, or its class is not installed.
         """
+        return self._configured(name)[1]
+
+    def hollow(self, name: str) -> Any:
+        """A model of diffusers as its configuration says, without weights: on torch's meta device, in a second.
+
+        Raises:
+            InputError: Its configuration is missing or cannot be read, or its class is not installed.
+            Exception: Whatever its layers do where they do not take the configuration, or that device.
+        """
+        import torch
+
+        cls, config = self._configured(name)
+        with torch.device("meta"):
+            return cls.from_config(config)
+
+    def _configured(self, name: str) -> tuple[Any, dict[str, Any]]:
+        """A component's class and its configuration, whole."""
         library, class_name = self._entry(name)
         path = self.folder / name / "config.json"
         try:
             found = dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError, RecursionError) as error:
             raise InputError(f"{path} cannot be read ({error}): copy the pipeline again, whole") from None
-        if library != "diffusers":  # transformers' classes take their defaults from classes of their own
-            return found
         if class_name == "Transformer2DModel":
             class_name = _RENAMED.get(str(found.get("norm_type")), class_name)
-        parameters = inspect.signature(self._class(name, library, class_name)).parameters.values()
-        return {p.name: p.default for p in parameters if p.default is not p.empty} | found
+        cls = self._class(name, library, class_name)
+        if library != "diffusers":  # transformers' classes take their defaults from classes of their own
+            return cls, found
+        parameters = inspect.signature(cls).parameters.values()
+        return cls, {p.name: p.default for p in parameters if p.default is not p.empty} | found
 
     def _class(self, name: str, library: str, class_name: str) -> Any:
         """A component's class.
