@@ -50,6 +50,11 @@ def test_a_shape_is_resolved_axis_by_axis() -> None:
     assert shape(("batch", 4, "height//8"), {"batch": 2, "height": 64}) == (2, 4, 8)
 
 
+def test_a_size_below_nothing_is_refused() -> None:
+    with pytest.raises(BundleError, match="the shape batch, h - 4 has a size below 0"):
+        shape(("batch", "h - 4"), {"batch": 1, "h": 3})
+
+
 def test_names_are_learned_from_a_tensor_and_then_hold() -> None:
     symbols: dict[str, int] = {}
     assert bind(("n", 4, "h", "2*h"), (3, 4, 8, 99), symbols) is None  # expressions are others' business

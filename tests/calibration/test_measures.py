@@ -17,7 +17,7 @@ from trimtab.errors import InputError
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import RemoveLayers
 from trimtab.targets.bindings import segment_shapes
-from trimtab.targets.device import find_device
+from trimtab.targets.device import Device, find_device
 
 
 def with_a_narrow_block() -> ir.Model:
@@ -86,3 +86,12 @@ def test_no_time_is_made_up_for_a_device_without_known_peaks() -> None:
     shapes = {name: array.shape for name, array in residual.inputs().items()}
     with pytest.raises(InputError, match="cpu, whose peaks are not known"):
         step_time(Candidates(model), model, shapes, find_device("cpu"), "fp32")
+
+
+def test_a_cpu_computes_in_fp32_whatever_its_weights_are_stored_in() -> None:
+    model = residual.denoiser()
+    shapes = {name: array.shape for name, array in residual.inputs().items()}
+    mine = Device("mine", "my CPU", "onnxruntime", bandwidth_gb_s=20, fp32_tflops=0.1, precisions=("fp32",))
+    measure = step_time(Candidates(model), model, shapes, mine, "fp16")
+    assert measure.details == {"device": "mine", "precision": "fp32"}
+    assert measure.total == step_time(Candidates(model), model, shapes, mine, "fp32").total > 0

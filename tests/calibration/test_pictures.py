@@ -116,6 +116,8 @@ def test_flow_matching_goes_straight_from_picture_to_noise() -> None:
     np.testing.assert_allclose(noising.timesteps, scheduler.timesteps, rtol=1e-6)
     np.testing.assert_allclose(noising.noised(200, latents.numpy(), noise.numpy()), expected, atol=1e-6)
     np.testing.assert_array_equal(noising.target(200, latents.numpy(), noise.numpy()), noise - latents)
+    scheduler.set_timesteps(20)  # appends a sigma of 0, at which there is nothing to predict
+    assert noising_of(scheduler).noise.tolist() == scheduler.sigmas[:-1].tolist()
 
 
 def test_a_scheduler_of_another_kind_is_refused_by_name() -> None:

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from trimtab.errors import PassError
-from trimtab.passes.propagation import propagate
+from trimtab.passes.propagation import Extent, propagate
 from trimtab.shapes import shape
 
 
@@ -60,3 +60,8 @@ def test_an_operator_of_another_domain_has_the_sizes_that_it_declares() -> None:
     next(iter(model.graph)).outputs[0].shape = None
     with pytest.raises(PassError, match="sizes of z, which Unknown makes"):
         propagate(model, {"x": (5, 4)})
+
+
+def test_numbers_below_a_byte_are_packed_and_the_last_byte_counts_whole() -> None:
+    assert Extent((3, 3), ir.DataType.INT4).bytes == 5
+    assert Extent((2, 2), ir.DataType.UINT4).bytes == 2

@@ -69,3 +69,12 @@ def test_queries_that_are_not_alike_are_left_alone(attributes: str, mask: str) -
     result = SplitAttention(SIZES | ({mask: (10, 40)} if mask else {}), 1)(graph(attributes, mask))
     assert not result.modified
     assert [refusal.reason for refusal in result.refused] == ["its queries are masked, or follow others"]
+
+
+def test_attention_whose_scores_leave_the_graph_stays_whole() -> None:
+    text = """<ir_version: 11, opset_import: ["" : 23]>
+    g (float[R,3,T,4] q, float[R,3,K,4] k, float[R,3,K,4] v) => (float[R,3,T,4] y, float[R,3,T,K] scores)
+    <float[R,3,K,4] keys, float[R,3,K,4] values> { y, keys, values, scores = Attention(q, k, v) }"""
+    result = SplitAttention(SIZES, 1)(ir.from_onnx_text(text))
+    assert not result.modified
+    assert [refusal.reason for refusal in result.refused] == ["its scores or caches are read"]

@@ -66,3 +66,30 @@ def test_what_is_read_stays_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     before = program(read=True)
     assert drop_unread(before) == before
     assert not caplog.messages
+
+
+def test_what_only_the_pictures_of_one_schedule_are_given_goes_too() -> None:
+    before = program(read=False)
+    (name, task), made = next(iter(before.tasks.items())), Call("second", {"x0": "half"}, {"x1": "text"})
+    schedule = dataclasses.replace(task.schedules["s"], prologue=(made,))
+    moved = dataclasses.replace(task, prologue=task.prologue[:1], schedules={"s": schedule})
+    after = drop_unread(dataclasses.replace(before, tasks={name: moved}))
+    assert list(after.segments) == ["denoiser"]
+    assert after.tasks[name].prologue == () and after.tasks[name].schedules["s"].prologue == ()
+
+
+def test_what_only_the_decoder_reads_stays() -> None:
+    before = program(read=False)
+    (name, task), decode = next(iter(before.tasks.items())), Call("first", {"x0": "text"}, {"x1": "picture"})
+    schedule = dataclasses.replace(task.schedules["s"], prologue=task.prologue)
+    moved = dataclasses.replace(task, prologue=(), schedules={"s": schedule})
+    after = drop_unread(dataclasses.replace(before, tasks={name: moved}, epilogue=(decode,)))
+    assert after.tasks[name].schedules["s"].prologue == task.prologue
+    assert list(after.segments) == ["first", "second", "denoiser"]
+
+
+def test_an_input_that_is_handed_on_as_a_result_is_read() -> None:
+    before = program(read=False)
+    graph = before.segments["denoiser"].model.graph
+    graph.outputs.append(graph.inputs[1])
+    assert drop_unread(before) == before

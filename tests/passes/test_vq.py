@@ -22,6 +22,14 @@ def test_six_bit_indices_come_back_from_three_bytes_for_four() -> None:
     np.testing.assert_array_equal(vq_op.unpack_indices(packed, 6)[:, :7], codes)
 
 
+def test_a_segments_own_weights_go_before_those_of_the_same_name_elsewhere() -> None:
+    common, own = random_codes((6, 16)), random_codes((6, 16), seed=1)
+    books = Codebooks("", {"w": common, "b/w": own, "v": common}, {"b/v": "it is too small"})
+    assert books.of("a").layers["w"] is common and books.of("b").layers["w"] is own
+    assert "v" in books.of("a").layers and "v" not in books.of("b").layers
+    assert books.of("b").kept["v"] == "it is too small"
+
+
 @pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3)])
 def test_a_rows_neighbours_are_input_channels(kernel: tuple[int, ...]) -> None:
     weight = np.arange(2 * 5 * int(np.prod(kernel)), dtype=np.float32).reshape(2, 5, *kernel)

@@ -14,6 +14,7 @@ from trimtab.passes.vq_int8 import DecodeFromInt8
 
 CASES = {
     "matmul": ((6, 16), "MatMul", {}, (2, 3, 16)),
+    "matmul, six-bit codes filled up to whole bytes": ((6, 10), "MatMul", {}, (2, 3, 10)),
     "gemm, odd channels": ((5, 9), "Gemm", {"transB": 1}, (3, 9)),
     "conv, grouped": ((6, 3, 3, 3), "Conv", {"group": 2}, (1, 6, 5, 4)),
 }

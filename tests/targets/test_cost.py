@@ -36,6 +36,16 @@ def graph(text: str) -> ir.Model:
             2 * 3 * 16 * 7 * (8 + 8),
         ),
         (
+            "agraph (float[2,16,32] q, float[2,7,16] k, float[2,7,12] v) => (float y)"
+            " { y = Attention <q_num_heads=4, kv_num_heads=2> (q, k, v) }",
+            2 * 4 * 16 * 7 * (8 + 6),
+        ),
+        (
+            "agraph (float[2,3,16,8] q, float[2,3,7,8] k, float[2,3,7,8] v, float[2,3,5,8] pk, float[2,3,5,8] pv)"
+            " => (float y, float k2, float v2) { y, k2, v2 = Attention (q, k, v, , pk, pv) }",
+            2 * 3 * 16 * (5 + 7) * (8 + 8),
+        ),
+        (
             'agraph (float[2,3,4] x, float[2,4,5] w) => (float y) { y = Einsum <equation="bij,bjk->bik"> (x, w) }',
             2 * 3 * 4 * 5,
         ),

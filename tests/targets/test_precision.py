@@ -29,6 +29,10 @@ def test_a_target_has_its_own_precision_unless_one_is_asked_for() -> None:
     for asked in ("fp32", "fp16", "bf16"):
         assert choose_precision(asked, find_device("rtx-4090")) == asked
     assert choose_precision("fp16", find_device("cpu")) == "fp16"
+    assert (
+        choose_precision(None, Device("old", "an old GPU", "tensorrt", sm="6.1", precisions=("fp32",)))
+        == "fp32"
+    )
 
 
 def test_a_precision_that_a_device_lacks_is_refused_with_those_it_has() -> None:
