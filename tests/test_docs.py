@@ -13,6 +13,7 @@ from trimtab.cli import _parser
 from trimtab.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
+SOURCES = ("trimtab", "benchmarks", "tests", "samples")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("samples/*/README.md")])
 
 
@@ -23,22 +24,42 @@ def test_every_link_leads_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("command", ["compile", "build", "run", "bench", "compare", "inspect", "devices"])
+def commands() -> dict[str, argparse.ArgumentParser]:
+    """Name of every command -> its options."""
+    return next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+
+
+@pytest.mark.parametrize("command", commands())
 def test_every_command_is_in_the_changelog(command: str) -> None:
     assert re.search(rf"`(trimtab )?{command}`", (ROOT / "CHANGELOG.md").read_text())
 
 
 def test_every_option_is_in_the_documentation() -> None:
     text = "\n".join(page.read_text() for page in PAGES)
-    commands = next(a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     options = {
         option
-        for command in commands.values()
+        for command in commands().values()
         for action in command._actions
         for option in action.option_strings
         if option.startswith("--")
     }
     assert [option for option in sorted(options) if not re.search(rf"{option}(?![\w-])", text)] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_source_file_that_a_page_names_is_there(page: Path) -> None:
+    """Whole, or from any folder on: `passes/inherit.py`, `few_rows.cu`."""
+    quoted = " ".join(re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)))
+    for name in re.findall(r"[\w/]+\.(?:py|cu|cpp|cuh)\b", quoted):
+        assert any(list((ROOT / place).rglob(name)) for place in SOURCES) or (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_every_option_of_a_benchmark_that_a_page_names_is_one(page: Path) -> None:
+    for script, rest in re.findall(r"(benchmarks/\w+\.py)([^`|]*)`", page.read_text()):
+        source = (ROOT / script).read_text()
+        for option in re.findall(r"--[a-z][\w-]*", rest):
+            assert f'"{option}"' in source, f"{script} has no {option}"
 
 
 def test_every_key_of_a_recipe_is_on_its_page() -> None:
