@@ -67,6 +67,44 @@ def test_what_a_kernel_makes_on_the_way_is_not_held() -> None:
     assert peak_bytes(SKIP, FUSED) == 2 * 400  # b and c, and e in the place of b
 
 
+def test_where_kernels_are_fused_a_narrower_result_takes_the_place_of_a_wider_one() -> None:
+    text = """
+    agraph (float[1, 100] x, float[100, 100] w, float16[100, 100] v) => (float[1, 100] y, float16[1, 100] z) {
+        a = MatMul (x, w)
+        b = MatMul (a, w)
+        c = Cast <to = 10> (a)
+        z = MatMul (c, v)
+        y = MatMul (b, w)
+    }
+    """
+    assert peak_bytes(text, FUSED) == 2 * 400  # a and b
+    assert peak_bytes(text, Rules(scores=0)) == 2 * 400 + 200
+
+
+def test_what_is_joined_is_made_by_a_kernel_of_its_own() -> None:
+    text = """
+    agraph (float[1, 100] x, float[100, 100] w) => (float[1, 200] y) {
+        a = MatMul (x, w)
+        b = MatMul (a, w)
+        c = Concat <axis = 1> (a, b)
+        y = Relu (c)
+    }
+    """
+    model = graph(text)
+    names = [[n.outputs[0].name for n in k.nodes] for k in kernels(model, propagate(model, {}), FUSED)]
+    assert names == [["a"], ["b"], ["c"], ["y"]]
+
+
+def test_a_view_that_is_the_graphs_result_is_held_by_whoever_asked_for_it() -> None:
+    text = """
+    agraph (float[1, 100] x, float[100, 100] w) => (float[100] y) <int64[1] flat = {-1}> {
+        a = MatMul (x, w)
+        y = Reshape (a, flat)
+    }
+    """
+    assert peak_bytes(text, PLAIN) == 0
+
+
 def test_an_attention_holds_its_scores_where_the_backend_keeps_them() -> None:
     text = """
     agraph (float[2, 3, 50, 8] q, float[2, 3, 70, 8] k) => (float[2, 3, 50, 8] y) {
