@@ -11,6 +11,11 @@ import onnxruntime as ort
 Feeds = dict[str, np.ndarray]
 
 
+def parsed(text: str) -> ir.Model:
+    """A graph in ONNX's text form, without the head."""
+    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23]>\n{text}')
+
+
 def value(name: str, shape: Sequence[int | str], dtype: ir.DataType = ir.DataType.FLOAT) -> ir.Value:
     return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
 

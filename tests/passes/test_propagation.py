@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import onnx_ir as ir
 import pytest
+from graphs import parsed as graph
 
 from trimtab.errors import PassError
 from trimtab.passes.propagation import Extent, propagate
 from trimtab.shapes import shape
-
-
-def graph(text: str) -> ir.Model:
-    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23]>\n{text}')
 
 
 def sizes(model: ir.Model, name: str, **symbols: int) -> tuple[int, ...]:

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_ir as ir
 import pytest
+from graphs import parsed as graph
 
 from trimtab.targets.cost import Cost, node_costs
-
-
-def graph(text: str) -> ir.Model:
-    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23]>\n{text}')
 
 
 @pytest.mark.parametrize(

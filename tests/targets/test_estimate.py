@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from graphs import parsed as graph
 
 from trimtab.bundle import open_bundle
 from trimtab.cli import main
@@ -21,10 +22,6 @@ from trimtab.targets.verdict import check_room
 
 PLAIN = Rules(in_place=False, scores=0)
 FUSED = Rules(fuses=True, joins=True, scores=0)
-
-
-def graph(text: str) -> ir.Model:
-    return ir.from_onnx_text(f'<ir_version: 10, opset_import: ["" : 23]>\n{text}')
 
 
 def peak_bytes(text: str, rules: Rules) -> int:
