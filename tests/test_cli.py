@@ -321,7 +321,9 @@ def test_of_a_hub_s_weights_those_that_are_read_are_downloaded(
     assert {name for name in asked["ignore_patterns"] if name.endswith(".safetensors")} == set(others)
 
 
-def test_a_damaged_index(damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_index_is_refused_with_what_is_wrong_in_it(
+    damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     index = json.loads((damaged / "model_index.json").read_text())
     for entry in ([], ["diffusers"], "UNet2DModel"):
         (damaged / "model_index.json").write_text(json.dumps(index | {"unet": entry}))

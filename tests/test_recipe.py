@@ -66,7 +66,7 @@ def test_what_is_wrong_is_said(values: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["x", "12", "0x5", "5x-1", "5x5x5", "ax5"])
-def test_sizes_that_are_none(text: str) -> None:
+def test_a_text_that_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="WIDTHxHEIGHT"):
         parse_size(text)
 

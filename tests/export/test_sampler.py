@@ -254,7 +254,7 @@ def compare(
 
 @pytest.mark.parametrize("steps", [12, 20])
 @pytest.mark.parametrize("case", [*PLAIN, *VARIANTS], ids=str)
-def test_text_to_image(case: Case, steps: int) -> None:
+def test_text_to_image_agrees_with_diffusers(case: Case, steps: int) -> None:
     run = compare(case, steps)
     assert run.error < 1e-4
     assert run.in_step
@@ -265,7 +265,7 @@ def test_text_to_image(case: Case, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 50])
 @pytest.mark.parametrize("case", [case for case in PLAIN if case.name != "consistency"], ids=str)
-def test_few_steps_and_many(case: Case, steps: int) -> None:
+def test_schedules_of_few_steps_and_of_many_agree_with_diffusers(case: Case, steps: int) -> None:
     run = compare(case, steps)
     assert run.error < 1e-4
     assert run.in_step
@@ -276,7 +276,7 @@ IMAGE = [case for case in PLAIN if case.name != "ipndm"]  # which has no add_noi
 
 @pytest.mark.parametrize(("steps", "start"), [(12, 0), (12, 5), (20, 19)])
 @pytest.mark.parametrize("case", IMAGE, ids=str)
-def test_image_to_image(case: Case, steps: int, start: int) -> None:
+def test_image_to_image_agrees_with_diffusers(case: Case, steps: int, start: int) -> None:
     run = compare(case, steps, start, from_image=True)
     assert run.error < 1e-4
     assert run.in_step
@@ -284,7 +284,7 @@ def test_image_to_image(case: Case, steps: int, start: int) -> None:
 
 @pytest.mark.parametrize(("start", "from_image"), [(0, False), (3, True)])
 @pytest.mark.parametrize("case", IMAGE, ids=str)
-def test_inpainting(case: Case, start: int, from_image: bool) -> None:
+def test_inpainting_agrees_with_diffusers(case: Case, start: int, from_image: bool) -> None:
     mask = np.random.default_rng(1).integers(0, 2, (SHAPE[0], 1, *SHAPE[2:])).astype(np.float32)
     run = compare(case, 12, start, from_image, mask)
     assert run.error < 1e-4
@@ -311,7 +311,7 @@ def test_custom_sigmas_as_flux_passes_them() -> None:
         probe(case.scheduler(), 20, timesteps_options=case.timesteps_options)
 
 
-def test_custom_timesteps() -> None:
+def test_timesteps_of_ones_own_are_the_schedules() -> None:
     case = Case("lcm", timesteps_options={"original_inference_steps": 40})
     assert compare(case, 4).error < 1e-4
     table = probe(Case("ddpm").scheduler(), 3, timesteps_options={"timesteps": [900, 500, 20]})

@@ -52,10 +52,10 @@ def test_unused_draws_are_counted() -> None:
     assert not probe(make_scheduler("ddim", SD), 5).draws_noise
 
 
-def test_a_thousand_steps() -> None:
-    begin = time.perf_counter()
+def test_a_thousand_steps_are_probed_in_seconds_and_need_two_slots() -> None:
+    begin = time.process_time()  # what else runs on the machine is not counted
     table = probe(make_scheduler("ddpm", SD | {"steps_offset": 0}), 1000)
-    assert time.perf_counter() - begin < 20
+    assert time.process_time() - begin < 20
     assert len(table.evaluations) == 1000
     assert table.slots == 2
 
@@ -132,7 +132,7 @@ class Bent:
         ("error", r"RuntimeError: two lines\)"),
     ],
 )
-def test_refusals(fault: str, reason: str) -> None:
+def test_what_no_table_can_hold_is_refused(fault: str, reason: str) -> None:
     with pytest.raises(ExportError, match=reason) as caught:
         probe(Bent(fault), 4)
     assert "\n" not in str(caught.value)
@@ -193,7 +193,7 @@ def test_options_that_do_not_fit() -> None:
         probe(make_scheduler("ipndm", SD), 10, from_image=True)
 
 
-def test_names() -> None:
+def test_a_scheduler_goes_by_its_short_name_or_its_class() -> None:
     for name, class_name in SCHEDULERS.items():
         scheduler = make_scheduler(name, {})
         assert type(scheduler).__name__ == class_name
