@@ -13,6 +13,7 @@ import json
 import string
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ def _write(folder: Path, part: str) -> None:
     pipeline = StableDiffusionPipeline(
         vae=_vae(real_vae, 512 if real else 64),
         text_encoder=CLIPTextModel(text),
-        tokenizer=_tokenizer(folder),
+        tokenizer=_tokenizer(),
         unet=unet,
         scheduler=DDIMScheduler(
             beta_start=0.00085,
@@ -146,19 +147,17 @@ def _vae(real: bool, size: int) -> Any:
     )
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer() -> Any:
     """A CLIP tokenizer that spells letter by letter: the length of what it gives is what costs time."""
     from transformers import CLIPTokenizer
 
-    files = folder.with_name(folder.name + ".tokenizer")
-    files.mkdir(parents=True)
     letters = string.ascii_lowercase + string.digits + "!"
     tokens = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    (files / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (files / "merges.txt").write_text("#version: 0.2\n")
-    return CLIPTokenizer(
-        str(files / "vocab.json"), str(files / "merges.txt"), pad_token="<|endoftext|>", model_max_length=77
-    )
+    with tempfile.TemporaryDirectory() as files:
+        vocabulary, merges = Path(files, "vocab.json"), Path(files, "merges.txt")
+        vocabulary.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+        merges.write_text("#version: 0.2\n")
+        return CLIPTokenizer(str(vocabulary), str(merges), pad_token="<|endoftext|>", model_max_length=77)
 
 
 if __name__ == "__main__":

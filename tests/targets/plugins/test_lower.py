@@ -15,6 +15,7 @@ from onnx.reference.op_run import OpRun
 
 pytest.importorskip("triton")
 
+from trimtab.passes import vq_op
 from trimtab.program import Segment
 from trimtab.storage import GRAPHS
 from trimtab.targets.device import find_device
@@ -286,7 +287,12 @@ def test_a_second_run_finds_nothing_left() -> None:
 
 def test_for_a_jetson_the_builder_lowers_to_the_plugins_and_desktop_cards_have_none() -> None:
     model = matmul()
-    assert operators(TensorRTBuilder().lower(model, find_device("orin-nano-8gb"))) == ["TrimtabVQMatMul1"]
+    packed = next(node for node in model.graph if vq_op.is_packed(node))
+    model.functions[packed.op_identifier()] = vq_op.function(packed.overload, model.opset_imports[""])
+    made = TensorRTBuilder().lower(model, find_device("orin-nano-8gb"))
+    assert operators(made) == ["TrimtabVQMatMul1"]
+    assert model.functions and not made.functions
+    onnx.checker.check_model(ir.to_proto(made))
     assert "VQDequantize" in operators(model)  # stays as it was
     assert not RTX.plugins
 
