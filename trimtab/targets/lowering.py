@@ -53,9 +53,8 @@ def lower(model: ir.Model, parser: Parser, forms: Sequence[Pass] = ()) -> ir.Mod
                 f"{node.domain + '::' if node.domain else ''}{node.op_type} of {where} {problem} ({parser.name}){why}: "
                 "choose another target"
             )
-    RemoveUnusedFunctionsPass()(
-        model
-    )  # inlining leaves those that a form took every call of, at an opset of their own
+    # Inlining leaves functions that a form took every call of, at an opset of their own.
+    RemoveUnusedFunctionsPass()(model)
     RemoveUnusedOpsetsPass()(model)
     if model.opset_imports.get("", 0) > parser.opset:
         model.opset_imports[""] = parser.opset
