@@ -8,7 +8,6 @@ import onnx_ir as ir
 from onnx_ir.passes.common import (
     CommonSubexpressionEliminationPass,
     InlinePass,
-    RemoveUnusedFunctionsPass,
     RemoveUnusedOpsetsPass,
 )
 
@@ -42,6 +41,7 @@ def lower(model: ir.Model, parser: Parser, forms: Sequence[Pass] = ()) -> ir.Mod
     for form in forms:
         form(model)
     InlinePass()(model)
+    model.functions.clear()  # it leaves those that a form took every call of, at an opset of their own
     MergeWeights()(model)  # constants that the forms and the functions brought
     result = DecomposeOperators(lambda node: parser.refuses(node) is not None)(model)
     reasons = {refusal.where: refusal.reason for refusal in result.refused}
@@ -53,8 +53,6 @@ def lower(model: ir.Model, parser: Parser, forms: Sequence[Pass] = ()) -> ir.Mod
                 f"{node.domain + '::' if node.domain else ''}{node.op_type} of {where} {problem} ({parser.name}){why}: "
                 "choose another target"
             )
-    # Inlining leaves functions that a form took every call of, at an opset of their own.
-    RemoveUnusedFunctionsPass()(model)
     RemoveUnusedOpsetsPass()(model)
     if model.opset_imports.get("", 0) > parser.opset:
         model.opset_imports[""] = parser.opset
