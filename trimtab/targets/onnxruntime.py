@@ -96,7 +96,7 @@ def check_loads(name: str, graph: Path) -> None:
         UnsupportedOp: ONNX Runtime cannot load it.
     """
     try:
-        OnnxRuntimeSession(graph, lean=True, fold=False, optimise=False).close()
+        OnnxRuntimeSession(graph, fold=False, optimise=False).close()
     except BundleError as error:
         text = " ".join(str(error.__cause__ or error).split())
         reason = text.rpartition(" failed:")[2][:300]  # before it stand a code and the file's path

@@ -90,7 +90,8 @@ class OnnxRuntimeSession:
         fold: Compute once, at load, what depends on nothing but weights. Packed weights would be decoded then, and
             take the memory of dense ones.
         lean: Take less memory and more time: weights are used where they lie, and not laid out anew.
-        optimise: Fuse operators and choose layouts. Without, a graph of a gigabyte loads in a third of a second.
+        optimise: Fuse operators and choose layouts, also of weights. Without, a graph of a gigabyte loads in a third of
+            a second.
         new: Makes a buffer in that memory; on the CPU, where it is left out.
 
     Raises:
@@ -130,8 +131,9 @@ class OnnxRuntimeSession:
         options.enable_mem_reuse = False
         if lean:
             _map_large_buffers()
-            options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
+        if lean or not optimise:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if not optimise:
             options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 4  # its errors are raised below, and are not printed as well
