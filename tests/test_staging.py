@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -258,3 +260,42 @@ def test_who_waited_for_a_folder_that_was_replaced_meanwhile_has_the_new_one(tmp
                 time.sleep(0.2)
                 (folder / "new").touch()
         assert waiting.result(timeout=10)
+
+
+def test_what_a_killed_run_left_is_removed_and_what_is_being_filled_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from trimtab.staging import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1]), 'marker') as stage:\n"
+        "    (stage / 'gigabytes').touch()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "out"])
+    [left] = tmp_path.iterdir()
+    assert names(left) == ["gigabytes"]
+    with staged_folder(tmp_path / "other", "marker"):
+        assert left.exists()  # another name's
+    with staged_folder(tmp_path / "out", "marker") as one:
+        assert not left.exists() and "was killed" in caplog.text
+        with staged_folder(tmp_path / "out", "marker") as another:
+            assert one.exists()
+        assert not another.exists() and one.exists()
+    assert names(tmp_path) == ["other", "out"]
+
+
+def test_nothing_is_removed_where_folders_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def none(*_: object) -> None:
+        raise OSError(errno.EBADF, "no locks")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / ".out.1234.partial").mkdir()
+    with staged_folder(tmp_path / "out", "marker"):
+        pass
+    assert names(tmp_path) == [".out.1234.partial", "out"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import logging
 import os
 import secrets
@@ -21,6 +22,9 @@ FULL = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
 
 _TAKEN = frozenset((errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT))
 """What it says where the name that a folder was to take has just been taken, or left."""
+
+_PARTIAL = ".partial"
+"""What the names of folders and files end with that are not whole."""
 
 _WAS = "was"
 """What a folder is called inside of the one that it is moved away to."""
@@ -46,8 +50,12 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
     try:
         target = target.resolve()  # a link stays one, and .. is none of a folder that is moved away
         target.parent.mkdir(parents=True, exist_ok=True)
-        stage = _beside(target)
-        stage.mkdir()
+        with locked(target.parent):  # so that nobody finds the new one before it is locked
+            _remove_abandoned(target)
+            stage = _beside(target)
+            stage.mkdir()
+            filling = contextlib.ExitStack()
+            filling.enter_context(locked(stage))
     except RuntimeError as error:  # what Python before 3.13 says of links that go round
         raise InputError(f"{target} leads nowhere: choose another place") from error
     except OSError as error:
@@ -71,6 +79,21 @@ def staged_folder(target: Path, marker: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        filling.close()
+
+
+def _remove_abandoned(target: Path) -> None:
+    """Removes the folders that were to become ``target`` and that nobody fills any more."""
+    for stage in target.parent.glob(f".{glob.escape(target.name)}.*{_PARTIAL}"):
+        if not stage.is_dir():
+            continue  # `write_file`'s
+        try:
+            handle = _lock(stage, wait=False)
+        except (ImportError, OSError):  # it is being filled, or folders cannot be locked here
+            continue
+        logger.warning("removing %s, which a run left that was killed", stage)
+        shutil.rmtree(stage, ignore_errors=True)
+        os.close(handle)
 
 
 def _put(stage: Path, target: Path) -> None:
@@ -113,7 +136,8 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
         handle = _lock(folder, wait)
     except BlockingIOError:
         raise
-    except (ImportError, OSError):  # Windows has no locks on folders
+    except (ImportError, OSError) as error:  # Windows has no locks on folders
+        logger.debug("%s cannot be locked (%s)", folder, error)
         yield
         return
     try:
@@ -123,7 +147,13 @@ def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def _lock(folder: Path, wait: bool) -> int:
-    """A handle on the folder that has its lock, or that no lock can be had on."""
+    """A handle on the folder that has its lock.
+
+    Raises:
+        BlockingIOError: Another one has, and is not waited for.
+        OSError: The folder is not there, or its disk has no such locks.
+        ImportError: The system has none.
+    """
     import fcntl
 
     while True:
@@ -132,14 +162,11 @@ def _lock(folder: Path, wait: bool) -> int:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             if os.path.samestat(os.fstat(handle), folder.stat()):
                 return handle
-        except BlockingIOError:
-            os.close(handle)
-            raise
         except FileNotFoundError:
             pass  # it was taken away meanwhile
-        except OSError as error:
-            logger.debug("%s cannot be locked (%s)", folder, error)
-            return handle
+        except OSError:
+            os.close(handle)
+            raise
         os.close(handle)  # another one has its name since
 
 
@@ -198,4 +225,4 @@ def _beside(path: Path) -> Path:
     Not tempfile's, whose files and folders are their owner's alone: to give them a new file's permissions takes the
     umask, which a process cannot read but by setting it, for all of its threads.
     """
-    return path.parent / f".{path.name}.{secrets.token_hex(4)}.partial"
+    return path.parent / f".{path.name}.{secrets.token_hex(4)}{_PARTIAL}"
