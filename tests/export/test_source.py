@@ -135,3 +135,10 @@ def test_a_tokenizer_cuts_and_pads_on_its_own_sides(side: str, tmp_path: Path) -
     ids, mask = Tokenizer(tmp_path / "tokenizer.json").encode(texts)
     assert ids.tolist() == expected["input_ids"].tolist()
     assert mask.tolist() == expected["attention_mask"].tolist()
+
+
+def test_a_tokenizer_without_a_fast_form_is_refused_in_one_line() -> None:
+    with pytest.raises(
+        ExportError, match=r"^object has no fast form \(.+\): save the tokenizer's tokenizer\.json"
+    ):
+        tokenizer_json(object(), 8)

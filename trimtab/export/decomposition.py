@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from onnxscript import opset23 as op
+from onnxscript.onnx_opset import opset23 as op
 
 AS_THEY_ARE = frozenset(
     {"chunk", "concat", "contiguous", "conv2d", "dropout", "einsum", "flatten", "group_norm", "layer_norm"}

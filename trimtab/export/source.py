@@ -338,10 +338,16 @@ def tokenizer_json(tokenizer: Any, length: int, lowercase: bool = False) -> str:
     from tokenizers import Tokenizer, normalizers
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise ExportError(
-            f"{type(tokenizer).__name__} has no fast form: save the tokenizer's tokenizer.json beside it"
-        )
+    if backend is None:  # transformers before 5 opens the slow form where a folder's index names it
+        from transformers.convert_slow_tokenizer import convert_slow_tokenizer
+
+        try:
+            backend = convert_slow_tokenizer(tokenizer)
+        except Exception as error:  # its converters raise what they like
+            raise ExportError(
+                f"{type(tokenizer).__name__} has no fast form ({first_line(error)}): "
+                "save the tokenizer's tokenizer.json beside it"
+            ) from error
     fast = Tokenizer.from_str(backend.to_str())
     if tokenizer.pad_token_id is None:
         raise ExportError(f"{type(tokenizer).__name__} has no padding token: set one and save it again")
