@@ -105,3 +105,17 @@ def test_control_flow_is_taken_apart() -> None:
             return torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,))
 
     assert needs_decomposition(exported(Branch()), {})
+
+
+def test_a_cosine_in_fp64_is_a_sine_and_one_in_fp32_stays_one() -> None:
+    class Turned(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x * 40).double().cos() + x.cos()
+
+    model = traced(Turned())
+    cosines = [node.inputs[0] for node in model.graph if node.op_type == "Cos"]
+    assert [value and value.dtype for value in cosines] == [ir.DataType.FLOAT]
+    with torch.no_grad():
+        expected = Turned()(example()).numpy()
+    assert run(model, example()).dtype == np.float64
+    np.testing.assert_allclose(run(model, example()), expected, rtol=0, atol=1e-6)

@@ -9,9 +9,11 @@ computes the same to the last bit, and nodes that were made up by the second tra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import onnx_ir as ir
 import torch
 from onnxscript.onnx_opset import opset23 as op
 
@@ -53,12 +55,23 @@ def _cast_to_layout(
     return op.Identity(self) if dtype == -1 else op.Cast(self, to=dtype)
 
 
+def _cosine(self: Any) -> Any:
+    """Positions of PixArt and Flux are turned in FP64, of which ONNX Runtime 1.23 has sines alone.
+
+    It is the last that runs on Python 3.10.
+    """
+    if self.dtype != ir.DataType.DOUBLE:
+        return op.Cos(self)
+    return op.Sin(op.Add(self, op.Constant(value=ir.tensor(math.pi / 2, ir.DataType.DOUBLE))))
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.to.dtype: _cast,
     torch.ops.aten.to.device: _cast_to_device,
     torch.ops.aten.to.dtype_layout: _cast_to_layout,
+    torch.ops.aten.cos.default: _cosine,
 }
-"""For `torch.onnx.export`'s ``custom_translation_table``: what it would else take apart first."""
+"""For `torch.onnx.export`'s ``custom_translation_table``: what it would else take apart first, or write otherwise."""
 
 
 def decompose_only_if_needed(exported: torch.export.ExportedProgram) -> None:
