@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from graphs import run
+from onnxscript import TracedOnnxFunction
 from onnxscript.rewriter.rules.common import slice_split_rule
 from torch import Tensor, nn
 
@@ -39,6 +43,20 @@ def test_a_module_that_cannot_be_traced_is_refused_in_one_line_and_torch_logs_no
 class Gate(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x[..., :2] * x[..., 2:]
+
+
+def test_translations_are_read_for_the_first_graph_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = Example(torch.randn(2, 4), ("n", None))
+    whole = TracedOnnxFunction.function_ir
+    first = trace(Gate(), {"x": example}, ["y"])
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("read again")
+
+    monkeypatch.setattr(inspect, "getsource", refused)
+    second = trace(Gate(), {"x": example}, ["y"])
+    assert [str(node) for node in first.graph] == [str(node) for node in second.graph]
+    assert TracedOnnxFunction.function_ir is whole
 
 
 def test_the_search_for_pairs_of_slices_is_left_out_of_a_trace_alone() -> None:

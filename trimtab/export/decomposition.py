@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript.onnx_opset import opset23 as op
 
+T = TypeVar("T")
+"""For arguments of one type: numbers among them become constants of it."""
+
 AS_THEY_ARE = frozenset(
-    {"chunk", "concat", "contiguous", "conv2d", "dropout", "einsum", "flatten", "group_norm", "layer_norm"}
-    | {"linear", "pad", "reshape", "rms_norm", "scaled_dot_product_attention", "sym_size", "to", "unflatten"}
-    | {"upsample_nearest2d"}
+    {"__and__", "chunk", "concat", "contiguous", "conv2d", "dropout", "einsum", "flatten", "group_norm"}
+    | {"layer_norm", "linear", "meshgrid", "min", "outer", "pad", "repeat_interleave", "reshape", "rms_norm"}
+    | {"scaled_dot_product_attention", "sym_size", "to", "unflatten", "upsample_nearest2d", "where"}
 )
 """Composite operators that the exporter, or `TRANSLATIONS`, translates without taking them apart."""
 
@@ -65,11 +69,79 @@ def _cosine(self: Any) -> Any:
     return op.Sin(op.Add(self, op.Constant(value=ir.tensor(math.pi / 2, ir.DataType.DOUBLE))))
 
 
+def _from(self: T, other: T, alpha: float = 1.0) -> Any:
+    return op.Sub(other, _times(self, alpha))
+
+
+def _and(self: Any, other: Any) -> Any:
+    return op.And(self, other) if self.dtype == ir.DataType.BOOL else op.BitwiseAnd(self, other)
+
+
+def _outer(self: Any, vec2: Any) -> Any:
+    """Of two types at times: positions in FP32, frequencies in FP64."""
+    kinds = (ir.tensor_adapters.to_torch_dtype(value.dtype) for value in (self, vec2))
+    wider = ir.tensor_adapters.from_torch_dtype(torch.promote_types(*kinds))
+    column, row = (op.Cast(value, to=wider) for value in (self, vec2))
+    return op.Mul(op.Unsqueeze(column, [1]), op.Unsqueeze(row, [0]))
+
+
+def _smaller(self: Any, other: Any) -> Any:
+    return op.Min(self, other)
+
+
+def _where(condition: Any, self: T, other: T) -> Any:
+    return op.Where(condition, self, other)
+
+
+def _add(self: T, other: T, alpha: float = 1.0) -> Any:
+    return op.Add(self, _times(other, alpha))
+
+
+def _divide(self: T, other: T) -> Any:
+    return op.Div(self, other)
+
+
+def _times(value: Any, factor: float) -> Any:
+    return value if factor == 1 else op.Mul(value, op.Constant(value=ir.tensor(factor, value.dtype)))
+
+
+def _meshgrid(tensors: Any, indexing: str = "ij") -> Any:
+    axes = list(range(len(tensors)))
+    if indexing == "xy":
+        axes[:2] = axes[1::-1]
+    sizes = op.Concat(*(op.Shape(tensors[axis]) for axis in axes), axis=0)
+    places = [[other for other in range(len(axes)) if other != axes.index(i)] for i in range(len(axes))]
+    return tuple(op.Expand(op.Unsqueeze(t, place), sizes) for t, place in zip(tensors, places, strict=True))
+
+
+def _repeat_interleave(self: Any, repeats: Any, dim: int | None = None, output_size: Any = None) -> Any:
+    """Written out, as onnxscript 0.7's is wrong for one axis."""
+    if dim is None:
+        self, axis, rank = op.Reshape(self, [-1]), 0, 1
+    else:
+        rank = len(self.shape)
+        axis = dim % rank
+    here = np.arange(rank + 1) == axis + 1
+    times = op.Where(op.Constant(value=ir.tensor(here)), repeats, op.Constant(value_ints=[1] * (rank + 1)))
+    before, after = op.Shape(self, start=0, end=axis), op.Shape(self, start=axis + 1)
+    sizes = op.Concat(before, op.Constant(value_ints=[-1]), after, axis=0)
+    return op.Reshape(op.Expand(op.Unsqueeze(self, [axis + 1]), times), sizes)
+
+
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.aten.to.dtype: _cast,
     torch.ops.aten.to.device: _cast_to_device,
     torch.ops.aten.to.dtype_layout: _cast_to_layout,
     torch.ops.aten.cos.default: _cosine,
+    torch.ops.aten.rsub.Scalar: _from,
+    torch.ops.aten.__and__.Tensor: _and,
+    torch.ops.aten.outer.default: _outer,
+    torch.ops.aten.min.other: _smaller,
+    torch.ops.aten.where.ScalarOther: _where,
+    torch.ops.aten.meshgrid.indexing: _meshgrid,
+    torch.ops.aten.repeat_interleave.self_int: _repeat_interleave,
+    torch.ops.aten.add_.Tensor: _add,
+    torch.ops.aten.div_.Tensor: _divide,
 }
 """For `torch.onnx.export`'s ``custom_translation_table``: what it would else take apart first, or write otherwise."""
 
@@ -110,7 +182,27 @@ def _is_in_the_way(node: torch.fx.Node, table: Mapping[Any, Any]) -> bool:
     if not isinstance(operator, torch._ops.OpOverload):
         return isinstance(operator, torch._ops.OperatorBase)  # control flow, and no sum of sizes
     schema = operator._schema
-    if operator in table or schema.is_mutable:
+    if operator in table or (schema.is_mutable and not _writes_over_what_nothing_else_reads(node)):
         return True
-    composite = operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
-    return composite and schema.name.removeprefix("aten::") not in AS_THEY_ARE
+    return _is_composite(operator) and schema.name.removeprefix("aten::") not in AS_THEY_ARE
+
+
+def _writes_over_what_nothing_else_reads(node: torch.fx.Node) -> bool:
+    """Whether an operator in place is one of `TRANSLATIONS`, and as good as one that makes a new value.
+
+    So it is if its target was computed by the graph, for it alone, and shares its memory with nothing.
+    """
+    target, *others = node.args
+    if node.target not in TRANSLATIONS or not isinstance(target, torch.fx.Node) or len(target.users) > 1:
+        return False
+    maker = target.target
+    if not isinstance(maker, torch._ops.OpOverload) or _is_composite(maker):
+        return False
+    if any(result.alias_info for result in maker._schema.returns):
+        return False
+    dtypes = {n.meta["val"].dtype for n in (target, *others) if isinstance(n, torch.fx.Node)}
+    return len(dtypes) == 1
+
+
+def _is_composite(operator: torch._ops.OpOverload) -> bool:
+    return operator.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)

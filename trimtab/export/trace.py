@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import logging
 import re
 import warnings
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript import TracedOnnxFunction
 from onnxscript.rewriter.rules.common import slice_split_rule
 
 from trimtab.errors import ExportError, first_line
@@ -62,7 +64,7 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     units: dict[str, Any] = {}
     dynamic = {name: _open_sizes(example, units) for name, example in inputs.items()}
     try:
-        with _quiet(), _without_pairs_of_slices(), torch.no_grad():
+        with _quiet(), _without_pairs_of_slices(), _with_translations_read_once(), torch.no_grad():
             # Traced here and not by the exporter, whose fallbacks would lose the module names.
             exported = torch.export.export(
                 module.eval(),
@@ -137,6 +139,23 @@ def _without_pairs_of_slices() -> Iterator[None]:
         yield
     finally:
         del slice_split_rule.try_rewrite  # the method of its class is back
+
+
+_read_translation = functools.cache(TracedOnnxFunction.function_ir.fget)
+
+
+@contextlib.contextmanager
+def _with_translations_read_once() -> Iterator[None]:
+    """Has onnxscript parse the sources of its 500 translations for the first graph, and not for each anew.
+
+    The exporter asks every translation for its domain whenever it starts: most of what a small graph takes.
+    """
+    original = TracedOnnxFunction.function_ir
+    TracedOnnxFunction.function_ir = property(_read_translation)
+    try:
+        yield
+    finally:
+        TracedOnnxFunction.function_ir = original
 
 
 def _nothing(_: logging.LogRecord) -> bool:
