@@ -8,18 +8,25 @@ files copies them first, as `copied_bundle` does.
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
 import os
+import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 import pytest
 import tiny
 import torch
 from filelock import FileLock
 
 import trimtab
+from trimtab.export import parts
+from trimtab.export import trace as tracing
+from trimtab.export.trace import Example
 
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 SAMPLE_MODELS = Path(__file__).parents[1] / "samples" / "01_shapes" / "models"
@@ -54,6 +61,38 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
             make(unfinished)
             unfinished.rename(folder)
     return folder
+
+
+class _ByContent(pickle.Pickler):
+    """Writes the numbers of a tensor; torch would write where its memory lies as well."""
+
+    def reducer_override(self, thing: Any) -> Any:
+        if not isinstance(thing, torch.Tensor):
+            return NotImplemented
+        return tuple, ((str(thing.dtype), *thing.shape, thing.detach().contiguous().numpy().tobytes()),)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _traced_once() -> Iterator[None]:
+    """Has a worker trace a module once: a third of all tests' time would go into the same tiny models again.
+
+    Modules are the same if everything in them is, to the last bit. What is traced depends on nothing else but
+    the sizes of the examples, and every caller gets a graph of its own.
+    """
+    traced: dict[bytes, ir.Model] = {}
+
+    def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: list[str]) -> ir.Model:
+        sizes = [(n, e.tensor.shape, e.tensor.dtype, e.dims, dict(e.multiples)) for n, e in inputs.items()]
+        stream = io.BytesIO()
+        _ByContent(stream).dump((module, sizes, outputs))
+        key = hashlib.sha256(stream.getvalue()).digest()
+        if key not in traced:
+            traced[key] = tracing.trace(module, inputs, outputs)
+        return traced[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "trace", trace)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from trimtab import apart
 from trimtab.bundle import open_bundle
 from trimtab.cli import main
 from trimtab.passes.partition import map_calls
@@ -43,6 +44,26 @@ def denoiser(folder: Path, branches: int = 3) -> Path:
     return folder / "model.toml"
 
 
+class Here:
+    """Takes the place of the process that exports: one that imports torch for each command takes most of the time."""
+
+    def __init__(self, module: str) -> None:
+        assert module == apart.__name__
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def ask(self, job: dict[str, Any]) -> None:
+        apart._export(job)
+
+
+@pytest.fixture
+def in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apart, "Child", Here)
+
+
 def run(*arguments: object) -> int:
     return main([str(a) for a in arguments])
 
@@ -62,6 +83,7 @@ def weights(bundle: Path) -> dict[str, np.ndarray]:
     return {name: array for name, array in arrays.items() if array.shape == (8, 8)}
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_one_sample_has_no_error_and_its_scores_are_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +157,7 @@ def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "x").exists() and losses.read_text() == known
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_graphs_that_were_measured_and_then_cut_stay_in_no_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +178,7 @@ def test_graphs_that_were_measured_and_then_cut_stay_in_no_bundle(
     ).contents.segments.keys()
 
 
+@pytest.mark.usefixtures("in_one_process")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -191,6 +215,7 @@ def test_a_plan_that_is_not_there_is_said_before_the_model_is_exported(
     assert "none does not exist: give a removal plan" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_a_share_of_time_is_of_the_device_and_the_plan_says_how_far_it_got(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -234,6 +259,7 @@ def test_a_share_of_time_is_of_the_device_and_the_plan_says_how_far_it_got(
     assert "several of the targets mine, cpu, other" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_a_share_that_cannot_be_reached_is_refused_before_anything_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -257,6 +283,7 @@ def test_scoring_does_not_import_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_a_rival_measures_only_what_it_removes(tmp_path: Path) -> None:
     model, losses = denoiser(tmp_path / "model"), tmp_path / "losses"
     wish = ("--remove", 0.3, "--remove-by", "magnitude", "--scores", losses)
@@ -265,6 +292,7 @@ def test_a_rival_measures_only_what_it_removes(tmp_path: Path) -> None:
     assert {json.loads(line)["removed"] for line in losses.read_text().splitlines()[1:]} == {name}
 
 
+@pytest.mark.usefixtures("in_one_process")
 @pytest.mark.parametrize(
     ("starts", "message"),
     [

@@ -151,14 +151,15 @@ def test_a_tiny_autoencoder_decodes_and_others_are_refused(tmp_path: Path) -> No
         latent_space(with_vae(tmp_path, "AsymmetricAutoencoderKL"))
 
 
+class Wide(torch.nn.Module):
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return torch.cat([sample, sample], dim=1)
+
+
 def test_a_prediction_of_other_channels_is_refused(
     pipeline_folder: Callable[[str], Path],
 ) -> None:
     made = PipelineParts(Source(pipeline_folder("ddpm")), lambda _, graph: graph)
-
-    class Wide(torch.nn.Module):
-        def forward(self, sample: torch.Tensor) -> torch.Tensor:
-            return torch.cat([sample, sample], dim=1)
 
     with pytest.raises(ExportError, match="predicts 8 channels, and 4 are needed"):
         made.denoiser(Wide(), {"sample": sample_example(4)})

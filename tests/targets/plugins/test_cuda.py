@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import made_once
 
 from trimtab.errors import BuildFailed, MissingDependency
 from trimtab.passes.vq_op import pack_indices
@@ -29,7 +32,23 @@ FORMATS = [(4, 8), (2, 8), (2, 6)]
 needs_a_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
 
 
-def emulate(
+GXX = ["g++", "-std=c++20", "-O1", "-w", "-fsanitize=address,alignment", "-fno-sanitize-recover"]
+
+
+@pytest.fixture(scope="session")
+def emulate(workshop: Path) -> Callable[..., float]:
+    """`_emulate` with the headers of C++ compiled."""
+
+    def compiled(folder: Path) -> None:
+        folder.mkdir()
+        header = shutil.copy(EMULATOR / "standard.h", folder)
+        subprocess.run([*GXX, "-x", "c++-header", header, "-o", f"{header}.gch"], check=True)
+
+    return functools.partial(_emulate, made_once(workshop / "emulator", compiled))
+
+
+def _emulate(
+    headers: Path,
     cut: FewRows | ManyRows,
     m: int,
     n: int,
@@ -61,9 +80,8 @@ def emulate(
     source.write_text((nvrtc.SOURCES / source.name).read_text())
     values = {"LATE": int(late), "ORDER": order, "SOURCE": f'"{source}"', **macros(cut, n, k, d, bits, dtype)}
     program = folder / "program"
-    options = ["-std=c++20", "-O1", "-w", "-fsanitize=address,alignment", "-fno-sanitize-recover"]
-    folders = ["-I", str(EMULATOR), "-I", str(nvrtc.SOURCES)]
-    command = ["g++", *options, *folders, str(EMULATOR / "run.cpp"), "-o", str(program)]
+    folders = ["-I", str(headers), "-I", str(EMULATOR), "-I", str(nvrtc.SOURCES)]
+    command = [*GXX, *folders, str(EMULATOR / "run.cpp"), "-o", str(program)]
     done = subprocess.run(
         command + [f"-D{name}={value}" for name, value in values.items()], capture_output=True, text=True
     )
@@ -99,7 +117,15 @@ ONCE = {"fp16": 2.0**-11 + 1e-5, "bf16": 2.0**-8 + 1e-5}
     ],
 )
 def test_few_rows_are_rounded_once(
-    cut: FewRows, m: int, n: int, k: int, d: int, bits: int, dtype: str, tmp_path: Path
+    cut: FewRows,
+    m: int,
+    n: int,
+    k: int,
+    d: int,
+    bits: int,
+    dtype: str,
+    tmp_path: Path,
+    emulate: Callable[..., float],
 ) -> None:
     assert emulate(cut, m, n, k, tmp_path, d=d, bits=bits, dtype=dtype) <= ONCE[dtype]
 
@@ -118,7 +144,15 @@ def test_few_rows_are_rounded_once(
     ],
 )
 def test_many_rows_are_rounded_once(
-    cut: ManyRows, m: int, n: int, k: int, d: int, bits: int, dtype: str, tmp_path: Path
+    cut: ManyRows,
+    m: int,
+    n: int,
+    k: int,
+    d: int,
+    bits: int,
+    dtype: str,
+    tmp_path: Path,
+    emulate: Callable[..., float],
 ) -> None:
     assert emulate(cut, m, n, k, tmp_path, d=d, bits=bits, dtype=dtype) <= ONCE[dtype]
 
@@ -130,7 +164,7 @@ FEW, MANY = FewRows(8, 16, 16, 3), ManyRows(32)
 @pytest.mark.parametrize("cut", [FEW, MANY])
 @pytest.mark.parametrize(("late", "order"), [(False, 1), (True, 1), (True, 2)])
 def test_nothing_depends_on_which_thread_is_first_or_when_copies_arrive(
-    cut: FewRows | ManyRows, late: bool, order: int, tmp_path: Path
+    cut: FewRows | ManyRows, late: bool, order: int, tmp_path: Path, emulate: Callable[..., float]
 ) -> None:
     assert emulate(cut, 31, 40, 448, tmp_path, late=late, order=order) <= ONCE["fp16"]
 
@@ -159,7 +193,12 @@ def spoil(there: str, instead: str, folder: Path, monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_the_emulator_sees_a_wait_that_is_missing(
-    cut: FewRows | ManyRows, wait: str, place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: FewRows | ManyRows,
+    wait: str,
+    place: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    emulate: Callable[..., float],
 ) -> None:
     spoil(wait, "", tmp_path, monkeypatch, place)
     assert not emulate(cut, 127, 40, 448, tmp_path, order=2) <= ONCE["fp16"]
@@ -191,6 +230,7 @@ def test_the_emulator_sees_an_access_that_is_none_of_a_kernels(
     said: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    emulate: Callable[..., float],
 ) -> None:
     spoil(check, instead, tmp_path, monkeypatch)
     with pytest.raises(AssertionError, match=said):
@@ -200,7 +240,7 @@ def test_the_emulator_sees_an_access_that_is_none_of_a_kernels(
 @needs_a_compiler
 @pytest.mark.parametrize("cut", [FEW, MANY])
 def test_the_emulator_sees_that_a_kernel_asks_for_too_little_shared_memory(
-    cut: FewRows | ManyRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cut: FewRows | ManyRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, emulate: Callable[..., float]
 ) -> None:
     bytes_of = type(cut).shared_bytes
     monkeypatch.setattr(type(cut), "shared_bytes", lambda *given: bytes_of(*given) - 16)

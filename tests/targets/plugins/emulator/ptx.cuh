@@ -5,23 +5,6 @@
 
 #pragma once
 
-#include <sanitizer/asan_interface.h>
-#include <ucontext.h>
-
-#include <algorithm>
-#include <bit>
-#include <cassert>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <deque>
-#include <functional>
-#include <map>
-#include <memory>
-#include <random>
-#include <vector>
-
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;

@@ -1,11 +1,9 @@
 // Runs one kernel's programs, one after the other: run PROGRAMS THREADS SHARED_BYTES M FOLDER. The tensors are files of
 // the folder.
 
-#include "ptx.cuh"
+#include <standard.h>
 
-#include <fstream>
-#include <iterator>
-#include <string>
+#include "ptx.cuh"
 
 #include SOURCE
 
