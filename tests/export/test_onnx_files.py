@@ -250,6 +250,19 @@ def test_opsets(tmp_path: Path, opset: int) -> None:
     assert np.abs(found - picture(sampled(linear, noise((1, 3, 4, 8), 1)))).max() < 1e-5
 
 
+def test_nodes_may_come_in_any_order(tmp_path: Path) -> None:
+    inputs, outputs, body = LINEAR
+    write(
+        tmp_path / "denoiser.onnx",
+        inputs,
+        outputs,
+        body.split("{ t =")[0] + "{ out_sample = Add(s, t) s = Mul(sample, scale) t = Mul(timestep, rate) }",
+    )
+    with compiled(tmp_path, PIXELS) as ours:
+        found = ours(seed=1).pixels
+    assert np.abs(found - picture(sampled(linear, noise((1, 3, 4, 8), 1)))).max() < 1e-5
+
+
 def test_weights_among_the_inputs(tmp_path: Path) -> None:
     """As ONNX had it up to IR version 3, and exporters with ``keep_initializers_as_inputs``."""
     model = onnx.load(write(tmp_path / "denoiser.onnx", *LINEAR, opset=11))

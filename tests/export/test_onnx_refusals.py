@@ -37,6 +37,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "open.onnx", inputs.replace("N,3", "N,C"), outputs, body)
     write(folder / "flat.onnx", "float[N,L,64] sample, float timestep", "float[N,L,64] out_sample", body)
     write(folder / "double.onnx", inputs.replace("float[N", "int64[N"), outputs, body)
+    write(folder / "circle.onnx", inputs, outputs, "{ a = Tanh(b) b = Add(a, sample) out_sample = Tanh(b) }")
+    write(folder / "nobody.onnx", inputs, outputs, "{ a = Tanh(b) out_sample = Add(a, sample) }")
+    write(folder / "unmade.onnx", inputs, outputs, "{ a = Tanh(sample) }")
+    write(folder / "twice.onnx", inputs, outputs, "{ a = Tanh(sample) a = Tanh(a) out_sample = Tanh(a) }")
     whole = body.replace("Mul(timestep,", "Mul(f,").replace("{ t =", "{ f = Cast<to = 1>(timestep) t =")
     write(folder / "whole.onnx", inputs.replace("float t", "int64 t"), outputs, whole)
     reads = body.replace("Add(s, t)", "Add(s, u)").replace(
@@ -230,6 +234,16 @@ CASES: dict[str, tuple[str, str]] = {
     "an output of another size": (
         READS.replace("text.onnx", "wider.onnx"),
         "the output hidden comes out with 1 along axis 2, and 2 was expected",
+    ),
+    "a cycle of nodes": (using("circle.onnx"), r"circle.onnx cannot be taken apart \(Graph contains a cycle"),
+    "what nothing makes": (
+        using("nobody.onnx"),
+        "nobody.onnx reads 'b', which nothing in it makes: export it",
+    ),
+    "a result that nothing makes": (using("unmade.onnx"), "unmade.onnx reads 'out_sample', which nothing"),
+    "what two nodes make": (
+        using("twice.onnx"),
+        r"twice.onnx cannot be read as ONNX \(Output 'a' is redeclared",
     ),
     "a multiple that latents have not": (
         using("four.onnx").replace("size", "multiple = 3\nsize") + DECODER + "factor = 2",

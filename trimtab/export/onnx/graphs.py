@@ -78,28 +78,31 @@ def open_graph(name: str, file: Path) -> Foreign:
     """Opens an .onnx file; its weights stay on disk until they are asked for.
 
     Raises:
-        InputError: Not an ONNX file, or its external data are missing or cut short.
+        InputError: Not an ONNX file, or one of a graph that is none; its external data are missing or cut short.
         ExportError: Of an opset that cannot be converted.
     """
     try:
         model = ir.load(file)
     except Exception as error:  # protobuf's errors and onnx_ir's share no base
-        raise InputError(f"{file} cannot be read as ONNX ({first_line(error)}): export it again") from error
+        raise InputError(f"{file} cannot be read as ONNX ({_cause(error)}): export it again") from error
     if not model.graph.outputs or not len(model.graph):
         raise InputError(f"{file} holds no ONNX graph: give a file that an ONNX exporter wrote")
     _find_weights(model, file)
+    if lost := _read_and_not_made(model):
+        raise InputError(f"{file} reads {lost!r}, which nothing in it makes: export it again")
     passes: list[ir.passes.PassBase] = [
+        common.TopologicalSortPass(),
         common.RemoveInitializersFromInputsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
     ]
     if model.functions:
-        passes.insert(0, common.InlinePass())
+        passes.insert(1, common.InlinePass())
     try:
         for step in passes:
             model = step(model).model
     except Exception as error:  # onnx_ir's errors share no base
-        raise InputError(f"{file} cannot be taken apart ({first_line(error)}): export it again") from error
+        raise InputError(f"{file} cannot be taken apart ({_cause(error)}): export it again") from error
     model = _convert(model, file)
     tidy(model.graph)
     # Version 3 demands that weights be inputs, too.
@@ -112,6 +115,25 @@ def open_graph(name: str, file: Path) -> Foreign:
                 f"{file}: {value.name} is no tensor of a known type: export it with tensors only"
             )
     return Foreign(name, file, model)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong first: onnx_ir tells of each graph and node around it as well."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return first_line(error).rstrip(".")
+
+
+def _read_and_not_made(model: ir.Model) -> str | None:
+    """The name of a value that a node or an output reads, and no node, input or weight is."""
+    graphs = list(model.graphs())
+    given = {value for graph in graphs for value in (*graph.inputs, *graph.initializers.values())}
+    read = (value for graph in graphs for node in graph for value in node.inputs)
+    results = (value for graph in graphs for value in graph.outputs)
+    for value in (*read, *results):
+        if value is not None and value.producer() is None and value not in given:
+            return value.name or ""
+    return None
 
 
 def _find_weights(model: ir.Model, file: Path) -> None:
