@@ -21,6 +21,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
+from diffusers.configuration_utils import FrozenDict
 from filelock import FileLock
 
 import trimtab
@@ -34,6 +35,18 @@ SAMPLE_MODELS = Path(__file__).parents[1] / "samples" / "01_shapes" / "models"
 if IS_WORKER:
     # Workers share the cores; torch would take them all for each.
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in the same hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts a test of small pipelines that is in no group into that of its parameter ``family``, or of "dit".
+
+    So one worker does not wait for what the other compiles, or compile what the other has.
+    """
+    for item in items:
+        if "pipeline_folder" in item.fixturenames and item.get_closest_marker("xdist_group") is None:
+            parameters = item.callspec.params if hasattr(item, "callspec") else {}
+            item.add_marker(pytest.mark.xdist_group(parameters.get("family", "dit")))
 
 
 @pytest.fixture(scope="session")
@@ -64,12 +77,16 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 
 class _ByContent(pickle.Pickler):
-    """Writes the numbers of a tensor; torch would write where its memory lies as well."""
+    """Writes what a module is, and not where: torch would say where tensors lie in memory, configurations on disk."""
+
+    def persistent_id(self, thing: Any) -> Any:
+        where = isinstance(thing, Path) or (isinstance(thing, str) and thing.startswith(os.sep))
+        return "a path" if where else None
 
     def reducer_override(self, thing: Any) -> Any:
-        if not isinstance(thing, torch.Tensor):
-            return NotImplemented
-        return tuple, ((str(thing.dtype), *thing.shape, thing.detach().contiguous().numpy().tobytes()),)
+        if isinstance(thing, torch.Tensor):
+            return tuple, ((str(thing.dtype), *thing.shape, thing.detach().contiguous().numpy().tobytes()),)
+        return (dict, (dict(thing),)) if isinstance(thing, FrozenDict) else NotImplemented
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -107,8 +124,8 @@ def bundle_folder(workshop: Path, pipeline_folder: Callable[[str], Path]) -> Cal
     """Family -> its bundle for the `cpu` target, with its own scheduler's 20 and 3 steps. To be read only.
 
     "dit" is the cheapest (no text encoder, a fixed size), then "ddpm" (pixels, no VAE); "sd15" is a whole
-    Stable Diffusion with its encoder and inpainting. Tests that use the same family belong to one
-    ``xdist_group`` of its name, so that one worker does not wait for the other to compile it.
+    Stable Diffusion with its encoder and inpainting. Tests that use another than "dit", and have it not as a
+    parameter ``family``, say so with an ``xdist_group`` of its name.
     """
 
     def compiled(family: str) -> Path:

@@ -28,13 +28,6 @@ PROMPT = "a red cat"
 Load = Callable[[str], trimtab.Pipeline]
 
 
-def families(*names: str) -> Any:
-    """One worker does all tests of a family, so that each is compiled once."""
-    return pytest.mark.parametrize(
-        "family", [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names]
-    )
-
-
 @pytest.fixture(scope="module")
 def load(bundle_folder: Callable[[str], Path]) -> Load:
     pipes: dict[str, trimtab.Pipeline] = {}
@@ -61,13 +54,13 @@ def assert_equal(ours: trimtab.Result, theirs: np.ndarray) -> None:
     assert np.abs(ours.pixels - theirs).max() <= TOLERANCE
 
 
-@families(*TEXT)
+@pytest.mark.parametrize("family", TEXT)
 def test_text_to_image_equals_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
     ours = load(family)(PROMPT, seed=0, size=(64, 64))
     assert_equal(ours, reference(diffusers_pipeline(family), 0, prompt=PROMPT, width=64, height=64))
 
 
-@families(*TEXT)
+@pytest.mark.parametrize("family", TEXT)
 def test_a_batch_at_a_size_never_seen_at_export_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -78,7 +71,7 @@ def test_a_batch_at_a_size_never_seen_at_export_equals_diffusers(
     assert_equal(ours, theirs)
 
 
-@families("sd15", "sdxl")
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
 def test_a_latent_size_that_does_not_halve_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -86,7 +79,7 @@ def test_a_latent_size_that_does_not_halve_equals_diffusers(
     assert_equal(ours, reference(diffusers_pipeline(family), 5, prompt=PROMPT, width=72, height=40))
 
 
-@families(*WITH_NEGATIVE)
+@pytest.mark.parametrize("family", WITH_NEGATIVE)
 def test_a_negative_prompt_equals_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
     ours = load(family)(PROMPT, negative_prompt="dog", seed=1, size=(64, 64), guidance=3.0)
     theirs = reference(
@@ -101,7 +94,7 @@ def test_a_negative_prompt_equals_diffusers(family: str, load: Load, diffusers_p
     assert_equal(ours, theirs)
 
 
-@families("sdxl")
+@pytest.mark.parametrize("family", ["sdxl"])
 def test_an_empty_negative_prompt_is_not_an_absent_one(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -114,7 +107,7 @@ def test_an_empty_negative_prompt_is_not_an_absent_one(
     assert not np.array_equal(absent.pixels, empty.pixels)
 
 
-@families(*TEXT)
+@pytest.mark.parametrize("family", TEXT)
 def test_guidance_of_one_runs_one_row_and_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -126,7 +119,7 @@ def test_guidance_of_one_runs_one_row_and_equals_diffusers(
     assert_equal(ours, theirs)
 
 
-@families("sd15", "flux")
+@pytest.mark.parametrize("family", ["sd15", "flux"])
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning_and_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -136,7 +129,7 @@ def test_a_prompt_that_is_too_long_is_cut_with_a_warning_and_equals_diffusers(
     assert_equal(ours, reference(diffusers_pipeline(family), 3, prompt=prompt, width=64, height=64))
 
 
-@families("sd15")
+@pytest.mark.parametrize("family", ["sd15"])
 def test_several_prompts_each_with_a_seed_of_its_own_equal_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -151,7 +144,7 @@ def test_several_prompts_each_with_a_seed_of_its_own_equal_diffusers(
     assert_equal(ours, theirs)
 
 
-@families("sd15")
+@pytest.mark.parametrize("family", ["sd15"])
 def test_another_number_of_steps_in_the_same_bundle_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -173,7 +166,7 @@ def mask() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-@families(*FROM_PICTURE)
+@pytest.mark.parametrize("family", FROM_PICTURE)
 @pytest.mark.parametrize("strength", [None, 0.55, 1.0])
 def test_image_to_image_equals_diffusers(
     family: str, strength: float | None, load: Load, diffusers_pipeline: Any
@@ -188,7 +181,7 @@ def test_image_to_image_equals_diffusers(
     assert_equal(ours, reference(pipeline, 4, prompt=PROMPT, image=picture(), **options, **sizes))
 
 
-@families("sd15", "sdxl", "flux")
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "flux"])
 def test_pictures_from_one_picture_each_with_a_seed_of_its_own_equal_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -207,7 +200,7 @@ def test_pictures_from_one_picture_each_with_a_seed_of_its_own_equal_diffusers(
     assert_equal(load(family)(["a red cat", "two dogs"], seed=[7, 8], image=picture(), size=(64, 64)), theirs)
 
 
-@families(*INPAINTING)
+@pytest.mark.parametrize("family", INPAINTING)
 @pytest.mark.parametrize("strength", [None, 0.55, 1.0])
 def test_inpainting_equals_diffusers(
     family: str, strength: float | None, load: Load, diffusers_pipeline: Any
@@ -232,7 +225,7 @@ def test_inpainting_equals_diffusers(
     assert_equal(ours, theirs)
 
 
-@families("dit")
+@pytest.mark.parametrize("family", ["dit"])
 def test_threads_that_share_a_pipeline_draw_their_own_pictures(family: str, load: Load) -> None:
     pipe, seeds = load(family), (1, 2, 3, 4)
 
@@ -245,7 +238,7 @@ def test_threads_that_share_a_pipeline_draw_their_own_pictures(family: str, load
             np.testing.assert_array_equal(found, expected)
 
 
-@families("dit")
+@pytest.mark.parametrize("family", ["dit"])
 def test_a_picture_within_a_picture_is_refused_and_the_next_one_is_right(family: str, load: Load) -> None:
     pipe = load(family)
     alone = pipe(label=1, seed=1, schedule=3).pixels
@@ -254,24 +247,24 @@ def test_a_picture_within_a_picture_is_refused_and_the_next_one_is_right(family:
     np.testing.assert_array_equal(pipe(label=1, seed=1, schedule=3).pixels, alone)
 
 
-@families("dit")
+@pytest.mark.parametrize("family", ["dit"])
 def test_class_to_image_equals_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
     assert_equal(
         load(family)(label=[3, 5], seed=1), reference(diffusers_pipeline(family), 1, class_labels=[3, 5])
     )
 
 
-@families("ddpm", "ddim")
+@pytest.mark.parametrize("family", ["ddpm", "ddim"])
 def test_unconditional_pictures_equal_diffusers(family: str, load: Load, diffusers_pipeline: Any) -> None:
     assert_equal(load(family)(seed=1, count=2), reference(diffusers_pipeline(family), 1, batch_size=2))
 
 
-@families("ddpm")
+@pytest.mark.parametrize("family", ["ddpm"])
 def test_a_pixel_model_at_another_size_runs(family: str, load: Load) -> None:
     assert load(family)(seed=1, size=(24, 32)).pixels.shape == (1, 32, 24, 3)
 
 
-@families("sd15", "sdxl", "sd3", "flux", "dit", "ddpm", "pixart_sigma")
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "dit", "ddpm", "pixart_sigma"])
 def test_the_compiled_denoiser_takes_the_torch_one_s_place(
     family: str, bundle_folder: Callable[[str], Path], pipeline_folder: Callable[[str], Path]
 ) -> None:
@@ -291,7 +284,7 @@ def test_the_compiled_denoiser_takes_the_torch_one_s_place(
     assert np.abs(ours - theirs).max() <= TOLERANCE
 
 
-@families("dit")
+@pytest.mark.parametrize("family", ["dit"])
 def test_a_model_that_predicts_as_many_channels_as_it_takes_need_not_say_how_many(
     family: str, bundle_folder: Callable[[str], Path]
 ) -> None:
@@ -302,7 +295,7 @@ def test_a_model_that_predicts_as_many_channels_as_it_takes_need_not_say_how_man
     assert denoiser(sample, 5, class_labels=torch.tensor([1, 2])).sample.shape == sample.shape
 
 
-@families("sd15")
+@pytest.mark.parametrize("family", ["sd15"])
 def test_what_a_compiled_denoiser_cannot_heed_is_refused(
     family: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
 ) -> None:
@@ -320,7 +313,7 @@ def test_what_a_compiled_denoiser_cannot_heed_is_refused(
         denoiser(sample, 5, hidden, added_cond_kwargs={"time_ids": ids})
 
 
-@families("lcm")
+@pytest.mark.parametrize("family", ["lcm"])
 def test_a_denoiser_that_reads_the_guidance_scale_is_no_drop_in(
     family: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
 ) -> None:

@@ -6,7 +6,7 @@ import json
 import string
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -87,7 +87,19 @@ def t5_tokenizer(length: int = 24) -> PreTrainedTokenizerFast:
     )
 
 
-def clip_text(projection: bool = False, width: int = 16) -> CLIPTextModel:
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+def drawn(seed: int, make: Callable[[], Module]) -> Module:
+    """A module with random weights of its own seed: in every family the same, which is traced once."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        module = make().eval()
+    spread(module, torch.Generator().manual_seed(seed))
+    return module
+
+
+def clip_text(projection: bool = False, width: int = 16, seed: int = 1) -> CLIPTextModel:
     config = CLIPTextConfig(
         vocab_size=80,
         hidden_size=width,
@@ -101,7 +113,7 @@ def clip_text(projection: bool = False, width: int = 16) -> CLIPTextModel:
         eos_token_id=75,
         pad_token_id=75,
     )
-    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
+    return drawn(seed, lambda: (CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
 
 
 def t5(width: int = 32) -> T5EncoderModel:
@@ -114,20 +126,23 @@ def t5(width: int = 32) -> T5EncoderModel:
         num_heads=2,
         feed_forward_proj="gated-gelu",
     )
-    return T5EncoderModel(config).eval()
+    return drawn(3, lambda: T5EncoderModel(config))
 
 
 def vae(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=latent_channels,
-        sample_size=64,
-        **config,
-    ).eval()
+    return drawn(
+        4,
+        lambda: AutoencoderKL(
+            block_out_channels=(8, 8, 16, 16),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=latent_channels,
+            sample_size=64,
+            **config,
+        ),
+    )
 
 
 def unet(**config: Any) -> UNet2DConditionModel:
@@ -212,7 +227,7 @@ def sdxl(folder: Path) -> Any:
     return StableDiffusionXLPipeline(
         vae=vae(),
         text_encoder=clip_text(),
-        text_encoder_2=clip_text(projection=True),
+        text_encoder_2=clip_text(projection=True, seed=2),
         tokenizer=clip_tokenizer(folder / "scratch"),
         tokenizer_2=clip_tokenizer(folder / "scratch2", pad="!"),
         unet=unet(
@@ -254,7 +269,7 @@ def sd3(folder: Path) -> Any:
         vae=vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
         text_encoder=clip_text(projection=True),
         tokenizer=clip_tokenizer(folder / "scratch"),
-        text_encoder_2=clip_text(projection=True),
+        text_encoder_2=clip_text(projection=True, seed=2),
         tokenizer_2=clip_tokenizer(folder / "scratch2", pad="!"),
         text_encoder_3=t5(),
         tokenizer_3=t5_tokenizer(),

@@ -76,6 +76,7 @@ def test_unguided_rows_mix_to_the_guided_prediction(bundle_folder: BundleFolder)
     np.testing.assert_allclose(mixed, sample.output, rtol=0, atol=1e-5)
 
 
+@pytest.mark.xdist_group("sd15")
 def test_requests_ask_for_prompts_or_named_classes(bundle_folder: BundleFolder) -> None:
     with trimtab.load(bundle_folder("dit")) as pipe:
         requests = own_requests(pipe, 20)

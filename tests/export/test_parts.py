@@ -304,7 +304,9 @@ def test_sides_halve_at_every_level_where_an_upsampler_only_doubles(
     assert measured(tmp_path, {"sample_size": 8, "up_block_types": up_blocks}).multiple == multiple
 
 
-@pytest.mark.parametrize("first", ["ResnetDownsampleBlock2D", "DownBlock2D"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("ResnetDownsampleBlock2D", marks=pytest.mark.slow), "DownBlock2D"]
+)
 def test_a_unet_whose_upsamplers_only_double_is_traced_with_open_sizes(first: str) -> None:
     torch.manual_seed(0)
     model = unet(

@@ -85,6 +85,7 @@ def test_a_dit_block_frees_its_modulation_only_as_a_whole(bundle_folder: Callabl
     assert candidates.freed(block.inside) == candidates.freed([block.name])
 
 
+@pytest.mark.xdist_group("sdxl")
 def test_an_up_block_goes_with_its_skip_where_the_channels_allow(
     bundle_folder: Callable[[str], Path],
 ) -> None:

@@ -248,6 +248,7 @@ def test_branches_of_the_published_architectures_are_deepcaches(name: str, block
     check_branches(program, blocks, layers=2)
 
 
+@pytest.mark.xdist_group("sd15")
 def test_a_region_that_the_denoiser_lacks_is_refused_by_name(bundle_folder: BundleFolder) -> None:
     model = whole(bundle_folder("sd15")).segments["denoiser"].model
     for name, message in [
@@ -259,6 +260,7 @@ def test_a_region_that_the_denoiser_lacks_is_refused_by_name(bundle_folder: Bund
             find_region(model, name)
 
 
+@pytest.mark.xdist_group("sd15")
 def test_a_residual_branch_is_inherited_by_what_it_adds(bundle_folder: BundleFolder) -> None:
     graph = (model := whole(bundle_folder("sd15")).segments["denoiser"].model).graph
     makers = {str(v.name): n for n in graph for v in n.outputs}
@@ -312,7 +314,7 @@ def test_regions_that_share_blocks_skip_the_blocks_that_they_name(regions: tuple
         ("dit", "layers"),
         ("dit", "feed-forward"),
         *(
-            pytest.param(family, skip, marks=pytest.mark.xdist_group(family))
+            (family, skip)
             for family in ("sd3", "flux", "pixart_sigma")
             for skip in ("layers", "self-attention", "blocks 0-0")
         ),
@@ -358,6 +360,7 @@ def test_inheriting_from_the_same_step_equals_the_full_pass(
         np.testing.assert_array_equal(weights, np.eye(len(weights))[0])
 
 
+@pytest.mark.xdist_group("ddpm")
 def test_a_bundle_is_compiled_with_inheritance_and_its_weights_do_not_grow(
     bundle_folder: BundleFolder, pipeline_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -96,6 +96,7 @@ def test_an_rtx_gets_engines_that_devices_of_its_kind_share(copied_bundle: Path,
     assert cache.stats().built == 2 * len(bundle.contents.segments)
 
 
+@pytest.mark.xdist_group("sd15")
 def test_an_engine_is_made_for_every_size_but_once_where_the_size_is_nothing_to_it(
     bundle_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -123,6 +124,7 @@ def test_an_engine_is_made_for_every_size_but_once_where_the_size_is_nothing_to_
     assert second == (*first[:-1], 2 * first[-1])
 
 
+@pytest.mark.xdist_group("sd15")
 def test_every_segment_is_bound_to_one_picture_with_guidance(bundle_folder: Callable[[str], Path]) -> None:
     contents = open_bundle(bundle_folder("sd15")).contents
     shapes = segment_shapes(contents, contents.size)
@@ -144,6 +146,7 @@ def test_a_model_that_is_compiled_for_no_guidance_gets_engines_of_one_row(
     assert engine.shapes["mix"] == (1,) and engine.shapes["class_labels"] == (1,)
 
 
+@pytest.mark.xdist_group("ddpm")
 def test_a_scale_for_a_model_that_is_not_guided_is_refused(bundle_folder: Callable[[str], Path]) -> None:
     program = read_program(open_bundle(bundle_folder("ddpm")))
     assert with_guidance(program, 1.0) == program
