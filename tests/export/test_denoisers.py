@@ -223,6 +223,16 @@ def test_a_denoiser_that_was_left_out_is_missed_by_its_name(pipeline_folder: Pip
             denoiser_module(source)
 
 
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "dit"])
+def test_an_autoencoder_that_was_left_out_is_missed_before_anything_is_exported(
+    pipeline_folder: PipelineFolder, family: str
+) -> None:
+    source = Source(pipeline_folder(family))
+    source.index["vae"] = [None, None]
+    with pytest.raises(InputError, match=f"has no vae: {source.pipeline_class} needs one"):
+        check_denoiser(source)
+
+
 @pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "pixart_alpha", "dit", "ddpm"])
 def test_a_denoiser_is_checked_by_its_configuration_before_any_weights_are_read(
     pipeline_folder: PipelineFolder, tmp_path: Path, family: str

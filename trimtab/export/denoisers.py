@@ -22,13 +22,14 @@ def denoiser_name(source: Source) -> str:
 
 
 def latent_space(source: Source) -> tuple[int, int]:
-    """Channels of a latent, and pixels to a latent along a side; without an autoencoder latents are pictures.
+    """Channels of a latent, and pixels to a latent along a side; of a pipeline of pixels latents are pictures.
 
     Raises:
-        InputError: A configuration cannot be read.
+        InputError: A configuration cannot be read, or the pipeline lacks its autoencoder.
         ExportError: An autoencoder that does more than decode its latents.
     """
-    name = "vae" if source.has("vae") else denoiser_name(source)
+    pixels = _WRAPPERS.get(source.pipeline_class) is _pixel_unet
+    name = denoiser_name(source) if pixels else "vae"
     config = source.config(name)
     if name == "vae" and source.class_name(name) not in AUTOENCODERS:
         raise ExportError(
