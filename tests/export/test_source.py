@@ -96,6 +96,21 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
         Source(folder).load("text_encoder")
 
 
+@pytest.mark.parametrize("index", ["index.json", "index.fp16.json", "fp16.index.json"])
+def test_a_shard_that_is_missing_is_found_before_anything_is_exported(index: str, folder: Path) -> None:
+    weights = load_file(folder / NAME.format(""))
+    (folder / NAME.format("")).unlink()
+    variant = ".fp16" if "fp16" in index else ""
+    first, second = (NAME.format(f"{variant}-0000{number}-of-00002") for number in (1, 2))
+    save_file(weights, folder / first)
+    named = {"weight_map": {"a": Path(first).name, "b": Path(second).name}}
+    (folder / "text_encoder" / f"model.safetensors.{index}").write_text(json.dumps(named))
+    with pytest.raises(InputError, match=f"text_encoder lacks {Path(second).name}, a shard"):
+        Source(folder).check_weights()
+    save_file(weights, folder / second)
+    Source(folder).check_weights()
+
+
 def test_weights_in_a_form_that_is_not_read_are_found_before_anything_is_exported(
     pipeline_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

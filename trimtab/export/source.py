@@ -197,7 +197,25 @@ class Source:
             )
         for file in files:
             _check_safetensors(file)
-        return _variant(_variant_of(file.name, stem) for file in files)
+        wanted = _variant(_variant_of(file.name, stem) for file in files)
+        names, variant = {file.name for file in files}, f".{wanted}" if wanted else ""
+        whole = f"{stem}{variant}.safetensors" in names
+        if not whole and (missing := _shards(folder, stem, variant) - names):
+            raise InputError(f"{folder} lacks {min(missing)}, a shard of its weights: copy it again")
+        return wanted
+
+
+def _shards(folder: Path, stem: str, variant: str) -> set[str]:
+    """The shards that the index of a variant names (".fp16", or "" for the plain weights); none where there is none."""
+    # Versions of diffusers put the variant's name before or behind "index".
+    names = {f"{stem}.safetensors.index{variant}.json", f"{stem}.safetensors{variant}.index.json"}
+    for path in (folder / name for name in sorted(names)):
+        if path.is_file():
+            try:
+                return set(map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                raise InputError(f"{path} cannot be read ({first_line(error)}): copy it again") from None
+    return set()
 
 
 def _variant_of(name: str, stem: str) -> str | None:
