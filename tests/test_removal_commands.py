@@ -158,6 +158,16 @@ def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.usefixtures("in_one_process")
+def test_scores_of_other_samples_than_the_default_are_used_as_they_are(tmp_path: Path) -> None:
+    model, losses = denoiser(tmp_path / "model"), tmp_path / "losses"
+    assert run("score", model, "--samples", 3, "--steps", 3, "-o", losses) == 0
+    known = losses.read_text()
+    options = ("compile", model, "--remove", 0.3, "--scores", losses, "-o", tmp_path / "b")
+    assert run(*options, "--steps", 3) == 0
+    assert losses.read_text() == known
+
+
+@pytest.mark.usefixtures("in_one_process")
 def test_graphs_that_were_measured_and_then_cut_stay_in_no_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -126,7 +126,7 @@ def _remove(
     from trimtab.calibration.choice import Wish
     from trimtab.calibration.planning import Calibration, plan_removal
 
-    calibration = Calibration(log=Path(recipe.scores) if recipe.scores else None)
+    calibration = Calibration.of_scores(Path(recipe.scores)) if recipe.scores else Calibration()
     plan = plan_removal(
         program,
         Wish(

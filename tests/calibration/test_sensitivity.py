@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import residual
 
 from trimtab.calibration import workers
 from trimtab.calibration.gates import GatedDenoiser
+from trimtab.calibration.planning import Calibration
 from trimtab.calibration.sensitivity import GatedGraph, kept_losses, mark_of
 from trimtab.calibration.trajectories import Sample
 from trimtab.calibration.workers import Workers
@@ -27,11 +29,16 @@ from trimtab.passes.candidates import Candidates
 from trimtab.passes.removal import RemoveLayers
 
 
-def graph(folder: Path, widths: tuple[int, ...] = (4, 8, 12), count: int = 3) -> GatedGraph:
+def graph(
+    folder: Path,
+    widths: tuple[int, ...] = (4, 8, 12),
+    count: int = 3,
+    asked: Mapping[str, object] | None = None,
+) -> GatedGraph:
     samples = [
         Sample(i, "denoiser", residual.inputs(seed=i), np.zeros((1, 6, 5), np.float32)) for i in range(count)
     ]
-    return GatedGraph(residual.denoiser(widths), samples, folder)
+    return GatedGraph(residual.denoiser(widths), samples, folder, asked=asked)
 
 
 def test_a_loss_is_that_of_the_graph_with_the_layer_removed(tmp_path: Path) -> None:
@@ -91,6 +98,22 @@ def test_a_file_of_another_model_or_of_other_samples_is_refused(tmp_path: Path) 
         graph(tmp_path / "b", widths=(4, 8, 13)).score(Workers(), log=log)
     with pytest.raises(CalibrationError, match="losses on other samples"):
         graph(tmp_path / "c", count=4).score(Workers(), log=log)
+
+
+@pytest.mark.parametrize("asked", [{}, {"samples": 3, "prompts": ("a cat", "a dog")}])
+def test_a_file_says_what_its_samples_were_asked_for_by(asked: dict[str, Any], tmp_path: Path) -> None:
+    log, calibration = tmp_path / "losses", Calibration(**asked)
+    assert Calibration.of_scores(log) == Calibration(log=log)
+    graph(tmp_path / "a", asked=calibration.asked).score(Workers(), log=log)
+    assert Calibration.of_scores(log) == replace(calibration, log=log)
+
+
+@pytest.mark.parametrize("asked", ['"all"', '{"samples": "all"}', '{"prompts": "a cat"}'])
+def test_a_file_that_does_not_say_it_is_refused(asked: str, tmp_path: Path) -> None:
+    log = tmp_path / "losses"
+    log.write_text(f'{{"fingerprint": "x", "asked": {asked}}}\n')
+    with pytest.raises(CalibrationError, match="does not say what its losses were measured on"):
+        Calibration.of_scores(log)
 
 
 def test_a_file_of_the_same_architecture_with_other_weights_is_refused(tmp_path: Path) -> None:

@@ -65,6 +65,18 @@ def peek(path: Path, fingerprint: str, parse: Callable[[Any], T], *, holds: str)
     return known
 
 
+def header(path: Path, parse: Callable[[Any], T], *, holds: str) -> dict[str, object]:
+    """What a file says of its measurements; nothing where there is none. The file stays as it is.
+
+    Raises:
+        CalibrationError: It is no such file.
+        InputError: It cannot be read.
+    """
+    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+        return {}
+    return _read(path, parse, holds)[0]
+
+
 def _read(path: Path, parse: Callable[[Any], T], holds: str) -> tuple[dict[str, object], list[T], str | None]:
     """The header, the measurements, and the whole lines of a file whose last one was cut short."""
     try:

@@ -15,7 +15,16 @@ from trimtab.calibration.choice import Wish
 from trimtab.calibration.draft import draft
 from trimtab.calibration.forecast import least_seconds
 from trimtab.calibration.measures import Measure
-from trimtab.calibration.sensitivity import SAMPLES, GatedGraph, Progress, Scores, clock, kept_losses, mark_of
+from trimtab.calibration.sensitivity import (
+    SAMPLES,
+    GatedGraph,
+    Progress,
+    Scores,
+    asked_for,
+    clock,
+    kept_losses,
+    mark_of,
+)
 from trimtab.calibration.trajectories import record_each, stratified
 from trimtab.calibration.workers import Workers
 from trimtab.errors import InputError, PassError
@@ -56,6 +65,25 @@ class Calibration:
     seed: int = 0
     workers: Workers = field(default_factory=Workers)
     log: Path | None = None
+
+    @classmethod
+    def of_scores(cls, log: Path) -> Calibration:
+        """What the losses that a file holds were measured on, or will be where there is none.
+
+        Raises:
+            CalibrationError: The file is of something else.
+        """
+        return cls(**asked_for(log), log=log)
+
+    @property
+    def asked(self) -> dict[str, object]:
+        """What makes its samples others than those of the defaults, as JSON has it."""
+        asked: dict[str, object] = {}
+        if self.samples != SAMPLES:
+            asked["samples"] = self.samples
+        if self.prompts is not None:
+            asked["prompts"] = list(self.prompts)
+        return asked
 
     def __post_init__(self) -> None:
         if self.samples < 2:
@@ -120,7 +148,7 @@ def score_layers(
         if progress is not None:
             progress(0, steps + jobs)
         samples = record_each(pipeline, walk, on_step=on_step)
-    graph = GatedGraph(model, samples, folder, mark)
+    graph = GatedGraph(model, samples, folder, mark, calibration.asked)
 
     def on_loss(done: int, total: int) -> None:
         if progress is not None:

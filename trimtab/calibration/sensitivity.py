@@ -20,7 +20,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.calibration.gates import GATES, Array, add_gates
-from trimtab.calibration.journal import add, peek, resume
+from trimtab.calibration.journal import add, header, peek, resume
 from trimtab.calibration.trajectories import Sample, digest
 from trimtab.calibration.workers import CHUNK, Job, Workers
 from trimtab.errors import CalibrationError
@@ -38,6 +38,8 @@ SAMPLES = 16
 """Evaluations that a score is the mean of, unless the user says another number."""
 
 _SCHEMA = 1
+
+_SAMPLES_OF = "samples (those of another --steps, --scheduler, --size, --samples or --prompt)"
 
 Progress = Callable[[int, int], None]
 """Told (evaluations done, evaluations in all)."""
@@ -73,13 +75,20 @@ class GatedGraph:
         samples: See `trimtab.calibration.trajectories.record`.
         folder: Of a draft.
         mark: The model's `mark_of`, where it is known already.
+        asked: What the samples were asked for by, which a file of losses then says, for `asked_for`.
     """
 
     def __init__(
-        self, model: ir.Model, samples: Sequence[Sample], folder: Path, mark: str | None = None
+        self,
+        model: ir.Model,
+        samples: Sequence[Sample],
+        folder: Path,
+        mark: str | None = None,
+        asked: Mapping[str, object] | None = None,
     ) -> None:
         self.candidates = Candidates(model)
         self._mark = mark
+        self._asked = {"asked": dict(asked)} if asked else {}
         self.samples = [row_of(sample, model, number) for number, sample in enumerate(samples)]
         self.path = folder / GRAPHS / "denoiser.gated.onnx"
         gated = add_gates(model, self.candidates)
@@ -155,7 +164,7 @@ class GatedGraph:
         """Losses of each set on every sample."""
         known: dict[Job, float] = {}
         if log is not None:
-            known = dict(resume(log, self._header(), _parse, holds="losses", measured_on="samples"))
+            known = dict(resume(log, self._header(), _parse, holds="losses", measured_on=_SAMPLES_OF))
         numbers = range(len(self.samples))
         jobs = dict.fromkeys((i, names) for i in numbers for names in sets)
         missing = [job for job in jobs if job not in known]
@@ -171,7 +180,7 @@ class GatedGraph:
         samples = [digest([sample]) for sample in self.samples]
         if self._mark is None:
             self._mark = mark_of(self.candidates)
-        return {"schema": _SCHEMA, "fingerprint": self._mark, "samples": samples}
+        return {"schema": _SCHEMA, "fingerprint": self._mark, "samples": samples, **self._asked}
 
 
 def mark_of(candidates: Candidates) -> str:
@@ -224,6 +233,22 @@ def kept_losses(log: Path, mark: str) -> int:
         CalibrationError: The file is of another model, or of something else.
     """
     return sum(len(names) == 1 for (_, names), _ in peek(log, mark, _parse, holds="losses"))
+
+
+def asked_for(log: Path) -> dict[str, Any]:
+    """What the samples of a file of losses were asked for by: ``samples``, ``prompts``, where no defaults.
+
+    Raises:
+        CalibrationError: It is no such file.
+    """
+    asked: Any = header(log, _parse, holds="losses").get("asked", {})
+    known = isinstance(asked, dict) and isinstance(asked.get("samples", 0), int)
+    if not known or not isinstance(asked.get("prompts", []), list):
+        raise CalibrationError(
+            f"{log} does not say what its losses were measured on: name another file, or remove it"
+        )
+    found = {name: asked[name] for name in ("samples", "prompts") if name in asked}
+    return found | ({"prompts": tuple(map(str, found["prompts"]))} if "prompts" in found else {})
 
 
 def _parse(entry: Mapping[str, Any]) -> tuple[Job, float]:
