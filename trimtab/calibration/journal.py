@@ -35,7 +35,7 @@ def resume(
         CalibrationError: It is no such file, or one of another model or of other samples.
         InputError: It cannot be read or written.
     """
-    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+    if _is_new(path):
         write_file(path, _line(header).encode())
         return []
     first, known, cut = _read(path, parse, holds)
@@ -57,7 +57,7 @@ def peek(path: Path, fingerprint: str, parse: Callable[[Any], T], *, holds: str)
         CalibrationError: It is no such file, or one of another model.
         InputError: It cannot be read.
     """
-    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+    if _is_new(path):
         return []
     first, known, _ = _read(path, parse, holds)
     if first["fingerprint"] != fingerprint:
@@ -72,9 +72,13 @@ def header(path: Path, parse: Callable[[Any], T], *, holds: str) -> dict[str, ob
         CalibrationError: It is no such file.
         InputError: It cannot be read.
     """
-    if not path.exists() or (path.is_file() and path.stat().st_size == 0):
+    if _is_new(path):
         return {}
     return _read(path, parse, holds)[0]
+
+
+def _is_new(path: Path) -> bool:
+    return not path.exists() or (path.is_file() and path.stat().st_size == 0)
 
 
 def _read(path: Path, parse: Callable[[Any], T], holds: str) -> tuple[dict[str, object], list[T], str | None]:

@@ -2,7 +2,7 @@
 
 `torch.onnx.export` runs a traced program through fake tensors once more, to take apart the operators that have
 no translation to ONNX and to make writes in place into new values. With open sizes that is a third of an
-export's time. Most of our graphs have neither: nothing in them writes in place, and every operator has a
+export's time. Most of our graphs have neither: nothing in them writes over what is read again, and every operator has a
 translation, once the few below are given theirs. Such a program is translated as it stands; the graph
 computes the same to the last bit, and nodes that were made up by the second trace no longer lack module names.
 """
@@ -22,11 +22,11 @@ T = TypeVar("T")
 """For arguments of one type: numbers among them become constants of it."""
 
 AS_THEY_ARE = frozenset(
-    {"__and__", "chunk", "concat", "contiguous", "conv2d", "dropout", "einsum", "flatten", "group_norm"}
-    | {"layer_norm", "linear", "meshgrid", "min", "outer", "pad", "repeat_interleave", "reshape", "rms_norm"}
-    | {"scaled_dot_product_attention", "sym_size", "to", "unflatten", "upsample_nearest2d", "where"}
+    {"chunk", "concat", "contiguous", "conv2d", "dropout", "einsum", "flatten", "group_norm", "layer_norm"}
+    | {"linear", "pad", "reshape", "rms_norm", "scaled_dot_product_attention", "sym_size", "to", "unflatten"}
+    | {"upsample_nearest2d"}
 )
-"""Composite operators that the exporter, or `TRANSLATIONS`, translates without taking them apart."""
+"""Composite operators that the exporter translates without taking them apart; `TRANSLATIONS` has others."""
 
 
 def _cast(
@@ -164,8 +164,8 @@ def decompose_only_if_needed(exported: torch.export.ExportedProgram) -> None:
 def needs_decomposition(exported: torch.export.ExportedProgram, table: Mapping[Any, Any]) -> bool:
     """Whether something in a program has no translation as it stands.
 
-    That is an operator in ``table``, one that writes in place, control flow, or a composite one that is not in
-    `AS_THEY_ARE`.
+    That is an operator in ``table``, one that writes over what something else may read, control flow, or a composite
+    one that is in neither `AS_THEY_ARE` nor `TRANSLATIONS`.
 
     Args:
         exported: A program as `torch.export.export` gives it.
@@ -184,7 +184,8 @@ def _is_in_the_way(node: torch.fx.Node, table: Mapping[Any, Any]) -> bool:
     schema = operator._schema
     if operator in table or (schema.is_mutable and not _writes_over_what_nothing_else_reads(node)):
         return True
-    return _is_composite(operator) and schema.name.removeprefix("aten::") not in AS_THEY_ARE
+    known = operator in TRANSLATIONS or schema.name.removeprefix("aten::") in AS_THEY_ARE
+    return _is_composite(operator) and not known
 
 
 def _writes_over_what_nothing_else_reads(node: torch.fx.Node) -> bool:

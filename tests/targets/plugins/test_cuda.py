@@ -114,26 +114,6 @@ ONCE = {"fp16": 2.0**-11 + 1e-5, "bf16": 2.0**-8 + 1e-5}
         (FewRows(32, 32, 16, 3), 33, 32, 320, 2, 6, "fp16"),
         (FewRows(8, 32, 32, 4), 9, 1, 1, 4, 8, "fp16"),
         (FewRows(32, 32), 31, 33, 1544, 4, 8, "bf16"),
-    ],
-)
-def test_few_rows_are_rounded_once(
-    cut: FewRows,
-    m: int,
-    n: int,
-    k: int,
-    d: int,
-    bits: int,
-    dtype: str,
-    tmp_path: Path,
-    emulate: Callable[..., float],
-) -> None:
-    assert emulate(cut, m, n, k, tmp_path, d=d, bits=bits, dtype=dtype) <= ONCE[dtype]
-
-
-@needs_a_compiler
-@pytest.mark.parametrize(
-    ("cut", "m", "n", "k", "d", "bits", "dtype"),
-    [
         (ManyRows(64), 70, 72, 328, 4, 8, "fp16"),
         (ManyRows(32, line=64), 33, 64, 320, 4, 8, "bf16"),
         (ManyRows(128, 2, 32), 40, 136, 192, 4, 8, "fp16"),
@@ -143,8 +123,8 @@ def test_few_rows_are_rounded_once(
         (ManyRows(128, stages=2, line=32), 129, 65, 200, 2, 8, "fp16"),
     ],
 )
-def test_many_rows_are_rounded_once(
-    cut: ManyRows,
+def test_products_of_few_and_of_many_rows_are_rounded_once(
+    cut: FewRows | ManyRows,
     m: int,
     n: int,
     k: int,

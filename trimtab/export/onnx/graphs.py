@@ -92,12 +92,11 @@ def open_graph(name: str, file: Path) -> Foreign:
         raise InputError(f"{file} reads {lost!r}, which nothing in it makes: export it again")
     passes: list[ir.passes.PassBase] = [
         common.TopologicalSortPass(),
+        *([common.InlinePass()] if model.functions else []),
         common.RemoveInitializersFromInputsPass(),
         common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         common.LiftSubgraphInitializersToMainGraphPass(),
     ]
-    if model.functions:
-        passes.insert(1, common.InlinePass())
     try:
         for step in passes:
             model = step(model).model
