@@ -246,6 +246,27 @@ def test_hidiffusion_refuses_a_u_net_that_lacks_what_it_scales_back(
         hidiffusion(program)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "reason"),
+    [
+        ({"hidiffusion": True}, "HiDiffusion rewrites U-Nets"),
+        ({"inherit": {"every": 2, "skip": ["branch 9"]}}, "branch 9 is to be inherited"),
+        ({"inherit": {"speed": 1.5, "skip": ["*.no"]}}, r"\*\.no is to be inherited"),
+    ],
+)
+def test_what_the_last_passes_refuse_is_said_before_weights_are_packed(
+    recipe: dict[str, Any], reason: str, bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    program = plain(bundle_folder("sd15"))
+    if "hidiffusion" in recipe:  # which goes by the names of modules
+        for node in program.segments["denoiser"].model.graph:
+            node.metadata_props.clear()
+    told: list[str] = []
+    with pytest.raises(PassError, match=reason):
+        transform(program, make_recipe({"vq": 2, **recipe}), tmp_path, told.append)
+    assert told == []
+
+
 def test_a_search_measures_schedules_of_larger_pictures_at_a_size_that_walks_them(
     bundle_folder: BundleFolder, tmp_path: Path
 ) -> None:

@@ -17,7 +17,7 @@ from trimtab.calibration.ranges import FILE as RANGES
 from trimtab.calibration.ranges import measure_ranges
 from trimtab.errors import InputError
 from trimtab.export.onnx.files import export_onnx
-from trimtab.export.pipeline import export_pipeline
+from trimtab.export.pipeline import check_options, export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
 from trimtab.passes.hidiffusion import scale_of
@@ -93,6 +93,8 @@ def compile(
     place = output.absolute()
     check_replaceable(output, MANIFEST)
     path = find(str(model))
+    if path.is_dir():
+        check_options(Source(path), guidance=chosen.guidance, hidiffusion=chosen.hidiffusion)
     opened = _open_cache(cache, devices)  # what is wrong with it is said before hours of work
 
     with staged_folder(output, MANIFEST) as stage:

@@ -12,7 +12,7 @@ together; a table of what depends on the picture's size is written whole, and ev
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -228,12 +228,12 @@ def first_step(steps: int, strength: float, rounds_up: bool) -> int:
     return int(steps - steps * strength) if rounds_up else steps - int(steps * strength)
 
 
-def check_guidance(scale: float | None, tasks: Iterable[Task]) -> None:
-    """Raises InputError for a scale where no task has guidance.
+def check_guidance(scale: float | None, has_guidance: bool) -> None:
+    """Raises InputError for a scale where a model, or a task, has no guidance.
 
     Cards of such models give 0: none is asked for, as by 1.
     """
-    if scale is not None and not scale <= 1 and all(task.guidance is None for task in tasks):  # NaN neither
+    if scale is not None and not scale <= 1 and not has_guidance:  # NaN neither
         raise InputError(
             f"a guidance scale of {scale:g} was given and this model has no guidance: leave it out"
         )
@@ -245,7 +245,7 @@ def with_guidance(program: Program, scale: float) -> Program:
     Raises:
         InputError: The model has no guidance, and a scale above 1 is given.
     """
-    check_guidance(scale, program.tasks.values())
+    check_guidance(scale, any(task.guidance is not None for task in program.tasks.values()))
     tasks = {
         name: task if task.guidance is None else replace(task, guidance=scale)
         for name, task in program.tasks.items()

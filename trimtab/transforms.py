@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trimtab.errors import InputError
-from trimtab.passes.hidiffusion import hidiffusion
-from trimtab.passes.inherit import inherit
+from trimtab.passes.hidiffusion import check_places, hidiffusion
+from trimtab.passes.inherit import check_regions, inherit
 from trimtab.passes.inherit_plan import FILE as INHERITED
 from trimtab.passes.inherit_plan import InheritPlan, save_plan
 from trimtab.passes.mix_kernels import mix_kernels
@@ -51,8 +51,12 @@ def transform(
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
-    # Of the whole model: what they name is found before any work.
+    # Of the whole model: what they name is found before layers are scored and weights are trained.
     switches = open_switches(program, recipe.switch)
+    if recipe.hidiffusion:
+        check_places(program)
+    if recipe.inherit is not None:
+        check_regions(program, recipe.inherit)
     program = _remove(program, recipe, folder, progress, device)
     if recipe.switch:
         program = switch(program, switches.others, switches.ranges)

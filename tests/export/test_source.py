@@ -15,8 +15,10 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from safetensors.torch import load_file, save_file
 
+import trimtab
 from trimtab.errors import ExportError, InputError
-from trimtab.export.pipeline import export_pipeline
+from trimtab.export.families import has_guidance
+from trimtab.export.pipeline import check_options, export_pipeline
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.runtime.tokenizer import Tokenizer
 
@@ -25,10 +27,12 @@ NAME = "text_encoder/model{}.safetensors"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A pipeline of a text encoder, without its weights."""
+    """A pipeline of a text encoder, without its weights, and of a tokenizer's empty folder."""
     tiny.clip_text().save_pretrained(tmp_path / "text_encoder")
+    (tmp_path / "tokenizer").mkdir()
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline"}
     index["text_encoder"] = ["transformers", "CLIPTextModel"]
+    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     return tmp_path
 
@@ -118,6 +122,47 @@ def test_weights_in_a_form_that_is_not_read_are_found_before_anything_is_exporte
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     assert_refused_before_an_export(folder, InputError, "vae holds only diffusion_pytorch_model")
+
+
+def test_a_text_encoder_without_its_tokenizer_is_found_before_anything_is_exported(
+    pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pipeline_folder("sd3"), tmp_path / "sd3"))
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer_3": [None, None]}))
+    assert_refused_before_an_export(folder, InputError, "has no tokenizer_3: StableDiffusion3Pipeline needs")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        (
+            "flux",
+            {"hidiffusion": True},
+            "rewrites U-Nets, and this pipeline's denoiser is FluxTransformer2DMo",
+        ),
+        ("dit", {"hidiffusion": True}, r"denoiser is (DiT)?Transformer2DModel: leave it out"),
+        ("ddpm", {"guidance": 2.0}, "a guidance scale of 2 was given and this model has no guidance"),
+    ],
+)
+def test_an_option_that_the_configurations_refuse_is_refused_before_anything_is_exported(
+    family: str, options: dict[str, Any], reason: str, pipeline_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    told: list[str] = []
+    with pytest.raises(InputError, match=reason):
+        trimtab.compile(pipeline_folder(family), tmp_path / "x", progress=told.append, **options)
+    assert told == [] and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_a_flux_has_guidance_where_its_transformer_reads_it(embedded: bool, tmp_path: Path) -> None:
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer/config.json").write_text(json.dumps({"guidance_embeds": embedded}))
+    source = Source(tmp_path)
+    assert has_guidance(source) == embedded
+    check_options(source, guidance=0.0, hidiffusion=False)  # as a schnell's card has it
 
 
 def test_a_scheduler_without_a_table_is_found_before_anything_is_exported(

@@ -34,6 +34,7 @@ from trimtab.export.parts import (
     timestep_example,
     tokens_example,
 )
+from trimtab.export.source import Source
 from trimtab.export.trace import Example
 from trimtab.program import TensorSpec
 
@@ -358,6 +359,18 @@ def _example_mask() -> torch.Tensor:
     mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
     mask[0, TOKENS // 2 :] = 0
     return mask
+
+
+def has_guidance(source: Source) -> bool:
+    """Whether a pipeline has a guidance scale, of whichever kind, by its configurations.
+
+    Raises:
+        InputError: A configuration is missing or cannot be read.
+    """
+    family = FAMILIES.get(source.pipeline_class)
+    if family is flux:
+        return bool(source.config(denoiser_name(source)).get("guidance_embeds"))
+    return family is not unconditional
 
 
 FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.errors import ExportError
-from trimtab.export.denoisers import check_denoiser
-from trimtab.export.families import FAMILIES, dit, stable_diffusion, unconditional
+from trimtab.errors import ExportError, InputError
+from trimtab.export.denoisers import check_denoiser, denoiser_name
+from trimtab.export.families import FAMILIES, dit, has_guidance, stable_diffusion, unconditional
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks, timesteps_options
@@ -17,7 +17,16 @@ from trimtab.export.sampler.walk import can_add_noise
 from trimtab.export.sizes import measure
 from trimtab.export.source import Source
 from trimtab.passes.sampler import FuseSampler
-from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, TensorSpec, check_size
+from trimtab.program import (
+    DENOISER,
+    Call,
+    PassEntry,
+    Program,
+    Segment,
+    TensorSpec,
+    check_guidance,
+    check_size,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +83,25 @@ def export_pipeline(
     family(parts)
     sampling = Sampling(chosen, steps, parts.step_options | dict(step_options or {}))
     return finish(parts, sampling)
+
+
+def check_options(source: Source, *, guidance: float | None, hidiffusion: bool) -> None:
+    """Refuses what a pipeline's configurations say does not fit it, and the exported program would only say later.
+
+    Args:
+        source: The pipeline.
+        guidance: The scale that is to be the program's own.
+        hidiffusion: Whether larger pictures are wanted, which `trimtab.passes.hidiffusion` makes of U-Nets.
+
+    Raises:
+        InputError: A configuration is missing or cannot be read, or an option does not fit.
+    """
+    check_guidance(guidance, has_guidance(source))
+    name = denoiser_name(source)
+    if hidiffusion and name != "unet":
+        raise InputError(
+            f"HiDiffusion rewrites U-Nets, and this pipeline's denoiser is {source.class_name(name)}: leave it out"
+        )
 
 
 def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None) -> Program:

@@ -177,13 +177,16 @@ class Source:
         """Looks at the weight files of every model that is exported: the last is loaded long after the first.
 
         Raises:
-            InputError: One is missing, cut short, or of a form that is not read; or its class is not installed.
+            InputError: One is missing, cut short, or of a form that is not read; its class is not installed; or a text
+                encoder lacks its tokenizer.
         """
         for name in self.index:
             if name.startswith(_EXPORTED) and self.has(name):
                 library, class_name = self._entry(name)
                 self._class(name, library, class_name)
                 self._weights(self.folder / name, _STEMS[library])
+                if name.startswith("text_encoder"):
+                    self._entry(name.replace("text_encoder", "tokenizer"))
 
     def _weights(self, folder: Path, stem: str) -> str | None:
         """Checks that the weight files are there and whole; gives the variant to load ("fp16"), or None for none."""

@@ -55,6 +55,17 @@ def rewrites_at(places: Places, scale: int, step: int, steps: int) -> tuple[str,
     return ()
 
 
+def check_places(program: Program) -> None:
+    """Refuses denoisers that `hidiffusion` does not cover by the names of their modules, before long work.
+
+    Raises:
+        PassError: A denoiser is no U-Net of enough levels.
+    """
+    for name, segment in program.segments.items():
+        if name.startswith(DENOISER):
+            find_places(segment.model)
+
+
 def hidiffusion(program: Program) -> Program:
     """Adds schedules for pictures of two and of four times the trained side to a U-Net's Program.
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from trimtab.errors import PassError
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import reach, step_calls
-from trimtab.passes.regions import default_region, find_region
+from trimtab.passes.regions import check_region, default_region, find_region
 from trimtab.passes.segments import local_nodes
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 
@@ -54,6 +54,24 @@ def inherit(program: Program, plan: InheritPlan) -> Program:
         for name, f in features.items()
     ]
     return dataclasses.replace(program, tasks=tasks, passes=(*program.passes, *entries))
+
+
+def check_regions(program: Program, plan: InheritPlan) -> None:
+    """Refuses a plan that names what no denoiser has, before the work that comes in front of `inherit`.
+
+    Args:
+        program: With whole denoisers; stays as it is.
+        plan: With or without ``speed``.
+
+    Raises:
+        PassError: A denoiser lacks a region.
+    """
+    if plan.every == 1:
+        return
+    for name, segment in program.segments.items():
+        if name.startswith(DENOISER):
+            for region in plan.skip or (default_region(segment.model),):
+                check_region(segment.model, region)
 
 
 def split_name(schedule: str) -> tuple[str, int]:

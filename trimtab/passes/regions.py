@@ -82,24 +82,41 @@ def find_region(model: ir.Model, name: str) -> Region:
         PassError: The graph has no such region.
     """
     graph = model.graph
+    found = _places(graph, name)
+    if isinstance(found, ir.Value):
+        return Region(name, (str(found.name),))
+    values = [v for paths in found for v in _stands_for(graph, paths)]
+    if not values:
+        raise PassError(f"{name} is to be inherited, and nothing outside of it reads what it makes")
+    return Region(name, tuple(values))
+
+
+def check_region(model: ir.Model, name: str) -> None:
+    """Refuses a name that means nothing in a denoiser, which stays as it is.
+
+    Raises:
+        PassError: The graph has no such region.
+    """
+    _places(model.graph, name)
+
+
+def _places(graph: ir.Graph, name: str) -> ir.Value | list[list[str]]:
+    """What a name means: the feature of a branch, or the paths of modules, in groups that are skipped as one."""
     if match := re.fullmatch(r"branch (\d+)", name):
         found = branches(graph)
         if int(match[1]) >= len(found):
             raise PassError(
                 f"{name} is to be inherited and the denoiser has the branches {_span(len(found))}"
             )
-        return Region(name, (str(found[int(match[1])].name),))
+        return found[int(match[1])]
     if match := re.fullmatch(r"blocks (\d+)-(\d+)", name):
         blocks, first, last = _blocks(graph), int(match[1]), int(match[2])
         if first > last or last >= len(blocks):
             raise PassError(
                 f"{name} are to be inherited and the denoiser has the blocks {_span(len(blocks))}"
             )
-        return Region(name, _stands_for(graph, blocks[first : last + 1]))
-    values = [v for path in _modules(graph, name) for v in _stands_for(graph, [path])]
-    if not values:
-        raise PassError(f"{name} is to be inherited, and nothing outside of it reads what it makes")
-    return Region(name, tuple(values))
+        return [blocks[first : last + 1]]
+    return [[path] for path in _modules(graph, name)]
 
 
 def branches(graph: ir.Graph) -> list[ir.Value]:

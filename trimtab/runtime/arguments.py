@@ -78,7 +78,7 @@ def _memory_bytes() -> float:
 def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float | None) -> tuple[float, int]:
     """The guidance scale and the number of rows that it takes."""
     if task.guidance is None:
-        check_guidance(guidance, [task])
+        check_guidance(guidance, has_guidance=False)
         return 1.0, 1
     scale = number("guidance scale", task.guidance if guidance is None else guidance)
     if not abs(scale) <= float(np.finfo(np.float32).max):  # NaN neither
