@@ -19,12 +19,13 @@ import difflib
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
+from trimtab.passes.readers import Bypass, Readers, end_of
 from trimtab.passes.scopes import module_tree, scopes
 
 _LINEAR = ("Conv", "MatMul", "Gemm")
@@ -67,8 +68,8 @@ class Candidates(Mapping[str, Candidate]):
 
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
-        self._whole = _live(model.graph, {})
-        self.all_weights = [value for value in model.graph.initializers.values() if value in self._whole]
+        self._readers = Readers(model.graph)
+        self.all_weights = [v for v in model.graph.initializers.values() if v in self._readers.live]
         self.parameters, self.bytes = _sizes(self.all_weights)
         flow = _Flow(model.graph)
         branches = list(_branches(model.graph, flow))
@@ -131,7 +132,7 @@ class Candidates(Mapping[str, Candidate]):
         Raises:
             PassError: No such candidate.
         """
-        return {str(value.name) for value in self._whole - _live(self._graph, self.bypass(names))}
+        return {str(value.name) for value in self._readers.dead(self.bypass(names))}
 
     def bypass(self, names: Iterable[str]) -> dict[ir.Value, ir.Value]:
         """Value -> what stands in for it when all of these are gone; chains are followed to their end.
@@ -150,28 +151,29 @@ class Candidates(Mapping[str, Candidate]):
             if name not in covered
             for value, stand_in in self._bypass[name].items()
         }
-        return {value: _end(joint, stand_in) for value, stand_in in joint.items()}
+        return {value: end_of(joint, stand_in) for value, stand_in in joint.items()}
 
-    def own_bypass(self, name: str) -> Mapping[ir.Value, ir.Value]:
+    def own_bypass(self, name: str) -> Bypass:
         """Value -> what stands in for it when this one alone is gone."""
         return self._bypass[name]
 
     def weights(self, name: str) -> list[ir.Value]:
         """The initializers that go with one candidate."""
-        live = _live(self._graph, self.bypass([name]))
-        return [value for value in self.all_weights if value not in live]
+        dead = self._readers.dead(self.bypass([name]))
+        return [value for value in self.all_weights if value in dead]
 
-    def _freed(self, bypass: Mapping[ir.Value, ir.Value]) -> tuple[int, int]:
-        live = _live(self._graph, bypass)
-        return _sizes(value for value in self.all_weights if value not in live)
+    def _freed(self, bypass: Bypass) -> tuple[int, int]:
+        return _sizes(value for value in self._readers.dead(bypass) if value.is_initializer())
 
     def _inside(self, name: str, parameters: int, sizes: Mapping[str, tuple[str, int, int]]) -> Iterator[str]:
         """Candidates with nothing left to do once ``name`` is gone: their own values are dead or the same."""
-        own = self._bypass[name]
-        live = _live(self._graph, own)
+        dead = self._readers.dead(self._bypass[name])
         for other, bypass in self._bypass.items():
-            if other != name and sizes[other][1] <= parameters and not any(v in live for v in bypass):
+            if other != name and sizes[other][1] <= parameters and not self._any_lives(bypass, dead):
                 yield other
+
+    def _any_lives(self, values: Iterable[ir.Value], dead: Container[ir.Value]) -> bool:
+        return any(value in self._readers.live and value not in dead for value in values)
 
     def _blocks(self, branches: list[_Branch]) -> Iterator[tuple[str, dict[ir.Value, ir.Value]]]:
         """Modules whose results are their inputs plus branches, and that free more than those one by one."""
@@ -189,31 +191,9 @@ class Candidates(Mapping[str, Candidate]):
                     bypass[output] = value
             if not bypass or path in taken:
                 continue
-            live = _live(self._graph, bypass)
-            others = (v for v in module.outputs if v not in bypass and _rank(v) >= _FEATURES)
-            if not any(value in live for value in others) and self._freed(bypass)[0] > size:
+            others = [v for v in module.outputs if v not in bypass and _rank(v) >= _FEATURES]
+            if not self._any_lives(others, self._readers.dead(bypass)) and self._freed(bypass)[0] > size:
                 yield path, bypass
-
-
-def _end(bypass: Mapping[ir.Value, ir.Value], value: ir.Value) -> ir.Value:
-    while value in bypass:
-        value = bypass[value]
-    return value
-
-
-def _live(graph: ir.Graph, bypass: Mapping[ir.Value, ir.Value]) -> set[ir.Value]:
-    """Values that the graph's outputs depend on; what is replaced is not among them."""
-    live: set[ir.Value] = set()
-    todo: list[ir.Value] = list(graph.outputs)
-    while todo:
-        value = _end(bypass, todo.pop())
-        if value in live:
-            continue
-        live.add(value)
-        node = value.producer()
-        if node is not None:
-            todo += [v for v in node.inputs if v is not None]
-    return live
 
 
 def _sizes(weights: Iterable[ir.Value]) -> tuple[int, int]:
