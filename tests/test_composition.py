@@ -159,7 +159,9 @@ def test_a_bundle_that_switches_draws_what_its_parts_draw_in_turn(
 
 @pytest.mark.usefixtures("codebooks_apart")
 @pytest.mark.xdist_group("ddpm")
-@pytest.mark.parametrize(("scheduler", "switch"), [("dpm++", 3), ("pndm", 5)])
+@pytest.mark.parametrize(
+    ("scheduler", "switch"), [("dpm++", 3), pytest.param("pndm", 5, marks=pytest.mark.slow)]
+)
 def test_what_a_sampler_remembers_passes_from_one_denoiser_to_the_other(
     scheduler: str, switch: int, pipeline_folder: BundleFolder, tmp_path: Path
 ) -> None:

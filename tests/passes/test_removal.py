@@ -77,7 +77,7 @@ def example_inputs(model: ir.Model) -> dict[str, np.ndarray]:
     return inputs | {"timestep": np.array(400.0, np.float32)}
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "dit"])
+@pytest.mark.parametrize("family", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow), "dit"])
 def test_every_branch_removed_equals_that_branch_times_zero(
     family: str, bundle_folder: Callable[[str], Path]
 ) -> None:

@@ -90,9 +90,26 @@ def test_the_library_is_built_once_named_by_its_hash_and_registered_before_the_g
     assert engine(packed).plugins == (path,) and libraries(packed) == [path]
 
 
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """A compiler that writes a few bytes at once; the libraries that it has written."""
+    made: list[Path] = []
+
+    def library(folder: Path) -> Path:
+        folder.mkdir(parents=True)
+        path = folder / "libtrimtab_vq.so"
+        path.write_bytes(b"a library")
+        made.append(path)
+        return path
+
+    monkeypatch.setattr("trimtab.targets.finish.check_tools", lambda: None)
+    monkeypatch.setattr(insert, "build_library", library)
+    return made
+
+
 @pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"another")])
 def test_a_library_that_is_missing_or_another_is_found_before_anything_is_loaded_and_built_again(
-    packed: Path, fake: Fake, at: At, headers: None, damage: Callable[[Path], None]
+    packed: Path, fake: Fake, at: At, compiled: list[Path], damage: Callable[[Path], None]
 ) -> None:
     fake()
     at(ORIN)
@@ -105,6 +122,7 @@ def test_a_library_that_is_missing_or_another_is_found_before_anything_is_loaded
     assert [(made.segment, made.reason) for made in report.made] == [
         ("denoiser", "its file or its plugin library was missing or damaged")
     ]
+    assert len(compiled) == 2
     open_bundle(packed).verify()
     assert libraries(packed) == list(engine(packed).plugins)
 
@@ -145,21 +163,13 @@ def test_what_the_library_needs_is_said_before_anything_is_built(
 
 
 def test_a_build_that_stops_after_the_library_leaves_none_behind(
-    packed: Path, fake: Fake, at: At, monkeypatch: pytest.MonkeyPatch
+    packed: Path, fake: Fake, at: At, compiled: list[Path]
 ) -> None:
-    def library(folder: Path) -> Path:
-        folder.mkdir(parents=True)
-        path = folder / "libtrimtab_vq.so"
-        path.write_bytes(b"a library")
-        return path
-
-    monkeypatch.setattr("trimtab.targets.finish.check_tools", lambda: None)
-    monkeypatch.setattr(insert, "build_library", library)
     fake("none")
     at(ORIN)
     with pytest.raises(BuildFailed):
         build(packed, [NANO], cache=None)
-    assert libraries(packed) == []
+    assert len(compiled) == 1 and libraries(packed) == []
     open_bundle(packed).verify()
 
 

@@ -81,10 +81,7 @@ class Course:
         """(1 + options, evaluations): multiplications of every evaluation in each way."""
         _, plan, _ = pipe.prepare(**request)
         known: dict[Any, int] = {}
-        for step in plan.steps:
-            if id(step.calls) not in known:  # steps that call the same share their calls
-                known[id(step.calls)] = step_macs(pipe, step.calls)
-        numbers = [known[id(step.calls)] for step in plan.steps]
+        numbers = [step_macs(pipe, step.calls, known) for step in plan.steps]
         return np.array(numbers, np.int64).reshape(1 + len(self.skip), self.schedules[name])
 
     def errors(
@@ -145,13 +142,23 @@ class Course:
         return np.asarray(step.results["next_sample"])
 
 
-def step_macs(pipeline: Pipeline, calls: Sequence[BoundCall]) -> int:
-    """The multiplications of some calls, at the sizes of what they read."""
+def step_macs(pipeline: Pipeline, calls: Sequence[BoundCall], known: dict[Any, int] | None = None) -> int:
+    """The multiplications of some calls, at the sizes of what they read.
+
+    Args:
+        pipeline: Theirs.
+        calls: Of a step.
+        known: Of other steps of the pipeline, whose segments are counted once for each of their sizes; takes new ones.
+    """
+    known = {} if known is None else known
     total = 0
     for call in calls:
-        graph = read_graph(pipeline.bundle, pipeline.bundle.contents.segments[call.segment].graph)
-        sizes = {name: buffer.shape for name, buffer in call.inputs.items()}
-        total += sum(cost.macs for cost in node_costs(graph, sizes).values())
+        sizes = {name: tuple(buffer.shape) for name, buffer in call.inputs.items()}
+        key = (call.segment, tuple(sizes.items()))
+        if key not in known:
+            graph = read_graph(pipeline.bundle, pipeline.bundle.contents.segments[call.segment].graph)
+            known[key] = sum(cost.macs for cost in node_costs(graph, sizes).values())
+        total += known[key]
     return total
 
 
