@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from test_removal_commands import denoiser, run
+from test_removal_commands import Here, denoiser, run
 
 import trimtab
-from trimtab import compiler
+from trimtab import apart, compiler
 from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.inspection import inspect
 from trimtab.passes.partition import map_calls, partition
 from trimtab.program import Call
 from trimtab.storage import read_program
+
+pytestmark = pytest.mark.xdist_group("switch-commands")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_one_process() -> Iterator[None]:
+    """What exports in a process of its own does it here: that is the subject of other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(apart, "Child", Here)
+        yield
 
 
 def segments(bundle: Path) -> list[str]:
