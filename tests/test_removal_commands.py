@@ -111,6 +111,7 @@ def test_what_json_has_no_number_for_is_printed_as_null(number: float) -> None:
     assert strict(as_json(result)) == {"steps": [0.5, None], "modules": [{"error": None}]}
 
 
+@pytest.mark.usefixtures("in_one_process")
 def test_layers_are_scored_removed_and_distilled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = denoiser(tmp_path / "model")
     losses, bundle, student = tmp_path / "losses", tmp_path / "small.bundle", tmp_path / "student"
