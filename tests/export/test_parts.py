@@ -330,8 +330,12 @@ def test_a_unet_of_many_levels_is_traced_with_open_sizes_at_its_bottom() -> None
 
 
 def assert_open_sizes(model: Any, sample: Example, size: tuple[int, int]) -> None:
-    """The graph that is traced with a sample makes of one of another size what torch makes of it."""
-    inputs = {"timestep": timestep_example(), "encoder_hidden_states": hidden_example(16)}
+    """The graph that is traced with a sample makes of one of another size what torch makes of it.
+
+    Other sizes than the sample's sides are fixed, which is traced in less time.
+    """
+    sample = Example(sample.tensor[:1], (None, None, *sample.dims[2:]), sample.multiples)
+    inputs = {"timestep": timestep_example(), "encoder_hidden_states": Example(torch.randn(1, 5, 16))}
     graph = trace(ConditionalUNet(model), {"sample": sample, **inputs}, ["prediction"])
     given = [torch.randn(1, 4, *size), torch.tensor(7.0), torch.randn(1, 5, 16)]
     feeds = dict(zip((str(value.name) for value in graph.graph.inputs), map(np.asarray, given), strict=True))
