@@ -155,6 +155,7 @@ def test_a_jetson_s_bundle_holds_the_graphs_that_it_builds_from_and_none_that_ca
     pipeline_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
     pytest.importorskip("triton")
+    pytest.importorskip("cuda.bindings")
     options: dict[str, Any] = {"targets": "orin-nano-8gb", "vq": 2, "precision": "fp16", "steps": 2}
     bundle = trimtab.compile(pipeline_folder("dit"), tmp_path / "b", **options, cache=None)
     bundle.verify()
