@@ -31,7 +31,6 @@ from trimtab.export.parts import (
     Parts,
     PipelineParts,
     halving_example,
-    hidden_example,
     odd_latent,
     patched_example,
     sample_example,
