@@ -58,6 +58,7 @@ def test_a_toml_file_says_the_same(tmp_path: Path) -> None:
         ({"keep": [1], "remove": 0.3}, "a text is needed"),
         ({"switch": 3}, "PATH@SHARE"),
         ({"switch": [["a"]]}, "PATH@SHARE"),
+        ({"switch": ["a@0.5", "b@0.25"]}, "take over at 0.5, 0.25: shares in rising order are needed"),
     ],
 )
 def test_what_is_wrong_is_said(values: dict[str, Any], message: str) -> None:

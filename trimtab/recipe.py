@@ -144,6 +144,11 @@ class Recipe:
                     f"the switch to {path or 'nothing'} at {share}: PATH@SHARE is needed, a bundle or a removal plan "
                     "and a share of the steps between 0 and 1"
                 )
+        shares = [share for _, share in self.switch]
+        if sorted(shares) != shares:
+            raise InputError(
+                f"the denoisers take over at {_shown(tuple(shares))}: shares in rising order are needed"
+            )
         if self.vq is not None and self.vq not in VQ_BITS:
             raise InputError(f"vq {self.vq!r}: weights are packed to 2, 3 or 4 bits")
         if self.vq_minutes is not None and not self.vq_minutes > 0:

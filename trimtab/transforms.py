@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trimtab.errors import InputError
 from trimtab.passes.hidiffusion import check_places, hidiffusion
-from trimtab.passes.inherit import check_regions, inherit
+from trimtab.passes.inherit import check_plan, inherit
 from trimtab.passes.inherit_plan import FILE as INHERITED
 from trimtab.passes.inherit_plan import InheritPlan, save_plan
 from trimtab.passes.mix_kernels import mix_kernels
@@ -56,7 +56,7 @@ def transform(
     if recipe.hidiffusion:
         check_places(program)
     if recipe.inherit is not None:
-        check_regions(program, recipe.inherit)
+        check_plan(program, recipe.inherit)
     program = _remove(program, recipe, folder, progress, device)
     if recipe.switch:
         program = switch(program, switches.others, switches.ranges)

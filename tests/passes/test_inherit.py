@@ -17,7 +17,7 @@ import trimtab
 from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.errors import InputError, PassError
-from trimtab.passes.inherit import inherit
+from trimtab.passes.inherit import check_plan, inherit
 from trimtab.passes.inherit_plan import InheritPlan, make_plan, save_plan
 from trimtab.passes.partition import partition, reach
 from trimtab.passes.regions import Region, branches, find_region
@@ -72,11 +72,8 @@ def test_a_list_names_the_full_evaluations() -> None:
     assert pattern(inherit(looped(6), InheritPlan(full=(0, 1, 4)))) == "FFiiFi"
 
 
-def test_a_list_without_the_first_evaluation_is_refused_by_name() -> None:
-    with pytest.raises(
-        PassError, match=r"s-5 is to inherit features at evaluation 0, before any ran in full"
-    ):
-        inherit(looped(6), InheritPlan(full=(1, 4)))
+def test_a_list_without_the_first_evaluation_takes_it_from_a_dense_start() -> None:
+    assert pattern(inherit(looped(6), InheritPlan(full=(3,), dense_start=1))) == "FiiFii"
 
 
 def test_a_schedule_that_starts_later_starts_in_full_and_keeps_the_places_of_the_list() -> None:
@@ -92,11 +89,22 @@ def test_choices_say_for_every_evaluation_what_is_skipped() -> None:
     reads = [sorted(s.calls[0].inputs) for s in program.tasks["t"].schedules["s-5"].steps]
     assert reads == [["x0"], ["x0", "x4/added"], ["branch2", "x0"], ["x0"]]
     partition(program)
-    short = InheritPlan(skip=skip, choices={"s-5": ("", skip[0])})
-    with pytest.raises(PassError, match="2 choices for s-5, which has 4 evaluations"):
-        inherit(looped(4), short)
-    with pytest.raises(PassError, match="no choices for the schedule s-5: it has other"):
-        inherit(looped(4), InheritPlan(skip=skip, choices={"other": ("",)}))
+
+
+@pytest.mark.parametrize("refusing", [check_plan, inherit])
+@pytest.mark.parametrize(
+    ("choices", "message"),
+    [
+        ({"s-5": ["", "blocks 1-3"]}, "2 choices for s-5, which has 4 evaluations"),
+        ({"s-5": []}, "0 choices for s-5, which has 4 evaluations"),
+        ({"other": [""]}, "no choices for the schedule s-5: it has other"),
+    ],
+)
+def test_choices_for_other_schedules_are_refused_before_other_work(
+    choices: dict[str, list[str]], message: str, refusing: Callable[[Program, InheritPlan], object]
+) -> None:
+    with pytest.raises(PassError, match=message):
+        refusing(looped(4), make_plan({"skip": "blocks 1-3", "choices": choices}))
 
 
 @pytest.mark.parametrize(
@@ -107,6 +115,12 @@ def test_choices_say_for_every_evaluation_what_is_skipped() -> None:
         ({"every": 0}, "every 0 evaluations"),
         ({"full": [-1]}, "whole numbers from 0"),
         ({"speed": 0.5}, "a number above 1"),
+        ({"speed": "2"}, "speed = '2': a number above 1"),
+        ({"speed": True}, "a number above 1"),
+        ({"every": 2, "skip": ""}, r"skip = \[''\]: texts are needed"),
+        ({"full": [1, 4]}, r"full = \[1, 4\]: evaluation 0 has nothing to inherit"),
+        ({"skip": "x", "choices": {"s": ["x", ""]}}, "the choices of s begin with 'x': evaluation 0 has nothing"),
+        ({"skip": "x", "choices": {"s": ["", 1, "y"]}}, "name 1, which is not in skip"),
         ({"every": 2, "prompts": "a cat"}, "the plan asks for no speed"),
         ({"every": 2, "branch": 1}, "has no 'branch'"),
         ({"choices": {"s": ["x"]}}, "name 'x', which is not in skip"),

@@ -32,8 +32,7 @@ def inherit(program: Program, plan: InheritPlan) -> Program:
         A program whose calls keep and read values inside of the denoisers.
 
     Raises:
-        PassError: A denoiser lacks a region that the plan names, or the plan reads a feature before any step
-            wrote it.
+        PassError: A denoiser lacks a region that the plan names, or the plan has no choices for a schedule.
     """
     if plan.every == 1:
         return program
@@ -56,15 +55,15 @@ def inherit(program: Program, plan: InheritPlan) -> Program:
     return dataclasses.replace(program, tasks=tasks, passes=(*program.passes, *entries))
 
 
-def check_regions(program: Program, plan: InheritPlan) -> None:
-    """Refuses a plan that names what no denoiser has, before the work that comes in front of `inherit`.
+def check_plan(program: Program, plan: InheritPlan) -> None:
+    """Refuses a plan that is for other denoisers or schedules, before the work that comes in front of `inherit`.
 
     Args:
         program: With whole denoisers; stays as it is.
         plan: With or without ``speed``.
 
     Raises:
-        PassError: A denoiser lacks a region.
+        PassError: A denoiser lacks a region, or the plan has no choices for a schedule.
     """
     if plan.every == 1:
         return
@@ -72,6 +71,9 @@ def check_regions(program: Program, plan: InheritPlan) -> None:
         if name.startswith(DENOISER):
             for region in plan.skip or (default_region(segment.model),):
                 check_region(segment.model, region)
+    for task in program.tasks.values():
+        for name, schedule in task.schedules.items():
+            _choices(plan, name, len(schedule.steps))
 
 
 def split_name(schedule: str) -> tuple[str, int]:
@@ -80,13 +82,20 @@ def split_name(schedule: str) -> tuple[str, int]:
     return (match[1] + match[3], int(match[2])) if match else (schedule, 0)
 
 
-def _choices(plan: InheritPlan, schedule: str) -> tuple[str, ...]:
-    name, _ = split_name(schedule)
+def _choices(plan: InheritPlan, schedule: str, evaluations: int) -> tuple[str, ...]:
+    """What a plan has for the whole of a schedule, of which some evaluations are walked; empty without choices."""
+    name, offset = split_name(schedule)
     if plan.choices and name not in plan.choices:
         raise PassError(
             f"the plan of inheritance has no choices for the schedule {name}: it has {', '.join(plan.choices)}"
         )
-    return plan.choices.get(name, ())
+    choices = plan.choices.get(name, ())
+    if plan.choices and len(choices) != offset + evaluations:
+        raise PassError(
+            f"the plan of inheritance has {len(choices)} choices for {name}, which has {offset + evaluations} "
+            "evaluations"
+        )
+    return choices
 
 
 Swaps = frozenset[tuple[str, str]]
@@ -142,12 +151,7 @@ class _Walk:
         self.name, self.offset, self.total = name, offset, total
         self._plan = plan
         self._features = features
-        self._choices = _choices(plan, name)
-        if self._choices and len(self._choices) != offset + total:
-            raise PassError(
-                f"the plan of inheritance has {len(self._choices)} choices for {split_name(name)[0]}, which has "
-                f"{offset + total} evaluations"
-            )
+        self._choices = _choices(plan, name, total)
         self._written: set[str] = set()
         self._last_full: dict[tuple[str, Swaps], int] = {}
 
@@ -167,21 +171,12 @@ class _Walk:
 
         read = {} if option is None else tensors(features.options[option])
         if read.keys() and not self._written.issuperset(read.values()):
-            if self._explicit and index == 0 and self.offset == 0:
-                raise PassError(
-                    f"{self.name} is to inherit {option or 'features'} at evaluation {index}, before any ran in "
-                    "full: let evaluation 0 be a full one"
-                )
             option, read = None, {}
         if option is None:
             self._last_full[call.segment, swaps] = index
         kept = tensors(features.computed(swaps, option))
         self._written.update(kept.values())
         return Call(call.segment, {**call.inputs, **read}, {**call.outputs, **kept})
-
-    @property
-    def _explicit(self) -> bool:
-        return bool(self._plan.full or self._plan.choices)
 
     def _option(self, index: int, segment: str, swaps: Swaps) -> str | None:
         """What an evaluation would skip: an option, or None for a full one."""

@@ -58,7 +58,7 @@ class InheritPlan:
                 f"this one says {sum(modes)} of them"
             )
         for name, texts in (("skip", self.skip), ("prompts", self.prompts)):
-            if any(not isinstance(text, str) for text in texts):
+            if any(not isinstance(text, str) or not text for text in texts):
                 raise InputError(f"{name} = {list(texts)!r:.60}: texts are needed")
         if self.every is not None and (type(self.every) is not int or self.every < 1):
             raise InputError(f"every {self.every!r} evaluations: a whole number from 1 is needed")
@@ -66,15 +66,26 @@ class InheritPlan:
             raise InputError(f"full = {list(self.full)}: whole numbers from 0 are needed")
         if any(type(n) is not int or n < 0 for n in (self.dense_start, self.dense_end)):
             raise InputError("dense_start and dense_end must be whole numbers from 0")
-        if self.speed is not None and not self.speed > 1:
-            raise InputError(f"speed = {self.speed}: a number above 1 is needed")
+        number = isinstance(self.speed, int | float) and not isinstance(self.speed, bool)
+        if self.speed is not None and not (number and self.speed > 1):
+            raise InputError(f"speed = {self.speed!r:.60}: a number above 1 is needed")
         if self.prompts and self.speed is None:
             raise InputError(
                 "prompts are what a search draws, and the plan asks for no speed: leave them out"
             )
         for name, choices in self.choices.items():
-            if unknown := sorted(set(choices) - {FULL, *self.skip}):
+            if unknown := [choice for choice in choices if choice not in (FULL, *self.skip)]:
                 raise InputError(f"the choices of {name} name {unknown[0]!r}, which is not in skip")
+        self._check_first()
+
+    def _check_first(self) -> None:
+        """Refuses a plan whose first evaluation would read what none has made: a loop has no other start."""
+        first = "evaluation 0 has nothing to inherit: let it be a full one"
+        if self.full and 0 not in self.full and self.dense_start == 0:
+            raise InputError(f"full = {list(self.full)!s:.60}: {first}")
+        for name, choices in self.choices.items():
+            if choices and choices[0] != FULL:
+                raise InputError(f"the choices of {name} begin with {choices[0]!r}: {first}")
 
     def wants_full(self, index: int, total: int, since: int | None) -> bool:
         """Whether an evaluation is to run in full. Not for plans with ``choices``.
