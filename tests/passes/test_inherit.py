@@ -21,6 +21,7 @@ from trimtab.passes.inherit import check_plan, inherit
 from trimtab.passes.inherit_plan import InheritPlan, make_plan, save_plan
 from trimtab.passes.partition import partition, reach
 from trimtab.passes.regions import Region, branches, find_region
+from trimtab.passes.removal import RemoveLayers
 from trimtab.passes.scopes import SCOPES, module_tree
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
 from trimtab.storage import read_program
@@ -119,7 +120,10 @@ def test_choices_for_other_schedules_are_refused_before_other_work(
         ({"speed": True}, "a number above 1"),
         ({"every": 2, "skip": ""}, r"skip = \[''\]: texts are needed"),
         ({"full": [1, 4]}, r"full = \[1, 4\]: evaluation 0 has nothing to inherit"),
-        ({"skip": "x", "choices": {"s": ["x", ""]}}, "the choices of s begin with 'x': evaluation 0 has nothing"),
+        (
+            {"skip": "x", "choices": {"s": ["x", ""]}},
+            "the choices of s begin with 'x': evaluation 0 has nothing",
+        ),
         ({"skip": "x", "choices": {"s": ["", 1, "y"]}}, "name 1, which is not in skip"),
         ({"every": 2, "prompts": "a cat"}, "the plan asks for no speed"),
         ({"every": 2, "branch": 1}, "has no 'branch'"),
@@ -272,6 +276,17 @@ def test_a_region_that_the_denoiser_lacks_is_refused_by_name(bundle_folder: Bund
     ]:
         with pytest.raises(PassError, match=message):
             find_region(model, name)
+
+
+@pytest.mark.xdist_group("sd15")
+def test_without_its_middle_a_unet_has_nothing_below_the_innermost_skip(bundle_folder: BundleFolder) -> None:
+    model = whole(bundle_folder("sd15")).segments["denoiser"].model
+    RemoveLayers(["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"])(model)
+    find_region(model, "branch 4")
+    with pytest.raises(
+        PassError, match="branch 5 is to be inherited and the denoiser has the branches 0 to 4"
+    ):
+        find_region(model, "branch 5")
 
 
 @pytest.mark.xdist_group("sd15")

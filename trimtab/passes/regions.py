@@ -120,12 +120,17 @@ def _places(graph: ir.Graph, name: str) -> ir.Value | list[list[str]]:
 
 
 def branches(graph: ir.Graph) -> list[ir.Value]:
-    """What each skip connection of a U-Net is joined with on the up path, outermost first; empty for others."""
+    """What each skip connection of a U-Net is joined with on the up path, outermost first; empty for others.
+
+    Where the middle is gone the innermost one is joined with itself, and nothing lies deeper: it is none of them. To
+    inherit what it is joined with would be to inherit the skip as well.
+    """
     joins = [
         node
         for node in graph
         if node.op_type == "Concat"
         and len(node.inputs) == 2
+        and node.inputs[0] is not node.inputs[1]
         and node.attributes["axis"].as_int() == 1
         and any(re.fullmatch(r"up_blocks\.\d+", path) for path in scopes(node))
     ]
