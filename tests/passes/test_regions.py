@@ -124,3 +124,11 @@ def test_units_are_those_of_every_transformer(unit: str, expected: tuple[str, ..
         value = add(graph, path, "Relu", [value], name)
     graph.outputs.append(add(graph, "norm_out", "Neg", [value], "out"))
     assert find_region(model, unit).values == expected
+
+
+def test_a_size_that_another_module_reads_is_no_feature() -> None:
+    """A convolution on a ResNet block's shortcut, whose sides the attention behind it asks for (DDPM)."""
+    model = chain(2)
+    product = next(v for node in model.graph for v in node.outputs if v.name == "product0")
+    add(model.graph, "blocks.1", "Shape", [product], "sides")
+    assert find_region(model, "blocks.0").values == ("branch0",)

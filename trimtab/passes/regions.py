@@ -186,7 +186,7 @@ def _stands_for(graph: ir.Graph, paths: Iterable[str]) -> tuple[str, ...]:
         for node in graph
         if node in inside
         for value in node.outputs
-        if _is_map(value) and any(user not in inside for user, _ in value.uses())
+        if _is_map(value) and any(user not in inside and user.op_type != "Shape" for user, _ in value.uses())
     ]
     return tuple(_contribution(graph, value, inside) for value in _features(graph, outputs))
 
