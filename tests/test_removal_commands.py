@@ -19,6 +19,7 @@ from trimtab import apart
 from trimtab.bundle import open_bundle
 from trimtab.cli import main
 from trimtab.passes.partition import map_calls
+from trimtab.passes.removal import RemovalPlan
 from trimtab.program import Program, Segment
 from trimtab.render import as_json
 from trimtab.transforms import transform
@@ -226,6 +227,33 @@ def test_a_plan_that_is_not_there_is_said_before_the_model_is_exported(
     assert "none does not exist: give a removal plan" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("option", "end"), [("--removal-plan", ""), ("--switch", "@0.4")])
+@pytest.mark.parametrize("damaged", ["weights.safetensors", "experts.json", "removal.json"])
+def test_a_student_that_is_damaged_is_said_before_the_model_is_exported(
+    damaged: str, option: str, end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, student = denoiser(tmp_path / "model"), tmp_path / "student"
+    (tmp_path / "model" / "denoiser.onnx").unlink()
+    student.mkdir()
+    RemovalPlan("", (), "none").save(student / "removal.json")
+    (student / damaged).write_text("cut sho")
+    assert run("compile", model, option, f"{student}{end}", "-o", tmp_path / "x") == 1
+    assert re.fullmatch(f"trimtab: error: .*{damaged}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_a_switch_that_cannot_be_is_said_before_layers_are_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, small = denoiser(tmp_path / "model"), tmp_path / "small"
+    wish = ("--steps", 3, "--remove", 0.3)
+    assert run("compile", model, *wish, "--remove-by", "magnitude", "-o", small) == 0
+    capsys.readouterr()
+    assert run("compile", model, *wish, "--switch", f"{small}@0.01", "-o", tmp_path / "x") == 1
+    told = capsys.readouterr().err
+    assert "no step would call denoiser" in told and "evaluations" not in told
+
+
 @pytest.mark.usefixtures("in_one_process")
 def test_a_share_of_time_is_of_the_device_and_the_plan_says_how_far_it_got(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -322,8 +350,23 @@ def test_a_start_that_cannot_be_says_why(
     assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
-def test_training_without_a_budget_is_refused_before_any_work(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give steps or minutes"),
+        (["--steps", 0], "steps 0: a finite number above 0 is needed"),
+        (["--minutes", "nan"], "minutes nan: a finite number above 0 is needed"),
+        (["--steps", 1, "--rate", "inf"], "rate inf: a finite number above 0 is needed"),
+        (["--steps", 1, "--trajectories", 0], "0 trajectories to train on were asked for: give 1 or more"),
+        (["--steps", 1, "--guidance", "nan"], "the guidance scale nan is not a finite number"),
+    ],
+)
+def test_training_that_cannot_be_is_refused_before_any_work(
+    options: list[object], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run("distill", tmp_path / "none", "--plan", "none.json", "-o", tmp_path / "x") == 1
-    assert "give steps or minutes" in capsys.readouterr().err
+    model = denoiser(tmp_path / "model")
+    (tmp_path / "model" / "denoiser.onnx").unlink()
+    RemovalPlan("", (), "none").save(tmp_path / "removal.json")
+    command = ("distill", model, "--plan", tmp_path / "removal.json", *options, "-o", tmp_path / "x")
+    assert run(*command) == 1
+    assert message in capsys.readouterr().err

@@ -21,12 +21,11 @@ from trimtab.export.pipeline import check_options, export_pipeline
 from trimtab.export.source import Source, find
 from trimtab.manifest import Engine
 from trimtab.passes.hidiffusion import scale_of
-from trimtab.passes.removal import load_plan
 from trimtab.program import Program, check_size, with_guidance
 from trimtab.recipe import Recipe, make_recipe
 from trimtab.staging import check_replaceable, staged_folder
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
-from trimtab.switching import check_switches
+from trimtab.switching import check_carried_out, check_switches
 from trimtab.targets.device import Device, find_device
 from trimtab.targets.engines import check_targets, make_engines, open_cache
 from trimtab.targets.place import DEFAULT_CACHE, Place
@@ -86,7 +85,7 @@ def compile(
         check_installed()
     device = timed_device(chosen, devices)
     if chosen.removal_plan is not None:
-        load_plan(Path(chosen.removal_plan))  # what is no plan is said before the export
+        check_carried_out(Path(chosen.removal_plan))
     check_switches(chosen.switch, chosen.steps, chosen.scheduler)
     output = Path(output)
     # What is replaced may be the working folder, which has no relative paths afterwards.

@@ -15,6 +15,7 @@ from trimtab.calibration.pictures import Pictures, captioned, check_takes_pictur
 from trimtab.calibration.trajectories import own_requests, record
 from trimtab.compiler import export_model
 from trimtab.errors import InputError
+from trimtab.export.pipeline import check_options
 from trimtab.export.source import Source, find
 from trimtab.passes.candidates import Candidates
 from trimtab.passes.experts import Experts
@@ -83,16 +84,21 @@ def distill(
             "a student that lacks nothing has nothing to learn from its teacher: give a removal plan, or experts and "
             "data"
         )
+    if trajectories < 1:
+        raise InputError(f"{trajectories} trajectories to train on were asked for: give 1 or more")
     chosen = None if plan is None else load_plan(Path(plan))
     pairs = None if data is None else captioned(Path(data))
     output = Path(output)
     check_replaceable(output, PLAN)
+    options["guidance"] = guidance
     recipe = make_recipe({name: value for name, value in options.items() if value is not None})
+    path = find(str(model))
+    if path.is_dir():
+        check_options(Source(path), guidance=recipe.guidance, hidiffusion=False)
     checkpoint = output.with_name(output.name + ".checkpoint")
     with tempfile.TemporaryDirectory(prefix="trimtab-") as temporary:
         folder = Path(temporary)
         (folder / GRAPHS).mkdir()
-        path = find(str(model))
         program = export_model(path, recipe, WeightStore(folder / GRAPHS).keep)
         teacher = program.segments[DENOISER].model
         if chosen is None:

@@ -12,7 +12,7 @@ from trimtab.errors import InputError, PassError
 from trimtab.export.sampler.schedulers import SCHEDULERS
 from trimtab.passes.experts import AddExperts, load_experts
 from trimtab.passes.removal import load_plan, remove_layers
-from trimtab.passes.student import WEIGHTS, put_back
+from trimtab.passes.student import WEIGHTS, check_weights, put_back
 from trimtab.passes.switch import another_loop
 from trimtab.program import DENOISER, Program, Segment
 from trimtab.storage import read_program
@@ -50,7 +50,7 @@ def check_switches(
     for given, name in _names(switches).items():
         path = Path(given)
         if not _is_bundle(path):
-            load_plan(path)
+            check_carried_out(path)
             continue
         contents = open_bundle(path).contents
         _check_whole(path, contents.segments)
@@ -88,6 +88,17 @@ def _names(switches: Sequence[tuple[str, float]]) -> dict[str, str]:
             name = f"{stem}-{count}"
         names[path] = name
     return names
+
+
+def check_carried_out(path: Path) -> None:
+    """Refuses, before an export, a plan or a student whose files `carry_out` could not read.
+
+    Raises:
+        InputError: There is no plan, or the student's experts or weights are damaged.
+    """
+    load_plan(path)
+    load_experts(path)
+    check_weights(path)
 
 
 def carry_out(program: Program, path: Path) -> Program:

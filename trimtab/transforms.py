@@ -51,8 +51,10 @@ def transform(
         PassError: A graph that a pass cannot take.
         CalibrationError: Weights or measurements that cannot be used.
     """
-    # Of the whole model: what they name is found before layers are scored and weights are trained.
+    # Of the whole model: what is not there, or does not fit, is said before layers are scored and weights are trained.
     switches = open_switches(program, recipe.switch)
+    if recipe.switch and recipe.remove is not None:
+        switch(program, switches.others, switches.ranges)
     if recipe.hidiffusion:
         check_places(program)
     if recipe.inherit is not None:

@@ -18,7 +18,7 @@ import trimtab
 from trimtab.bundle import open_bundle, update_manifest
 from trimtab.calibration.draft import draft
 from trimtab.errors import InputError, PassError, WrongDevice
-from trimtab.passes.hidiffusion import hidiffusion, rewrites_at, scale_of
+from trimtab.passes.hidiffusion import check_places, hidiffusion, rewrites_at, scale_of
 from trimtab.passes.partition import partition
 from trimtab.passes.propagation import propagate
 from trimtab.passes.raunet import CONV, POOL, Places
@@ -282,6 +282,8 @@ def test_a_size_that_the_windows_cannot_divide_is_refused(
 
     program = read_program(open_bundle(sample_bundle("shapes-sd")))
     large = dataclasses.replace(program, size=(136, 128), trained_size=(64, 64))
+    with pytest.raises(PassError, match=r"the windows of down_blocks.0 cannot divide 136x128"):
+        check_places(large)  # before layers are scored
     with pytest.raises(PassError, match=r"the windows of down_blocks.0 cannot divide 136x128"):
         hidiffusion(large)
 

@@ -75,8 +75,10 @@ class Budget:
             raise InputError(f"there are no features {self.features!r}: choose {', '.join(FEATURES)}")
         if self.steps is None and self.minutes is None:
             raise InputError("training needs a budget: give steps or minutes")
-        if any(n is not None and not n > 0 for n in (self.steps, self.minutes, self.batch, self.rate)):
-            raise InputError("steps, minutes, batch and learning rate must be above 0")
+        for name in ("steps", "minutes", "batch", "rate"):
+            number = getattr(self, name)
+            if number is not None and not 0 < number < math.inf:
+                raise InputError(f"{name} {number}: a finite number above 0 is needed")
 
     def spent(self, steps: int, seconds: float) -> float:
         """The share that is gone, from 0 to 1."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -59,11 +59,9 @@ def check_places(program: Program) -> None:
     """Refuses denoisers that `hidiffusion` does not cover by the names of their modules, before long work.
 
     Raises:
-        PassError: A denoiser is no U-Net of enough levels.
+        PassError: A denoiser is no U-Net of enough levels, or its windows cannot divide the native size.
     """
-    for name, segment in program.segments.items():
-        if name.startswith(DENOISER):
-            find_places(segment.model)
+    _size_multiple(program, _found(program).values())
 
 
 def hidiffusion(program: Program) -> Program:
@@ -80,26 +78,15 @@ def hidiffusion(program: Program) -> Program:
     Raises:
         PassError: A denoiser is no U-Net that the method covers, or its windows cannot divide the native size.
     """
-    models = {name: s.model for name, s in program.segments.items() if name.startswith(DENOISER)}
-    found = {name: find_places(model) for name, model in models.items()}
+    found = _found(program)
+    multiple = _size_multiple(program, found.values())
     trained = program.trained_size or program.size
-    # Windows cut an even side in two; where they lie in the pooled part, its half must be even too.
-    multiple, places = max(
-        (
-            (program.size_multiple * 2 ** (each.window_level + 1 + each.windows_are_pooled), each)
-            for each in found.values()
-        ),
-        key=lambda pair: pair[0],
-    )
     native = scale_of(program.size, trained)
-    if native > 1 and any(side % multiple for side in program.size):
-        raise PassError(
-            f"the windows of {places.windows[0]} cannot divide {program.size[0]}x{program.size[1]}: both sides "
-            f"must be multiples of {multiple} with HiDiffusion"
-        )
     rewrites = {
-        name: _Rewrites(f"{SHIFT}s{number or ''}", found[name], *add_alternatives(model, found[name]))
-        for number, (name, model) in enumerate(models.items())
+        name: _Rewrites(
+            f"{SHIFT}s{number or ''}", places, *add_alternatives(program.segments[name].model, places)
+        )
+        for number, (name, places) in enumerate(found.items())
     }
     loops = {
         name: len(schedule.steps)
@@ -142,6 +129,36 @@ def hidiffusion(program: Program) -> Program:
         PassEntry("HiDiffusion", name, each.blocks + len(each.swaps), 0) for name, each in rewrites.items()
     ]
     return dataclasses.replace(program, tasks=tasks, passes=(*program.passes, *entries))
+
+
+def _found(program: Program) -> dict[str, Places]:
+    return {
+        name: find_places(segment.model)
+        for name, segment in program.segments.items()
+        if name.startswith(DENOISER)
+    }
+
+
+def _size_multiple(program: Program, found: Iterable[Places]) -> int:
+    """What the sides of a larger picture must be multiples of.
+
+    Raises:
+        PassError: The native size is such a picture's, and they are none.
+    """
+    # Windows cut an even side in two; where they lie in the pooled part, its half must be even too.
+    halvings, places = max(
+        ((each.window_level + 1 + each.windows_are_pooled, each) for each in found),
+        key=lambda pair: pair[0],
+    )
+    multiple = program.size_multiple << halvings
+    native = scale_of(program.size, program.trained_size or program.size)
+    if native > 1 and any(side % multiple for side in program.size):
+        width, height = program.size
+        raise PassError(
+            f"the windows of {places.windows[0]} cannot divide {width}x{height}: both sides must be multiples of "
+            f"{multiple} with HiDiffusion"
+        )
+    return multiple
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,28 @@ def save_weights(folder: Path, weights: Mapping[str, Array], teacher: str) -> No
     write_file(folder / WEIGHTS, save(arrays, metadata={_TEACHER: teacher}))
 
 
+def check_weights(folder: Path) -> None:
+    """Refuses weights in a student's folder whose file is damaged, by its first bytes; a folder may lack them.
+
+    Raises:
+        InputError: The file is cut short, or none of weights.
+    """
+    if (folder / WEIGHTS).exists():
+        with _opened(folder / WEIGHTS):
+            pass
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is no file of weights or is cut short ({error}): copy it again") from error
+
+
 def put_back(model: ir.Model, folder: Path) -> ir.Model:
     """Gives a graph the weights of a student's folder.
 
@@ -48,15 +71,10 @@ def put_back(model: ir.Model, folder: Path) -> ir.Model:
         InputError: The file is damaged, or its weights are not finite.
         PassError: It was trained from other weights, or from a graph that was exported otherwise.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = folder / WEIGHTS
-    try:
-        with safe_open(path, "np") as file:
-            teacher = (file.metadata() or {}).get(_TEACHER)
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is no file of weights or is cut short ({error}): copy it again") from error
+    with _opened(path) as file:
+        teacher = (file.metadata() or {}).get(_TEACHER)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     initializers = model.graph.initializers
     known = all(name in initializers and initializers[name].const_value is not None for name in weights)
     if not known or digest(model, weights) != teacher:
