@@ -15,7 +15,7 @@ from trimtab.calibration.choice import (
     by_magnitude,
 )
 from trimtab.errors import InputError, PassError
-from trimtab.passes.candidates import Candidates
+from trimtab.passes.candidates import Candidate, Candidates
 
 LOSSES = {"blocks.0": 3.0, "blocks.1": 2.0, "blocks.2": 1.0}
 """Of blocks with 48, 96 and 144 parameters."""
@@ -53,6 +53,19 @@ def test_a_share_that_an_order_does_not_reach_is_no_word_about_what_can_go(candi
 
     with pytest.raises(InputError, match=r"cannot be done: too much$"):
         _with_wish(candidates, Wish(0.9), unreached, LOSSES, None)
+
+
+def test_the_innermost_level_goes_by_hand_and_none_around_it() -> None:
+    """Where the outer levels have the channels of their neighbours too, they are candidates of the same kind."""
+    blocks = ("down_blocks.1.resnets.1", "down_blocks.2.resnets.1", "down_blocks.3.resnets.1")
+    outer = "down_blocks.0.downsamplers.0.conv:up_blocks.2.upsamplers.0.conv"
+    inner = "down_blocks.2.downsamplers.0.conv:up_blocks.0.upsamplers.0.conv"
+    found = {name: Candidate(name, "branch", 1, 4) for name in blocks}
+    found[outer] = Candidate(outer, "level", 9, 36, (*blocks, inner))
+    with pytest.raises(PassError, match="innermost level, and this U-Net's has other channels"):
+        by_hand(found, "bk-sdm-tiny")
+    found[inner] = Candidate(inner, "level", 5, 20, blocks[-1:])
+    assert by_hand(found, "bk-sdm-tiny") == (*blocks[:2], inner)
 
 
 def test_a_glob_that_matches_nothing_is_answered_with_what_is_near(candidates: Candidates) -> None:

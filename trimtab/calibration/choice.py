@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import numpy as np
 from trimtab.calibration.knapsack import Item, solve
 from trimtab.calibration.measures import Measure, parameters
 from trimtab.errors import InputError, PassError
-from trimtab.passes.candidates import Candidates
+from trimtab.passes.candidates import Candidate, Candidates
 from trimtab.recipe import HANDCRAFTED
 from trimtab.targets.device import Device
 
@@ -80,7 +81,7 @@ def by_chance(
     return _with_wish(candidates, wish, _in_order, scores, measure)
 
 
-def by_hand(candidates: Candidates, kind: str) -> tuple[str, ...]:
+def by_hand(candidates: Mapping[str, Candidate], kind: str) -> tuple[str, ...]:
     """BK-SDM's choices for U-Nets with two blocks a level on the way down and three on the way up.
 
     base: the second ResNet block and attention of every level on the way down, and the second on the way up with
@@ -94,17 +95,24 @@ def by_hand(candidates: Candidates, kind: str) -> tuple[str, ...]:
     names += [n for n in candidates if _matches(n, ("up_blocks.*.resnets.1+*skip",))]
     if kind != "bk-sdm-base":
         names += [n for n in candidates if _matches(n, ("mid_block.resnets.?", "mid_block.attentions.?"))]
+    if kind not in HANDCRAFTED or not names:
+        raise PassError(f"{kind} is made for the U-Net of Stable Diffusion 1: choose by loss")
     if kind == "bk-sdm-tiny":
-        level = [n for n, c in candidates.items() if c.kind == "level"]
+        deepest = max(map(_down_block, candidates))
+        level = [n for n, c in candidates.items() if c.kind == "level" and _down_block(n) == deepest - 1]
         names += level
         if not level:
             raise PassError(
                 f"{kind} removes the innermost level, and this U-Net's has other channels than the next"
             )
-    if kind not in HANDCRAFTED or not names:
-        raise PassError(f"{kind} is made for the U-Net of Stable Diffusion 1: choose by loss")
     covered = {inner for name in names for inner in candidates[name].inside}
     return tuple(name for name in names if name not in covered)
+
+
+def _down_block(name: str) -> int:
+    """The number of the block on the way down that a candidate lies in, or leads down from; -1 for none."""
+    match = re.match(r"down_blocks\.(\d+)\.", name)
+    return int(match[1]) if match else -1
 
 
 def _in_order(items: Sequence[Item], target: int) -> tuple[str, ...]:
