@@ -241,6 +241,21 @@ def test_a_student_that_is_damaged_is_said_before_the_model_is_exported(
     assert re.fullmatch(f"trimtab: error: .*{damaged}.*\n", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("text", ["no losses", None])
+def test_a_file_that_holds_no_losses_is_said_before_the_model_is_exported(
+    text: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, losses = denoiser(tmp_path / "model"), tmp_path / "losses"
+    (tmp_path / "model" / "denoiser.onnx").unlink()
+    losses.mkdir() if text is None else losses.write_text(text)
+    for command in (
+        ("score", model, "-o", losses),
+        ("compile", model, "--remove", 0.3, "--scores", losses, "-o", tmp_path / "x"),
+    ):
+        assert run(*command) == 1
+        assert re.fullmatch("trimtab: error: .*losses .*: name another file.*\n", capsys.readouterr().err)
+
+
 @pytest.mark.usefixtures("in_one_process")
 def test_a_switch_that_cannot_be_is_said_before_layers_are_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]

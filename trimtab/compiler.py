@@ -15,6 +15,7 @@ from trimtab.bundle import MANIFEST, Bundle, open_bundle, write_manifest
 from trimtab.calibration.kmeans import check_installed
 from trimtab.calibration.ranges import FILE as RANGES
 from trimtab.calibration.ranges import measure_ranges
+from trimtab.calibration.sensitivity import asked_for
 from trimtab.errors import InputError
 from trimtab.export.onnx.files import export_onnx
 from trimtab.export.pipeline import check_options, export_pipeline
@@ -73,6 +74,7 @@ def compile(
         InputError: The model, the recipe or an option cannot be used.
         ExportError: The model cannot be exported.
         TargetError: A target cannot be built for.
+        CalibrationError: A file of scores holds none.
         MissingDependency: A target's builder is not installed, or what packs weights.
     """
     given = {name: value for name, value in options.items() if value is not None}
@@ -85,7 +87,9 @@ def compile(
         check_installed()
     device = timed_device(chosen, devices)
     if chosen.removal_plan is not None:
-        check_carried_out(Path(chosen.removal_plan))
+        check_carried_out(Path(chosen.removal_plan))  # as all that files say: before the export
+    if chosen.scores is not None:
+        asked_for(Path(chosen.scores))
     check_switches(chosen.switch, chosen.steps, chosen.scheduler)
     output = Path(output)
     # What is replaced may be the working folder, which has no relative paths afterwards.

@@ -9,7 +9,7 @@ from typing import Any
 
 from trimtab.apart import export_apart
 from trimtab.calibration.planning import Calibration, score_layers
-from trimtab.calibration.sensitivity import Progress
+from trimtab.calibration.sensitivity import Progress, asked_for
 from trimtab.errors import InputError
 from trimtab.export.source import find
 from trimtab.recipe import make_recipe
@@ -32,12 +32,13 @@ def score(
         the schedule is so short that all samples are one.
 
     Raises:
-        CalibrationError: The file holds the losses of another model or of other samples.
+        CalibrationError: The file holds no losses, or those of another model or of other samples.
     """
     if calibration.log is None:
         raise InputError("scores need a file to go to: give one")
     given = {name: value for name, value in options.items() if value is not None}
     make_recipe(given)  # what cannot be is said before anything is done
+    asked_for(calibration.log)
     start = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="trimtab-") as temporary:
         folder = Path(temporary)
