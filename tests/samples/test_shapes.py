@@ -19,6 +19,7 @@ import judge as judging  # noqa: E402
 import torch  # noqa: E402
 from draw import draw  # noqa: E402
 from evaluate import class_score  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from shapes import Scene, Thing, forget, sample_scenes  # noqa: E402
 from train_dit import CLASSES, NULL_CLASS  # noqa: E402
 from vocabulary import MAX_LENGTH, new_tokenizer  # noqa: E402
@@ -149,6 +150,13 @@ def test_the_frechet_distance_of_known_gaussians():
 )
 def test_weights_stay_within_their_budget(path, limit):
     assert (folder_bytes(path) if path.is_dir() else path.stat().st_size) <= limit
+
+
+def test_weights_have_names_that_every_supported_transformers_reads():
+    weights = load_file(SD / "text_encoder" / "model.safetensors")
+    assert all(
+        name.startswith("text_model.") for name in weights
+    )  # as the hub's, and not as transformers 5 saves
 
 
 def test_the_text_pipeline_is_what_its_compiler_expects(sd):

@@ -168,8 +168,10 @@ class Source:
             return component
         component, info = component
         if missing := sorted(info["missing_keys"]):  # which the libraries make up, and warn
+            # transformers 5 saves under names that transformers 4 does not know.
+            newer = f", or upgrade {library}: it has others" if info["unexpected_keys"] else ""
             raise InputError(
-                f"{folder} lacks {len(missing)} of {class_name}'s weights ({missing[0]}): copy it again"
+                f"{folder} lacks {len(missing)} of {class_name}'s weights ({missing[0]}): copy it again{newer}"
             )
         return component.eval()
 
