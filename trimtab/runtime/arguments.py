@@ -244,8 +244,7 @@ def all_labels(
     if several == []:
         raise InputError("no class was given and this model needs one: give label= (--class N)")
     labels: list[Any] = [label] if several is None else several
-    # A thousand names are a long text: it is read where one is given.
-    names = class_names(kinds["label"]) if any(isinstance(value, str) for value in labels) else {}
+    names = class_names(kinds["label"])
     return tuple(number for value in labels for number in [_class_number(names, value)] * count)
 
 
