@@ -45,6 +45,7 @@ def test_torch_gives_what_onnx_runtime_gives(family: str, bundle_folder: Callabl
     # Tables of frequencies are the only numbers that are not trained.
     trained = sum(tensor.numel() for tensor in graph.weights.values())
     assert 0.97 * parameter_count(model) <= trained <= parameter_count(model)
+    assert all("." in name for name in graph.weights)  # and those that the exporter made up
 
 
 def test_gradients_are_those_of_small_changes() -> None:

@@ -76,7 +76,8 @@ class TorchGraph:
             if value.name not in used or value.const_value is None:
                 continue
             tensor = torch.from_numpy(np.array(value.const_value.numpy()))
-            trained = tensor.is_floating_point() and tensor.numel() > 1
+            # A norm without weights has ones for them in ONNX, the same for all: they are nobody's parameters.
+            trained = tensor.is_floating_point() and tensor.numel() > 1 and not bool((tensor == 1).all())
             trained = trained and any(user.op_type in _LAYERS for user, _ in value.uses())
             place = self.weights if trained else self._constants
             place[str(value.name)] = tensor.to(self._device) if tensor.is_floating_point() else tensor
