@@ -94,7 +94,7 @@ def distill(
     recipe = make_recipe({name: value for name, value in options.items() if value is not None})
     path = find(str(model))
     if path.is_dir():
-        check_options(Source(path), guidance=recipe.guidance, hidiffusion=False)
+        check_options(Source(path), guidance=recipe.guidance)
     checkpoint = output.with_name(output.name + ".checkpoint")
     with tempfile.TemporaryDirectory(prefix="trimtab-") as temporary:
         folder = Path(temporary)

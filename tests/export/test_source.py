@@ -169,7 +169,7 @@ def test_a_flux_has_guidance_where_its_transformer_reads_it(embedded: bool, tmp_
     (tmp_path / "transformer/config.json").write_text(json.dumps({"guidance_embeds": embedded}))
     source = Source(tmp_path)
     assert has_guidance(source) == embedded
-    check_options(source, guidance=0.0, hidiffusion=False)  # as a schnell's card has it
+    check_options(source, guidance=0.0)  # as a schnell's card has it
 
 
 def test_a_scheduler_without_a_table_is_found_before_anything_is_exported(

@@ -154,9 +154,8 @@ def test_weights_stay_within_their_budget(path, limit):
 
 def test_weights_have_names_that_every_supported_transformers_reads():
     weights = load_file(SD / "text_encoder" / "model.safetensors")
-    assert all(
-        name.startswith("text_model.") for name in weights
-    )  # as the hub's, and not as transformers 5 saves
+    # As the hub's, and not as transformers 5 saves them.
+    assert all(name.startswith("text_model.") for name in weights)
 
 
 def test_the_text_pipeline_is_what_its_compiler_expects(sd):

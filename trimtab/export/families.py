@@ -242,7 +242,7 @@ def flux(parts: PipelineParts) -> None:
     }
     parts.classifier_free = False
     parts.guidance = None
-    if config.guidance_embeds:
+    if has_guidance(source):
         _read_guidance(parts, inputs)
         parts.guidance = 3.5
         parts.task_guidance = {"image-to-image": 7.0}

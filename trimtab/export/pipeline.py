@@ -85,7 +85,7 @@ def export_pipeline(
     return finish(parts, sampling)
 
 
-def check_options(source: Source, *, guidance: float | None, hidiffusion: bool) -> None:
+def check_options(source: Source, *, guidance: float | None, hidiffusion: bool = False) -> None:
     """Refuses what a pipeline's configurations say does not fit it, and the exported program would only say later.
 
     Args:
