@@ -269,6 +269,23 @@ def test_what_the_last_passes_refuse_is_said_before_weights_are_packed(
     assert told == []
 
 
+def test_what_a_denoiser_that_is_switched_to_lacks_is_said_before_weights_are_packed(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    program, layer = plain(bundle_folder("sd15")), "mid_block.resnets.1"
+    fingerprint = Candidates(program.segments["denoiser"].model).fingerprint
+    RemovalPlan(fingerprint, (layer,), "none").save(tmp_path / "pruned.json")
+    recipe = {
+        "switch": [[str(tmp_path / "pruned.json"), 0.5]],
+        "inherit": {"every": 2, "skip": layer},
+        "vq": 2,
+    }
+    told: list[str] = []
+    with pytest.raises(PassError, match=rf"{layer} is to be inherited"):
+        transform(program, make_recipe(recipe), tmp_path, told.append)
+    assert told == []
+
+
 def test_a_search_measures_schedules_of_larger_pictures_at_a_size_that_walks_them(
     bundle_folder: BundleFolder, tmp_path: Path
 ) -> None:
@@ -295,7 +312,6 @@ def test_a_search_measures_schedules_of_larger_pictures_at_a_size_that_walks_the
             assert best[name].drift > 0
 
 
-@pytest.mark.xdist_group("ddpm")
 def test_larger_pictures_that_no_engine_would_draw_are_refused_before_anything_is_built(
     pipeline_folder: BundleFolder, tmp_path: Path
 ) -> None:
@@ -303,7 +319,7 @@ def test_larger_pictures_that_no_engine_would_draw_are_refused_before_anything_i
     with pytest.raises(
         InputError, match=r"of more than (\d+)x\1, and no engine would be made for one: give a"
     ):
-        trimtab.compile(pipeline_folder("ddpm"), tmp_path / "x", **options)
+        trimtab.compile(pipeline_folder("sd15"), tmp_path / "x", **options)
     assert not (tmp_path / "x").exists()
 
 

@@ -53,12 +53,11 @@ def transform(
     """
     # Of the whole model: what is not there, or does not fit, is said before layers are scored and weights are trained.
     switches = open_switches(program, recipe.switch)
-    if recipe.switch and recipe.remove is not None:
-        switch(program, switches.others, switches.ranges)
+    whole = switch(program, switches.others, switches.ranges) if recipe.switch else program
     if recipe.hidiffusion:
-        check_places(program)
+        check_places(whole)
     if recipe.inherit is not None:
-        check_plan(program, recipe.inherit)
+        check_plan(whole, recipe.inherit)
     program = _remove(program, recipe, folder, progress, device)
     if recipe.switch:
         program = switch(program, switches.others, switches.ranges)

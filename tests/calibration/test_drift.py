@@ -193,6 +193,6 @@ def test_a_file_of_other_drifts_is_refused(
 
 def test_prompts_for_a_model_that_reads_none_are_refused(bundle_folder: BundleFolder, tmp_path: Path) -> None:
     plan = InheritPlan(skip=("layers",), speed=1.1, prompts=("a cat",))
-    with pytest.raises(InputError, match="gives prompts, and the model reads none"):
+    with pytest.raises(InputError, match="prompts were given, and the model reads none"):
         search(only(bundle_folder("dit")), plan, tmp_path)
     assert not list(tmp_path.iterdir())

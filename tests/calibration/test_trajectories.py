@@ -82,6 +82,8 @@ def test_requests_ask_for_prompts_or_named_classes(bundle_folder: BundleFolder) 
         requests = own_requests(pipe, 20)
         assert [r["seed"] for r in requests] == list(range(20))
         assert all(0 <= r["label"] < 1000 for r in requests) and "prompt" not in requests[0]
+        with pytest.raises(InputError, match="prompts were given, and the model reads none"):
+            own_requests(pipe, 1, prompts=("a cat",))
     with trimtab.load(bundle_folder("sd15")) as pipe:
         assert [r["prompt"] for r in own_requests(pipe, 2)] == list(PROMPTS[:2])
         with pytest.raises(InputError, match="no prompts"):

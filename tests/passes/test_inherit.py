@@ -83,6 +83,13 @@ def test_a_schedule_that_starts_later_starts_in_full_and_keeps_the_places_of_the
     assert pattern(program, "s-5/from-2") == "FFii"
 
 
+def test_a_list_may_name_evaluations_of_the_longest_schedule_and_none_beyond() -> None:
+    program = looped(4, **{"s-7/from-2": 6})
+    check_plan(program, InheritPlan(skip=("blocks 1-3",), full=(0, 7)))
+    with pytest.raises(PassError, match="evaluation 8 is to run in full, and the longest schedule has 8"):
+        check_plan(program, InheritPlan(skip=("blocks 1-3",), full=(0, 8)))
+
+
 def test_choices_say_for_every_evaluation_what_is_skipped() -> None:
     skip = ("blocks 1-3", "blocks 2-2")
     plan = InheritPlan(skip=skip, choices={"s-5": ("", skip[0], skip[1], "")})

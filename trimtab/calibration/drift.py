@@ -29,7 +29,7 @@ from trimtab.calibration.local_moves import refine
 from trimtab.calibration.ranges import fingerprint
 from trimtab.calibration.trajectories import own_requests
 from trimtab.comparison import relative_error
-from trimtab.errors import CalibrationError, InputError, PassError
+from trimtab.errors import CalibrationError, PassError
 from trimtab.passes.inherit_plan import FULL as NOTHING
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition, step_calls
@@ -152,10 +152,6 @@ def candidates(
             requests = own_requests(
                 pipe, 2 * effort.trajectories, prompts=plan.prompts or None, **course.requests[name]
             )
-            if plan.prompts and "prompt" not in requests[0]:
-                raise InputError(
-                    "the plan of inheritance gives prompts, and the model reads none: leave them out"
-                )
             width, height = course.requests[name]["size"]
             progress(f"measuring what {name} may skip, at {width}x{height}")
             scale = _Scale(course, pipe, name, requests, journal)

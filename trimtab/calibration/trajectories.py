@@ -171,7 +171,7 @@ def own_requests(
         **options: Further arguments of `Pipeline.prepare` for all of them: schedule, guidance, size.
 
     Raises:
-        InputError: No prompts.
+        InputError: No prompts, or prompts for a model that reads none.
     """
     task = pipeline.bundle.contents.tasks[pipeline.tasks[0]]
     inputs = {str(spec.source.get("kind")): spec for spec in task.inputs}
@@ -179,6 +179,8 @@ def own_requests(
     texts = PROMPTS if prompts is None else tuple(prompts)
     if not texts:
         raise InputError("no prompts were given: give at least one")
+    if prompts is not None and "tokens" not in inputs:
+        raise InputError("prompts were given, and the model reads none: leave them out")
     classes: Sequence[int] = ()
     if "label" in inputs:
         # The named ones: a model may have room for more classes than it was trained for.

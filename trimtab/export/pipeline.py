@@ -97,10 +97,10 @@ def check_options(source: Source, *, guidance: float | None, hidiffusion: bool =
         InputError: A configuration is missing or cannot be read, or an option does not fit.
     """
     check_guidance(guidance, has_guidance(source))
-    name = denoiser_name(source)
-    if hidiffusion and name != "unet":
+    denoiser = source.class_name(denoiser_name(source))
+    if hidiffusion and denoiser != "UNet2DConditionModel":
         raise InputError(
-            f"HiDiffusion rewrites U-Nets, and this pipeline's denoiser is {source.class_name(name)}: leave it out"
+            f"HiDiffusion rewrites a UNet2DConditionModel, and this pipeline's denoiser is {denoiser}: leave it out"
         )
 
 

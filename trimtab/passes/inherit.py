@@ -63,7 +63,7 @@ def check_plan(program: Program, plan: InheritPlan) -> None:
         plan: With or without ``speed``.
 
     Raises:
-        PassError: A denoiser lacks a region, or the plan has no choices for a schedule.
+        PassError: A denoiser lacks a region, the plan has no choices for a schedule, or names evaluations beyond all.
     """
     if plan.every == 1:
         return
@@ -71,9 +71,15 @@ def check_plan(program: Program, plan: InheritPlan) -> None:
         if name.startswith(DENOISER):
             for region in plan.skip or (default_region(segment.model),):
                 check_region(segment.model, region)
+    lengths = []
     for task in program.tasks.values():
         for name, schedule in task.schedules.items():
             _choices(plan, name, len(schedule.steps))
+            lengths.append(split_name(name)[1] + len(schedule.steps))
+    if plan.full and max(plan.full) >= max(lengths):
+        raise PassError(
+            f"evaluation {max(plan.full)} is to run in full, and the longest schedule has {max(lengths)}: count from 0"
+        )
 
 
 def split_name(schedule: str) -> tuple[str, int]:
