@@ -1,6 +1,6 @@
 """Pipelines of the size of Stable Diffusion 1.5, or DiT-XL/2, with random weights: benchmarks need no download.
 
-    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|dit|none]
+    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|dit|none] [--half]
 
 A part that is not wanted at its real size is made tiny, so that the folder is a whole pipeline all the same.
 Random weights cost the same time and memory as trained ones.
@@ -38,23 +38,23 @@ DIT_XL_2: dict[str, Any] = {
 """The published transformer's configuration, for diffusers."""
 
 
-def make(folder: Path, part: str) -> None:
+def make(folder: Path, part: str, *, half: bool = False) -> None:
     """Writes a pipeline in a process of its own, whose memory is gone before anything is measured.
 
     Args:
         folder: Where to.
         part: What is made at its real size: "unet", "vae", "whole" or "none"; "narrow" is a U-Net of the real one's
             depth and levels, a tenth of its width and half its side. "dit" is DiT-XL/2 for 256x256 pixels instead.
+        half: In FP16.
 
     Raises:
         subprocess.CalledProcessError: It could not be made.
     """
-    subprocess.run(
-        [sys.executable, __file__, str(folder), "--part", part], check=True, stdout=subprocess.DEVNULL
-    )
+    command = [sys.executable, __file__, str(folder), "--part", part, *(["--half"] if half else [])]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
-def _write(folder: Path, part: str) -> None:
+def _write(folder: Path, part: str, half: bool) -> None:
     import torch
     from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from diffusers.utils import logging
@@ -63,7 +63,7 @@ def _write(folder: Path, part: str) -> None:
     logging.set_verbosity_error()
     torch.manual_seed(0)
     if part == "dit":
-        _write_dit(folder)
+        _dit().to(torch.float16 if half else torch.float32).save_pretrained(folder)
         return
     whole, real, real_vae = part == "whole", part in ("whole", "unet"), part in ("whole", "vae")
     narrow = part == "narrow"
@@ -112,10 +112,10 @@ def _write(folder: Path, part: str) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.save_pretrained(folder)
+    pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder)
 
 
-def _write_dit(folder: Path) -> None:
+def _dit() -> Any:
     """DiT-XL/2, its embedders equal in every block as in the published checkpoint, and a tiny decoder."""
     import torch
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -125,12 +125,12 @@ def _write_dit(folder: Path) -> None:
     with torch.no_grad():
         for block in transformer.transformer_blocks:
             block.norm1.emb.load_state_dict(first)
-    DiTPipeline(
+    return DiTPipeline(
         transformer=transformer,
         vae=_vae(False, 256),
         scheduler=DDIMScheduler(beta_start=0.0001, beta_end=0.02, beta_schedule="linear", clip_sample=False),
         id2label={i: f"thing {i}" for i in range(1000)},
-    ).save_pretrained(folder)
+    )
 
 
 def _vae(real: bool, size: int) -> Any:
@@ -166,5 +166,6 @@ if __name__ == "__main__":
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--part", choices=("unet", "vae", "whole", "narrow", "dit", "none"), default="none")
+    parser.add_argument("--half", action="store_true", help="in FP16")
     arguments = parser.parse_args()
-    _write(arguments.folder, arguments.part)
+    _write(arguments.folder, arguments.part, arguments.half)

@@ -168,7 +168,7 @@ def test_what_a_sampler_remembers_passes_from_one_denoiser_to_the_other(
     folder = pipeline_folder("ddpm")
     (tmp_path / "graphs").mkdir()
     recipe = Recipe(steps=(5,), scheduler=scheduler)
-    program = export_model(folder, recipe, WeightStore(tmp_path / "graphs").keep)
+    program = export_model(folder, recipe, WeightStore(tmp_path / "graphs").keep, tmp_path)
     (schedule,) = (s for task in program.tasks.values() for s in task.schedules.values())
     steps = len(schedule.steps)
     assert steps == (14 if scheduler == "pndm" else 5)

@@ -48,4 +48,5 @@ def _export(job: dict[str, Any]) -> None:
     folder = Path(job["folder"])
     (folder / GRAPHS).mkdir(exist_ok=True)
     store = WeightStore(folder / GRAPHS)
-    draft(export_model(Path(job["model"]), make_recipe(job["options"]), store.keep), folder).close()
+    program = export_model(Path(job["model"]), make_recipe(job["options"]), store.keep, folder)
+    draft(program, folder).close()

@@ -115,7 +115,7 @@ def compile(
             program = export_apart(path, decide, stage)
             progress(f"exported {', '.join(program.segments)}")
         else:
-            program = export_model(path, chosen, keep)
+            program = export_model(path, chosen, keep, stage)
         if chosen.guidance is not None:
             program = with_guidance(program, chosen.guidance)
         for size in chosen.buckets:
@@ -171,13 +171,16 @@ def _open_cache(place: str | Path | None, devices: Iterable[Device]) -> EngineCa
     return open_cache(place) if needed else None
 
 
-def export_model(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model]) -> Program:
+def export_model(
+    path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.Model], scratch: Path
+) -> Program:
     """The whole model as a Program.
 
     Args:
         path: A diffusers folder, or a TOML file that names .onnx files.
         recipe: Steps, scheduler and size.
         keep: Writes a segment's weights to disk as soon as they are traced.
+        scratch: A folder on a disk with as much room as the largest part takes in float32.
     """
     options: dict[str, Any] = {} if recipe.eta is None else {"eta": recipe.eta}
     if path.suffix == ".onnx" and path.is_file():
@@ -198,7 +201,7 @@ def export_model(path: Path, recipe: Recipe, keep: Callable[[str, ir.Model], ir.
             step_options=options,
         )
     return export_pipeline(
-        Source(path),
+        Source(path, scratch),
         keep,
         steps=recipe.steps,
         scheduler=recipe.scheduler,

@@ -99,7 +99,7 @@ def distill(
     with tempfile.TemporaryDirectory(prefix="trimtab-") as temporary:
         folder = Path(temporary)
         (folder / GRAPHS).mkdir()
-        program = export_model(path, recipe, WeightStore(folder / GRAPHS).keep)
+        program = export_model(path, recipe, WeightStore(folder / GRAPHS).keep, folder)
         teacher = program.segments[DENOISER].model
         if chosen is None:
             chosen = RemovalPlan(Candidates(teacher).fingerprint, (), "none")

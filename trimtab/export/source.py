@@ -7,18 +7,15 @@ import importlib
 import inspect
 import json
 import logging
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import ExportError, InputError, first_line
+from trimtab.export.checkpoint import STEMS, find_checkpoint, unread, widened
 
 logger = logging.getLogger(__name__)
 
-
-_STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
-"""Library -> what the names of its weight files begin with; a variant's name and a shard's number follow."""
 
 _EXPORTED = ("text_encoder", "transformer", "unet", "vae")
 """What the names of the models that are exported begin with: safety checkers and image encoders are not."""
@@ -35,12 +32,14 @@ class Source:
 
     Args:
         folder: Holds ``model_index.json``.
+        scratch: A folder for weights of half precision, which are mapped from there in float32 while they are read
+            (`trimtab.export.checkpoint.widened`); None to hold them in memory.
 
     Raises:
         InputError: No such folder, or not a diffusers pipeline.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, scratch: Path | None = None) -> None:
         index = folder / "model_index.json"
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder: give the folder of a diffusers pipeline")
@@ -56,7 +55,7 @@ class Source:
             raise InputError(
                 f"{index} cannot be read as a pipeline's index ({error}): save it again"
             ) from None
-        self.folder = folder
+        self.folder, self.scratch = folder, scratch
 
     def has(self, name: str) -> bool:
         """Whether the pipeline comes with this component."""
@@ -119,7 +118,7 @@ class Source:
         Raises:
             InputError: It is not installed, is not one of the two libraries', or might run code of the folder.
         """
-        if str(library) not in _STEMS:
+        if str(library) not in STEMS:
             # The pipeline's own python package ("stable_diffusion", ...), or remote code, which is never run.
             raise InputError(
                 f"{name} is a {library}.{class_name}: only diffusers and transformers are loaded"
@@ -142,38 +141,40 @@ class Source:
 
         Raises:
             InputError: The component is missing, damaged, or of a class that is not installed.
+            TrimtabError: There is no room for its weights in float32.
         """
         library, class_name = self._entry(name)
-        folder = self.folder / name
         cls = self._class(name, library, class_name)
-        options: dict[str, Any] = {} if library == "diffusers" else {"trust_remote_code": False}
-        model = _is_model(cls)
-        if model:
-            import torch
-
-            weights = self._weights(folder, _STEMS[library])
-            # Only safetensors: a pickle runs code when it is opened.
-            options |= {"torch_dtype": torch.float32, "use_safetensors": True, "variant": weights}
-            options["output_loading_info"] = True
-            if library == "transformers":
-                options["dtype"] = options.pop("torch_dtype")
-        try:
-            with _no_bar(library):
-                component = cls.from_pretrained(folder, local_files_only=True, **options)
-        except Exception as error:  # from_pretrained raises whatever the layer below did
-            raise InputError(
-                f"{folder} cannot be loaded as {class_name} ({first_line(error)}): copy it again"
-            ) from error
-        if not model:
-            return component
-        component, info = component
+        if not _is_model(cls):
+            return self._from_pretrained(name, self.folder / name)
+        checkpoint = find_checkpoint(self.folder / name, STEMS[library])
+        with widened(checkpoint, self.scratch) as read:
+            component, info = self._from_pretrained(
+                name, read.folder, **_weight_options(library, read.variant)
+            )
         if missing := sorted(info["missing_keys"]):  # which the libraries make up, and warn
             # transformers 5 saves under names that transformers 4 does not know.
             newer = f", or upgrade {library}: it has others" if info["unexpected_keys"] else ""
             raise InputError(
-                f"{folder} lacks {len(missing)} of {class_name}'s weights ({missing[0]}): copy it again{newer}"
+                f"{self.folder / name} lacks {len(missing)} of {class_name}'s weights ({missing[0]}): copy it "
+                f"again{newer}"
             )
         return component.eval()
+
+    def _from_pretrained(self, name: str, folder: Path, **options: Any) -> Any:
+        """What a component's class makes of a folder."""
+        library, class_name = self._entry(name)
+        if library != "diffusers":
+            options["trust_remote_code"] = False
+        try:
+            with _no_bar(library):
+                return self._class(name, library, class_name).from_pretrained(
+                    folder, local_files_only=True, **options
+                )
+        except Exception as error:  # from_pretrained raises whatever the layer below did
+            raise InputError(
+                f"{self.folder / name} cannot be loaded as {class_name} ({first_line(error)}): copy it again"
+            ) from error
 
     def check_weights(self) -> None:
         """Looks at the weight files of every model that is exported: the last is loaded long after the first.
@@ -186,85 +187,31 @@ class Source:
             if name.startswith(_EXPORTED) and self.has(name):
                 library, class_name = self._entry(name)
                 self._class(name, library, class_name)
-                self._weights(self.folder / name, _STEMS[library])
+                find_checkpoint(self.folder / name, STEMS[library])
                 if name.startswith("text_encoder"):
                     self._entry(name.replace("text_encoder", "tokenizer"))
 
-    def _weights(self, folder: Path, stem: str) -> str | None:
-        """Checks that the weight files are there and whole; gives the variant to load ("fp16"), or None for none."""
-        files = [f for f in sorted(folder.glob("*.safetensors")) if re.match(rf"{stem}[.-]", f.name)]
-        if not files:
-            other = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.msgpack")]
-            found = f"only {other[0].name}" if other else "no weight file"
-            raise InputError(
-                f"{folder} holds {found}, and a .safetensors file is needed: save the pipeline again with "
-                "safe_serialization=True"
-            )
-        for file in files:
-            _check_safetensors(file)
-        wanted = _variant(_variant_of(file.name, stem) for file in files)
-        names, variant = {file.name for file in files}, f".{wanted}" if wanted else ""
-        whole = f"{stem}{variant}.safetensors" in names
-        if not whole and (missing := _shards(folder, stem, variant) - names):
-            raise InputError(f"{folder} lacks {min(missing)}, a shard of its weights: copy it again")
-        return wanted
 
+def _weight_options(library: str, variant: str | None) -> dict[str, Any]:
+    """For from_pretrained of a model: float32, the variant, and what was missing beside the model."""
+    import torch
 
-def _shards(folder: Path, stem: str, variant: str) -> set[str]:
-    """The shards that the index of a variant names (".fp16", or "" for the plain weights); none where there is none."""
-    # Versions of diffusers put the variant's name before or behind "index".
-    names = {f"{stem}.safetensors.index{variant}.json", f"{stem}.safetensors{variant}.index.json"}
-    for path in (folder / name for name in sorted(names)):
-        if path.is_file():
-            try:
-                return set(map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise InputError(f"{path} cannot be read ({first_line(error)}): copy it again") from None
-    return set()
-
-
-def _variant_of(name: str, stem: str) -> str | None:
-    """The variant that a file of weights belongs to, such as "fp16" or "non_ema"; None for the plain ones."""
-    return re.sub(r"-\d+-of-\d+", "", name)[len(stem) :].rpartition(".")[0][1:] or None
-
-
-def _variant(found: Iterable[str | None]) -> str | None:
-    """Of several variants of one model's weights the one that is read."""
-    variants = set(found)
-    return next(v for v in (None, "fp32", "fp16", *sorted(map(str, variants))) if v in variants)
-
-
-def _unread(names: Iterable[str]) -> list[str]:
-    """Of a pipeline's files the weights that nothing reads: other variants, and other forms of the same."""
-    weights: dict[str, list[str]] = {}
-    unread: list[str] = []
-    for name in names:
-        folder, _, file = name.rpartition("/")
-        if file.endswith(".safetensors"):
-            stem = next((s for s in _STEMS.values() if re.match(rf"{s}[.-]", file)), None)
-            (unread if stem is None else weights.setdefault(f"{folder}/{stem}", [])).append(name)
-    for place, found in weights.items():
-        variants = {name: _variant_of(name, place) for name in found}
-        wanted = _variant(variants.values())
-        unread += [name for name, variant in variants.items() if variant != wanted]
-    return unread
+    dtype = "dtype" if library == "transformers" else "torch_dtype"
+    # Only safetensors: a pickle runs code when it is opened.
+    return {dtype: torch.float32, "use_safetensors": True, "variant": variant, "output_loading_info": True}
 
 
 @contextlib.contextmanager
 def _no_bar(library: str) -> Iterator[None]:
-    """transformers draws a bar for every model that it loads, also where nobody sees a terminal."""
-    if library != "transformers":
-        yield
-        return
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    """Both libraries draw a bar for what they load in parts, also where nobody sees a terminal."""
+    logs = importlib.import_module(f"{library}.utils.logging")
+    shown = logs.is_progress_bar_enabled()
+    logs.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            transformers_logging.enable_progress_bar()
+            logs.enable_progress_bar()
 
 
 def _is_known(cls: Any, library: str) -> bool:
@@ -282,25 +229,6 @@ def _is_model(cls: type) -> bool:
     import torch
 
     return issubclass(cls, torch.nn.Module)
-
-
-def _check_safetensors(file: Path) -> None:
-    """Compares the file's size with what its header says (Raises InputError where they differ)."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header_bytes = stream.read(min(length, size))
-    try:
-        header = json.loads(header_bytes)
-        needed = (
-            8
-            + length
-            + max((t["data_offsets"][1] for k, t in header.items() if k != "__metadata__"), default=0)
-        )
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise InputError(f"{file} is not a safetensors file or is cut short: copy it again") from None
-    if size < needed:
-        raise InputError(f"{file} is cut short: {size} bytes of {needed}; copy it again")
 
 
 def find(model: str) -> Path:
@@ -333,7 +261,7 @@ def _download(model: str) -> Path:
     with contextlib.suppress(Exception):  # without a network the cache is looked into below
         # Asked once: a listing of the files is tried six times, in half a minute.
         info = huggingface_hub.HfApi().model_info(name, revision=revision, timeout=10)
-        ignored += _unread([file.rfilename for file in info.siblings or ()])
+        ignored += unread([file.rfilename for file in info.siblings or ()])
     try:
         return Path(
             huggingface_hub.snapshot_download(
