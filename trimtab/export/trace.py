@@ -242,11 +242,16 @@ def _name_transposed(graph: ir.Graph, module: torch.nn.Module) -> None:
         parameter = parameters.get(name)
         if parameter is None or weight.name in (name, f"{name}.T") or not weight.is_initializer():
             continue
-        array = weight.const_value.numpy()
-        if array.shape == parameter.T.shape and np.array_equal(
-            array, parameter.detach().T.numpy(), equal_nan=True
-        ):
+        if _same_array(weight.const_value.numpy(), parameter.detach().T.numpy()):
             weight.name = f"{name}.T"
+
+
+def _same_array(first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two arrays hold the same numbers, which are read only where they are not the same memory."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    places = {(a.__array_interface__["data"][0], a.strides) for a in (first, second)}
+    return len(places) == 1 or np.array_equal(first, second, equal_nan=True)
 
 
 def _without_prefix(path: str) -> str:
