@@ -354,3 +354,22 @@ def test_a_folder_that_is_no_bundle_says_so(tmp_path: Path) -> None:
 def test_a_target_that_was_not_compiled_for_is_named(copied_bundle: Path) -> None:
     with pytest.raises(WrongDevice, match="it has cpu"):
         trimtab.load(copied_bundle, target="rtx-4090")
+
+
+@pytest.mark.parametrize("targets", [["orin-nano-8gb"], ["orin-nano-8gb", "agx-thor"]])
+def test_what_a_device_has_still_to_build_is_said_once_for_each_target(
+    targets: list[str], copied_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def change(data: dict[str, Any]) -> None:
+        for segment in data["segments"]:
+            (engine,) = segment["engines"]
+            segment["engines"] = [
+                engine | {"target": name, "backend": "tensorrt", "built": False} for name in targets
+            ]
+
+    rewrite(copied_bundle, change)
+    assert main(["run", str(copied_bundle), "--class", "1", "-o", "x.png"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and ("no engines that this machine can run" in said) == (len(targets) > 1)
+    for name in targets:
+        assert said.count(f"has no engine of vae_decoder for {name} yet: run trimtab build") == 1

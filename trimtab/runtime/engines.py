@@ -205,13 +205,13 @@ def _choose(
         try:
             return name, _open(bundle, name, provider or "cpu", threads, fast)
         except TrimtabError as error:
-            if target is not None or provider is not None:
+            if target is not None or provider is not None or len(wanted) == 1:
                 raise
             reasons.append(f"{name}: {error}")
     said = "; ".join(reasons)
     raise WrongDevice(
-        f"{bundle.folder} has no engines that this machine can run: it has {', '.join(known) or 'none'}"
-        f"{f' ({said})' if said else ''}; compile with --target cpu"
+        f"{bundle.folder} has no engines that this machine can run{f' ({said})' if said else ''}: compile with "
+        "--target cpu"
     )
 
 
