@@ -372,4 +372,4 @@ def test_what_a_device_has_still_to_build_is_said_once_for_each_target(
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and ("no engines that this machine can run" in said) == (len(targets) > 1)
     for name in targets:
-        assert said.count(f"has no engine of vae_decoder for {name} yet: run trimtab build") == 1
+        assert said.count(f"has no engine of denoiser for {name} yet: run trimtab build") == 1
