@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import trimtab
 from trimtab.errors import InputError, TrimtabError
 from trimtab.export import checkpoint
-from trimtab.export.checkpoint import find_checkpoint, widened
+from trimtab.export.checkpoint import Checkpoint, find_checkpoint, widened
 from trimtab.export.source import Source
 
 Weights = dict[str, torch.Tensor]
@@ -38,6 +38,10 @@ def encoder(folder: Path, dtype: torch.dtype = torch.float16, **options: Any) ->
     index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return {name: value.detach() for name, value in model.named_parameters()}
+
+
+def files_of(found: Checkpoint) -> set[Path]:
+    return {weight.file for weight in found.weights}
 
 
 def mapped_from(tensor: torch.Tensor) -> str:
@@ -92,10 +96,10 @@ def test_shards_hold_as_much_as_memory_shall(
 ) -> None:
     stored = encoder(tmp_path, max_shard_size="4KB")
     found = find_checkpoint(tmp_path / "text_encoder", "model")
-    assert len(found.files) > 2
+    assert len(files_of(found)) > 2
     monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 8192)
     with widened(found, scratch) as read:
-        sizes = [sum(value.nbytes for value in load_file(file).values()) for file in read.files]
+        sizes = [sum(value.nbytes for value in load_file(file).values()) for file in files_of(read)]
         largest = max(value.nbytes for value in stored.values()) * 2
         assert len(sizes) > 2 and max(sizes) <= max(8192, largest)
         assert sum(sizes) == sum(value.numel() * 4 for value in stored.values())
@@ -114,7 +118,8 @@ def test_whole_numbers_and_float32_stay_what_they_are(scratch: Path, tmp_path: P
     (tmp_path / "config.json").write_text("{}")
     with widened(find_checkpoint(tmp_path, "model"), scratch) as read:
         assert read.variant is None and (read.folder / "config.json").read_text() == "{}"
-        found = load_file(read.files[0])
+        (file,) = files_of(read)
+        found = load_file(file)
     assert {name: value.dtype for name, value in found.items()} == {
         "a": torch.float32,
         "b": torch.float32,
@@ -132,16 +137,31 @@ def test_float32_is_read_where_it_lies(scratch: Path, tmp_path: Path) -> None:
         assert read is found and not list(scratch.iterdir())
 
 
-def test_a_disk_without_room_is_one_line_and_nothing_is_left(
-    scratch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.xdist_group("dit")
+@pytest.mark.parametrize(("half", "twice"), [(False, 0), (True, 1)])
+def test_a_disk_without_room_is_found_before_anything_is_exported(
+    half: bool,
+    twice: int,
+    pipeline_folder: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    encoder(tmp_path)
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(
-        TrimtabError, match=r"text_encoder takes .* GB in float32, and the disk of .*: make room"
-    ):
-        Source(tmp_path, scratch).load("text_encoder")
-    assert not list(scratch.iterdir())
+    folder = Path(shutil.copytree(pipeline_folder("dit"), tmp_path / "dit"))
+    sizes = []
+    for file in folder.rglob("*.safetensors"):
+        weights = load_file(file)
+        sizes.append(sum(4 * value.numel() for value in weights.values()))
+        save_file({k: v.half() if half else v for k, v in weights.items()}, file, {"format": "pt"})
+    needed, told = sum(sizes) + twice * max(sizes), list[str]()
+
+    def compiled(free: int) -> None:
+        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+        trimtab.compile(folder, tmp_path / "out" / "b", steps=2, progress=told.append)
+
+    with pytest.raises(TrimtabError, match=r"the weights take .* GB in float32 .*: make room, or choose"):
+        compiled(needed - 1)
+    assert told == [] and not list((tmp_path / "out").iterdir())
+    compiled(needed)
 
 
 def test_weights_that_cannot_be_read_are_one_line_and_nothing_is_left(scratch: Path, tmp_path: Path) -> None:

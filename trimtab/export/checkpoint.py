@@ -8,7 +8,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,81 +29,15 @@ _SHARD_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """One model's weights.
+class Weight:
+    """A tensor in a file.
 
     Attributes:
-        folder: Of the model.
-        stem: Of `STEMS`.
-        variant: What from_pretrained calls them, such as "fp16"; None for the plain ones.
-        files: All of them, whole; several where they are in shards.
+        file: Where it lies.
+        name: What it is called there.
+        type: As safetensors calls it, such as "BF16".
+        size: Its elements.
     """
-
-    folder: Path
-    stem: str
-    variant: str | None
-    files: tuple[Path, ...]
-
-
-def find_checkpoint(folder: Path, stem: str) -> Checkpoint:
-    """The weights of a model: the plain ones, else those of the variant fp32, fp16 or another.
-
-    Raises:
-        InputError: There are none, or one of their files is missing or cut short.
-    """
-    files = [f for f in sorted(folder.glob("*.safetensors")) if re.match(rf"{stem}[.-]", f.name)]
-    if not files:
-        other = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.msgpack")]
-        found = f"only {other[0].name}" if other else "no weight file"
-        raise InputError(
-            f"{folder} holds {found}, and a .safetensors file is needed: save the pipeline again with "
-            "safe_serialization=True"
-        )
-    for file in files:
-        _header(file)
-    wanted = _variant(_variant_of(file.name, stem) for file in files)
-    by_name, variant = {file.name: file for file in files}, f".{wanted}" if wanted else ""
-    whole = f"{stem}{variant}.safetensors"
-    names = {whole} if whole in by_name else _shards(folder, stem, variant)
-    if missing := names - by_name.keys():
-        raise InputError(f"{folder} lacks {min(missing)}, a shard of its weights: copy it again")
-    return Checkpoint(folder, stem, wanted, tuple(by_name[name] for name in sorted(names)))
-
-
-@contextlib.contextmanager
-def widened(checkpoint: Checkpoint, scratch: Path | None) -> Iterator[Checkpoint]:
-    """The same weights in float32, to be read from a folder that is gone after the block.
-
-    diffusers and transformers map weights that are of the type that is asked for: the system reads them as they are
-    needed, and drops them where memory is. What they convert lies in memory as a whole, 48 GB of the 12 billion
-    parameters of a FLUX.1 in BF16. So it is converted here, a few of them at a time. What was mapped stays on the disk
-    while it is read, whether or not it still has a name.
-
-    Args:
-        checkpoint: Of any types; without narrow ones it is given back as it is.
-        scratch: A folder with room for four bytes a weight; None leaves narrow ones too.
-
-    Raises:
-        TrimtabError: There is no such room.
-    """
-    weights = [_Weight(file, key, *said) for file in checkpoint.files for key, said in _header(file).items()]
-    if scratch is None or not any(weight.is_narrow for weight in weights):
-        yield checkpoint
-        return
-    needed, free = sum(weight.widened_bytes for weight in weights), shutil.disk_usage(scratch).free
-    if free < needed:
-        raise TrimtabError(
-            f"{checkpoint.folder} takes {needed / 1e9:.1f} GB in float32, and the disk of {scratch.parent} has "
-            f"{free / 1e9:.1f} left: make room, or choose another place"
-        )
-    # Windows removes no file that is mapped.
-    with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as temporary:
-        yield _widen(checkpoint, weights, Path(temporary))
-
-
-@dataclass(frozen=True)
-class _Weight:
-    """A tensor in a file."""
 
     file: Path
     name: str
@@ -115,9 +49,9 @@ class _Weight:
         return _NARROW.fullmatch(self.type) is not None
 
     @property
-    def widened_bytes(self) -> int:
+    def float32_bytes(self) -> int:
         """At the most: an integer has up to eight, and few models have any."""
-        return self.size * (4 if self.is_narrow else 8)
+        return self.size * (4 if "F" in self.type else 8)
 
     def widened(self) -> Tensor:
         """Its numbers, in float32 where they are narrower.
@@ -135,15 +69,107 @@ class _Weight:
         return weight.float() if self.is_narrow else weight.clone()
 
 
-def _widen(checkpoint: Checkpoint, weights: Iterable[_Weight], folder: Path) -> Checkpoint:
-    """Writes weights into a folder, in float32 and in shards, beside everything else that the model is read from."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model's weights.
+
+    Attributes:
+        folder: Of the model.
+        stem: Of `STEMS`.
+        variant: What from_pretrained calls them, such as "fp16"; None for the plain ones.
+        weights: All of them, in one file or in shards, which are whole.
+    """
+
+    folder: Path
+    stem: str
+    variant: str | None
+    weights: tuple[Weight, ...]
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether some of them are narrower than float32."""
+        return any(weight.is_narrow for weight in self.weights)
+
+    @property
+    def float32_bytes(self) -> int:
+        """What they take in float32."""
+        return sum(weight.float32_bytes for weight in self.weights)
+
+
+def find_checkpoint(folder: Path, stem: str) -> Checkpoint:
+    """The weights of a model: the plain ones, else those of the variant fp32, fp16 or another.
+
+    Raises:
+        InputError: There are none, or one of their files is missing or cut short.
+    """
+    files = [f for f in sorted(folder.glob("*.safetensors")) if re.match(rf"{stem}[.-]", f.name)]
+    if not files:
+        other = [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.msgpack")]
+        found = f"only {other[0].name}" if other else "no weight file"
+        raise InputError(
+            f"{folder} holds {found}, and a .safetensors file is needed: save the pipeline again with "
+            "safe_serialization=True"
+        )
+    weights = {file.name: _weights(file) for file in files}
+    wanted = _variant(_variant_of(file.name, stem) for file in files)
+    variant = f".{wanted}" if wanted else ""
+    whole = f"{stem}{variant}.safetensors"
+    names = {whole} if whole in weights else _shards(folder, stem, variant)
+    if missing := names - weights.keys():
+        raise InputError(f"{folder} lacks {min(missing)}, a shard of its weights: copy it again")
+    return Checkpoint(folder, stem, wanted, tuple(w for name in sorted(names) for w in weights[name]))
+
+
+def check_room(checkpoints: Collection[Checkpoint], scratch: Path) -> None:
+    """Refuses models that a disk has no room for: every weight in float32, and one model's a second time (`widened`).
+
+    Raises:
+        TrimtabError: It has not.
+    """
+    needed = sum(each.float32_bytes for each in checkpoints)
+    needed += max((each.float32_bytes for each in checkpoints if each.is_narrow), default=0)
+    if (free := shutil.disk_usage(scratch).free) < needed:
+        raise TrimtabError(
+            f"the weights take {needed / 1e9:.1f} GB in float32 while they are exported, and the disk of "
+            f"{scratch.parent} has {free / 1e9:.1f} left: make room, or choose another place"
+        )
+
+
+@contextlib.contextmanager
+def widened(checkpoint: Checkpoint, scratch: Path | None) -> Iterator[Checkpoint]:
+    """The same weights in float32, to be read from a folder that is gone after the block.
+
+    diffusers and transformers map weights that are of the type that is asked for: the system reads them as they are
+    needed, and drops them where memory is. What they convert lies in memory as a whole, 48 GB of the 12 billion
+    parameters of a FLUX.1 in BF16. So it is converted here, a few of them at a time. What was mapped stays on the disk
+    while it is read, whether or not it still has a name.
+
+    Args:
+        checkpoint: Of any types; without narrow ones it is given back as it is.
+        scratch: A folder on the disk that `check_room` found room on; None leaves narrow ones too.
+
+    Raises:
+        InputError: They cannot be read.
+        TrimtabError: The disk is full.
+    """
+    if scratch is None or not checkpoint.is_narrow:
+        yield checkpoint
+        return
+    # Windows removes no file that is mapped.
+    with tempfile.TemporaryDirectory(dir=scratch, ignore_cleanup_errors=True) as temporary:
+        _widen(checkpoint, Path(temporary))
+        yield find_checkpoint(Path(temporary), checkpoint.stem)
+
+
+def _widen(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes a model's weights into a folder, in float32 and in shards, with all else that the model is read from."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     for path in checkpoint.folder.glob("*.json"):
         if not path.name.startswith(f"{checkpoint.stem}."):  # the index of shards
             shutil.copy(path, folder)
-    shards = list(_in_shards(weights))
+    shards = list(_in_shards(checkpoint.weights))
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"{checkpoint.stem}-{number:05}-of-{len(shards):05}.safetensors"
@@ -157,13 +183,12 @@ def _widen(checkpoint: Checkpoint, weights: Iterable[_Weight], folder: Path) -> 
         index |= dict.fromkeys(tensors, name)
     text = json.dumps({"metadata": {}, "weight_map": index})
     (folder / f"{checkpoint.stem}.safetensors.index.json").write_text(text, encoding="utf-8")
-    return Checkpoint(folder, checkpoint.stem, None, tuple(sorted(folder.glob("*.safetensors"))))
 
 
-def _in_shards(weights: Iterable[_Weight]) -> Iterator[list[_Weight]]:
-    shard: list[_Weight] = []
+def _in_shards(weights: Iterable[Weight]) -> Iterator[list[Weight]]:
+    shard: list[Weight] = []
     for weight in weights:
-        if shard and sum(each.widened_bytes for each in shard) + weight.widened_bytes > _SHARD_BYTES:
+        if shard and sum(each.float32_bytes for each in shard) + weight.float32_bytes > _SHARD_BYTES:
             yield shard
             shard = []
         shard.append(weight)
@@ -211,8 +236,8 @@ def unread(names: Iterable[str]) -> list[str]:
     return unread
 
 
-def _header(file: Path) -> dict[str, tuple[str, int]]:
-    """What a file says of its tensors: name -> (type, as safetensors calls it; elements).
+def _weights(file: Path) -> list[Weight]:
+    """What a file says that it holds.
 
     Raises:
         InputError: It is no safetensors file, or shorter than it says.
@@ -223,7 +248,7 @@ def _header(file: Path) -> dict[str, tuple[str, int]]:
         text = stream.read(min(length, size))
     try:
         entries = {key: entry for key, entry in json.loads(text).items() if key != "__metadata__"}
-        found = {key: (str(entry["dtype"]), math.prod(entry["shape"])) for key, entry in entries.items()}
+        found = [Weight(file, key, str(e["dtype"]), math.prod(e["shape"])) for key, e in entries.items()]
         needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{file} is not a safetensors file or is cut short: copy it again") from None

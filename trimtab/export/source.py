@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import ExportError, InputError, first_line
-from trimtab.export.checkpoint import STEMS, find_checkpoint, unread, widened
+from trimtab.export.checkpoint import STEMS, check_room, find_checkpoint, unread, widened
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class Source:
 
         Raises:
             InputError: The component is missing, damaged, or of a class that is not installed.
-            TrimtabError: There is no room for its weights in float32.
+            TrimtabError: The disk is full.
         """
         library, class_name = self._entry(name)
         cls = self._class(name, library, class_name)
@@ -182,14 +182,18 @@ class Source:
         Raises:
             InputError: One is missing, cut short, or of a form that is not read; its class is not installed; or a text
                 encoder lacks its tokenizer.
+            TrimtabError: The disk has no room for them.
         """
+        found = []
         for name in self.index:
             if name.startswith(_EXPORTED) and self.has(name):
                 library, class_name = self._entry(name)
                 self._class(name, library, class_name)
-                find_checkpoint(self.folder / name, STEMS[library])
+                found.append(find_checkpoint(self.folder / name, STEMS[library]))
                 if name.startswith("text_encoder"):
                     self._entry(name.replace("text_encoder", "tokenizer"))
+        if self.scratch is not None:
+            check_room(found, self.scratch)
 
 
 def _weight_options(library: str, variant: str | None) -> dict[str, Any]:
