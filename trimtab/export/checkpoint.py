@@ -46,6 +46,7 @@ class Weight:
 
     @property
     def is_narrow(self) -> bool:
+        """Whether its type is narrower than float32."""
         return _NARROW.fullmatch(self.type) is not None
 
     @property
