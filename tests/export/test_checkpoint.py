@@ -194,3 +194,10 @@ def test_a_pipeline_in_half_precision_becomes_the_bundle_of_the_same_numbers_in_
     ]
     first, second = ({file.path: file.sha256 for file in bundle.contents.files} for bundle in bundles)
     assert first == second and not [path for path in first if "safetensors" in path]
+
+
+def test_a_model_without_its_configuration_is_one_line(scratch: Path, tmp_path: Path) -> None:
+    encoder(tmp_path)
+    (tmp_path / "text_encoder" / "config.json").unlink()
+    with pytest.raises(InputError, match="text_encoder cannot be loaded as CLIPTextModel"):
+        Source(tmp_path, scratch).load("text_encoder")

@@ -163,13 +163,12 @@ def widened(checkpoint: Checkpoint, scratch: Path | None) -> Iterator[Checkpoint
 
 
 def _widen(checkpoint: Checkpoint, folder: Path) -> None:
-    """Writes a model's weights into a folder, in float32 and in shards, with all else that the model is read from."""
+    """Writes a model's weights into a folder, in float32 and in shards, beside its configuration."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    for path in checkpoint.folder.glob("*.json"):
-        if not path.name.startswith(f"{checkpoint.stem}."):  # the index of shards
-            shutil.copy(path, folder)
+    with contextlib.suppress(FileNotFoundError):  # whoever loads the model says what is missing
+        shutil.copy(checkpoint.folder / "config.json", folder)
     shards = list(_in_shards(checkpoint.weights))
     index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
