@@ -162,6 +162,21 @@ def test_a_kernel_that_needs_scratch_memory_is_refused() -> None:
         trimmed(PTX.replace("[f_param_0]", "[f_param_2]"), 2)
 
 
+def test_a_triton_that_does_not_know_a_chip_is_named_with_its_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import triton
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("ptxas fatal: Value 'sm_110a' is not defined\nrepro: ptxas")
+
+    monkeypatch.setattr(triton, "compile", refuse)
+    with pytest.raises(
+        BuildFailed, match=r"Triton 3\.\d.* for sm_110 \(ptxas .* is not defined\): upgrade triton"
+    ):
+        decode_kernel(110, (320, 320, 3, 3))
+
+
 def test_what_compiling_kernels_needs_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     orin, turing = find_device("orin-nano-8gb"), Device("ours", "Ours", "tensorrt", sm="7.5")
     check_targets([orin, turing], kernels=[orin])

@@ -225,7 +225,10 @@ def _compile(
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
     except Exception as error:  # Triton's compiler raises whatever its stages do
-        raise BuildFailed(f"Triton could not compile {name} for sm_{sm}: {first_line(error)}") from error
+        raise BuildFailed(
+            f"Triton {triton.__version__} could not compile {name} for sm_{sm} ({first_line(error)}): upgrade triton, "
+            "with torch where that pins it"
+        ) from error
     return Kernel(
         entry=compiled.metadata.name,
         rows=tile.rows,
