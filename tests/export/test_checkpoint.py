@@ -137,11 +137,11 @@ def test_float32_is_read_where_it_lies(scratch: Path, tmp_path: Path) -> None:
         assert read is found and not list(scratch.iterdir())
 
 
-@pytest.mark.xdist_group("dit")
 @pytest.mark.parametrize(("half", "twice"), [(False, 0), (True, 1)])
 def test_a_disk_without_room_is_found_before_anything_is_exported(
     half: bool,
     twice: int,
+    scratch: Path,
     pipeline_folder: Callable[[str], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -152,16 +152,17 @@ def test_a_disk_without_room_is_found_before_anything_is_exported(
         weights = load_file(file)
         sizes.append(sum(4 * value.numel() for value in weights.values()))
         save_file({k: v.half() if half else v for k, v in weights.items()}, file, {"format": "pt"})
-    needed, told = sum(sizes) + twice * max(sizes), list[str]()
-
-    def compiled(free: int) -> None:
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-        trimtab.compile(folder, tmp_path / "out" / "b", steps=2, progress=told.append)
-
+    needed, free = sum(sizes) + twice * max(sizes), 0
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    free = needed
+    Source(folder, scratch).check_weights()
+    free = needed - 1
     with pytest.raises(TrimtabError, match=r"the weights take .* GB in float32 .*: make room, or choose"):
-        compiled(needed - 1)
+        Source(folder, scratch).check_weights()
+    told: list[str] = []
+    with pytest.raises(TrimtabError, match="make room"):
+        trimtab.compile(folder, tmp_path / "out" / "b", steps=2, progress=told.append)
     assert told == [] and not list((tmp_path / "out").iterdir())
-    compiled(needed)
 
 
 def test_weights_that_cannot_be_read_are_one_line_and_nothing_is_left(scratch: Path, tmp_path: Path) -> None:
