@@ -157,7 +157,7 @@ def test_a_disk_without_room_is_found_before_anything_is_exported(
     free = needed
     Source(folder, scratch).check_weights()
     free = needed - 1
-    with pytest.raises(TrimtabError, match=r"the weights take .* GB in float32 .*: make room, or choose"):
+    with pytest.raises(TrimtabError, match=r"the weights take .* MB in float32 .*: make room, or choose"):
         Source(folder, scratch).check_weights()
     told: list[str] = []
     with pytest.raises(TrimtabError, match="make room"):

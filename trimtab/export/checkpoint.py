@@ -131,8 +131,8 @@ def check_room(checkpoints: Collection[Checkpoint], scratch: Path) -> None:
     needed += max((each.float32_bytes for each in checkpoints if each.is_narrow), default=0)
     if (free := shutil.disk_usage(scratch).free) < needed:
         raise TrimtabError(
-            f"the weights take {needed / 1e9:.1f} GB in float32 while they are exported, and the disk of "
-            f"{scratch.parent} has {free / 1e9:.1f} left: make room, or choose another place"
+            f"the weights take {needed / 1e6:,.0f} MB in float32 while they are exported, and the disk of "
+            f"{scratch.parent} has {free / 1e6:,.0f} left: make room, or choose another place"
         )
 
 
