@@ -223,17 +223,17 @@ def _variant(found: Iterable[str | None]) -> str | None:
 def unread(names: Iterable[str]) -> list[str]:
     """Of a pipeline's files the weights that nothing reads: other variants, and other forms of the same."""
     weights: dict[str, list[str]] = {}
-    unread: list[str] = []
+    others: list[str] = []
     for name in names:
         folder, _, file = name.rpartition("/")
         if file.endswith(".safetensors"):
             stem = next((s for s in STEMS.values() if re.match(rf"{s}[.-]", file)), None)
-            (unread if stem is None else weights.setdefault(f"{folder}/{stem}", [])).append(name)
+            (others if stem is None else weights.setdefault(f"{folder}/{stem}", [])).append(name)
     for place, found in weights.items():
         variants = {name: _variant_of(name, place) for name in found}
         wanted = _variant(variants.values())
-        unread += [name for name, variant in variants.items() if variant != wanted]
-    return unread
+        others += [name for name, variant in variants.items() if variant != wanted]
+    return others
 
 
 def _weights(file: Path) -> list[Weight]:

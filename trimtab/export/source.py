@@ -146,12 +146,11 @@ class Source:
         library, class_name = self._entry(name)
         cls = self._class(name, library, class_name)
         if not _is_model(cls):
-            return self._from_pretrained(name, self.folder / name)
+            return self._from_pretrained(name, cls, self.folder / name)
         checkpoint = find_checkpoint(self.folder / name, STEMS[library])
         with widened(checkpoint, self.scratch) as read:
-            component, info = self._from_pretrained(
-                name, read.folder, **_weight_options(library, read.variant)
-            )
+            options = _weight_options(library, read.variant)
+            component, info = self._from_pretrained(name, cls, read.folder, **options)
         if missing := sorted(info["missing_keys"]):  # which the libraries make up, and warn
             # transformers 5 saves under names that transformers 4 does not know.
             newer = f", or upgrade {library}: it has others" if info["unexpected_keys"] else ""
@@ -161,16 +160,14 @@ class Source:
             )
         return component.eval()
 
-    def _from_pretrained(self, name: str, folder: Path, **options: Any) -> Any:
+    def _from_pretrained(self, name: str, cls: Any, folder: Path, **options: Any) -> Any:
         """What a component's class makes of a folder."""
         library, class_name = self._entry(name)
         if library != "diffusers":
             options["trust_remote_code"] = False
         try:
             with _no_bar(library):
-                return self._class(name, library, class_name).from_pretrained(
-                    folder, local_files_only=True, **options
-                )
+                return cls.from_pretrained(folder, local_files_only=True, **options)
         except Exception as error:  # from_pretrained raises whatever the layer below did
             raise InputError(
                 f"{self.folder / name} cannot be loaded as {class_name} ({first_line(error)}): copy it again"
