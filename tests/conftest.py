@@ -90,22 +90,25 @@ class _ByContent(pickle.Pickler):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _traced_once() -> Iterator[None]:
-    """Has a worker trace a module once: a third of all tests' time would go into the same tiny models again.
+def _traced_once(workshop: Path) -> Iterator[None]:
+    """Has all workers trace a module once: a third of all tests' time would go into the same tiny models again.
 
     Modules are the same if everything in them is, to the last bit. What is traced depends on nothing else but
-    the sizes of the examples, and every caller gets a graph of its own.
+    the sizes of the examples, and every caller gets a graph of its own, from a file.
     """
-    traced: dict[bytes, ir.Model] = {}
 
     def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: list[str]) -> ir.Model:
         sizes = [(n, e.tensor.shape, e.tensor.dtype, e.dims, dict(e.multiples)) for n, e in inputs.items()]
         stream = io.BytesIO()
         _ByContent(stream).dump((module, sizes, outputs))
-        key = hashlib.sha256(stream.getvalue()).digest()
-        if key not in traced:
-            traced[key] = tracing.trace(module, inputs, outputs)
-        return traced[key].clone()
+
+        def save(folder: Path) -> None:
+            graph = tracing.trace(module, inputs, outputs)
+            folder.mkdir()
+            ir.save(graph, folder / "graph.onnx")
+
+        traced = made_once(workshop / "traced" / hashlib.sha256(stream.getvalue()).hexdigest(), save)
+        return ir.load(traced / "graph.onnx")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(parts, "trace", trace)
