@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     IPNDMScheduler,
     SD3Transformer2DModel,
+    TCDScheduler,
 )
 from diffusers.models.embeddings import LabelEmbedding
 from graphs import run
@@ -25,7 +26,13 @@ from tiny import clip_text, clip_tokenizer, unet
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
-from trimtab.export.families import class_labels, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
+from trimtab.export.families import (
+    class_labels,
+    stable_diffusion,
+    stable_diffusion_3,
+    stable_diffusion_xl,
+    unconditional,
+)
 from trimtab.export.modules import ConditionalUNet
 from trimtab.export.parts import (
     Parts,
@@ -37,7 +44,7 @@ from trimtab.export.parts import (
     timestep_example,
 )
 from trimtab.export.pipeline import _no_pictures, _own_scheduler, _warn_of_scaling
-from trimtab.export.sampler import make_scheduler
+from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sizes import measure
 from trimtab.export.source import Source
 from trimtab.export.trace import Example, trace
@@ -174,6 +181,15 @@ def wired(
     made = PipelineParts(source, lambda _, graph: graph)
     make(made)
     return made
+
+
+@pytest.mark.parametrize("family", ["ddpm"])
+def test_a_ddpm_pipeline_leaves_eta_to_its_scheduler(
+    family: str, pipeline_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = wired(unconditional, Source(pipeline_folder(family)), monkeypatch).step_options
+    table = probe(TCDScheduler(), 4, step_options=options)
+    assert table == probe(TCDScheduler(), 4, step_options={"eta": 0.3})  # step's own default
 
 
 @pytest.mark.parametrize(("projecting", "pooled"), [("CLIPTextModel", "pooled_2"), (PROJECTING, "pooled")])

@@ -338,6 +338,7 @@ def _class_names(id2label: Any) -> dict[str, int]:
 
 def unconditional(parts: PipelineParts) -> None:
     """DDPM and DDIM pipelines: a U-Net over pixels, no condition."""
+    parts.step_options = {}  # DDPM's leaves eta to its scheduler, and TCD's own is not 0
     parts.guidance = None
     parts.classifier_free = False
     sample = halving_example(parts) if parts.multiple > 1 else sample_example(parts.channels, (6, 4))
