@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, PixArtTransformer2DModel, UNet2DModel
+from graphs import run
 from tiny import TWO_LEVELS, clip_text, unet, vae
 
 from trimtab.errors import ExportError, InputError
@@ -24,8 +26,9 @@ from trimtab.export.denoisers import (
     latent_space,
 )
 from trimtab.export.families import FAMILIES
-from trimtab.export.modules import PixArtTransformer, PixelUNet
+from trimtab.export.modules import GuidedUNet, PixArtTransformer, PixelUNet
 from trimtab.export.source import Source
+from trimtab.export.trace import Example, trace
 
 PipelineFolder = Callable[[str], Path]
 
@@ -94,6 +97,29 @@ def test_an_sdxl_unet_that_reads_the_guidance_scale_is_given_it(tmp_path: Path) 
             added_cond_kwargs={"text_embeds": inputs["text_embeds"], "time_ids": sizes},
         ).sample
     assert (ours - theirs).abs().max() <= 1e-5
+
+
+class Telling(torch.nn.Module):
+    """Predicts what it is told of the guidance scale."""
+
+    config = SimpleNamespace(time_cond_proj_dim=16)
+
+    def forward(
+        self, *_: torch.Tensor, timestep_cond: torch.Tensor, return_dict: bool
+    ) -> tuple[torch.Tensor]:
+        return (timestep_cond,)
+
+
+@pytest.mark.parametrize("scale", [0.0, 7.5])
+def test_a_graph_is_told_the_guidance_scale_as_exactly_as_torch(scale: float) -> None:
+    guidance = torch.tensor(scale)
+    given = dict.fromkeys(("sample", "timestep", "encoder_hidden_states"), torch.zeros(2, 4, 4))
+    given["guidance"] = guidance
+    inputs = {name: Example(tensor) for name, tensor in given.items()}
+    graph = trace(GuidedUNet(Telling()), inputs, ["embedding"])
+    found = run(graph, {name: tensor.numpy() for name, tensor in given.items()})["embedding"]
+    expected = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, guidance[None] - 1, 16)
+    assert np.abs(found - expected.numpy()).max() <= 1e-6
 
 
 def test_an_sdxl_unet_with_an_aesthetic_score_is_refused(tmp_path: Path) -> None:

@@ -72,23 +72,37 @@ class InpaintingUNet(Denoiser):
         return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
-def _guidance_embedding(guidance: Tensor, sample: Tensor, width: int) -> Tensor:
-    """A scalar guidance scale as sines and cosines, (rows, width) (Luo et al. 2023, sec. 4.2)."""
+def _guidance_frequencies(width: int) -> Tensor:
+    """The frequencies of a guidance scale's embedding, (width // 2,).
+
+    They are made before the trace: the scale is multiplied by 1000, so that the last bit of an exponential, which
+    ONNX Runtime and torch round differently, is 2e-4 in the embedding of 7.5.
+    """
     half = width // 2
     exponent = torch.arange(half, dtype=torch.float32) * -(torch.full((), 10000.0).log() / (half - 1))
-    angle = (guidance - 1.0) * 1000.0 * torch.exp(exponent)[None]
+    return torch.exp(exponent)
+
+
+def _guidance_embedding(guidance: Tensor, sample: Tensor, frequencies: Tensor, width: int) -> Tensor:
+    """A scalar guidance scale as sines and cosines, (rows, width) (Luo et al. 2023, sec. 4.2)."""
+    angle = (guidance - 1.0) * 1000.0 * frequencies[None]
     embedding = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
-    embedding = nn.functional.pad(embedding, (0, width - 2 * half))
+    embedding = nn.functional.pad(embedding, (0, width - 2 * len(frequencies)))
     return embedding.expand(sample.shape[0], -1)
 
 
 class GuidedUNet(Denoiser):
     """An LCM's U-Net, which reads the guidance scale."""
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.width = self.model.config.time_cond_proj_dim
+        self.frequencies = _guidance_frequencies(self.width)
+
     def forward(
         self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, guidance: Tensor
     ) -> Tensor:
-        embedding = _guidance_embedding(guidance, sample, self.model.config.time_cond_proj_dim)
+        embedding = _guidance_embedding(guidance, sample, self.frequencies, self.width)
         return self.model(
             sample, timestep, encoder_hidden_states, timestep_cond=embedding, return_dict=False
         )[0]
@@ -103,6 +117,8 @@ class XLUNet(Denoiser):
     def __init__(self, model: nn.Module, factor: int) -> None:
         super().__init__(model)
         self.factor = factor
+        self.width = self.model.config.time_cond_proj_dim
+        self.frequencies = None if self.width is None else _guidance_frequencies(self.width)
 
     def forward(
         self,
@@ -116,8 +132,8 @@ class XLUNet(Denoiser):
         crop = torch.zeros_like(height)
         time_ids = torch.cat([height, width, crop, crop, height, width], dim=1)
         embedding = None
-        if guidance is not None:
-            embedding = _guidance_embedding(guidance, sample, self.model.config.time_cond_proj_dim)
+        if guidance is not None and self.frequencies is not None:
+            embedding = _guidance_embedding(guidance, sample, self.frequencies, self.width)
         return self.model(
             sample,
             timestep,
