@@ -10,6 +10,7 @@ from diffusers.utils import logging as diffusers_logging
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export.sampler import SCHEDULERS, make_scheduler, probe, replay, scheduler_name
+from trimtab.export.sampler.onehot import Interception
 
 diffusers_logging.set_verbosity_error()  # it warns of configuration keys that are another scheduler's
 
@@ -175,6 +176,29 @@ def test_where_a_scheduler_itself_loses_digits_its_table_keeps_them() -> None:
     ours = torch.from_numpy(replay(table, lambda *_: next(given).numpy(), noise.numpy())).double()
     scale = exact.abs().max()
     assert (ours - exact).abs().max() < 1e-5 * scale < 1e-4 * scale < (theirs - exact).abs().max()
+
+
+def test_what_a_scheduler_casts_to_float32_is_not_held_against_its_table() -> None:
+    """DPMSolver on noise casts its sample, and divides by an alpha of 1/4096 too."""
+    config = {"prediction_type": "v_prediction", "final_sigmas_type": "sigma_min", "solver_order": 1}
+    config |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "algorithm_type": "dpmsolver"}
+    scheduler = make_scheduler("dpm++", SD | config | {"beta_schedule": "squaredcos_cap_v2"})
+    table = probe(scheduler, 2)
+    noise, *outputs = torch.randn((3, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+
+    def drawn(cast: bool) -> torch.Tensor:
+        scheduler.set_timesteps(2)
+        sample = noise.double()
+        with Interception(tuple(noise.shape), lambda: noise, None, not cast, "DPMSolver"):
+            for output, timestep in zip(outputs, scheduler.timesteps, strict=True):
+                sample = scheduler.step(output.double(), timestep, sample).prev_sample
+        return sample.double()
+
+    exact, theirs = drawn(cast=False), drawn(cast=True)
+    given = iter(outputs)
+    ours = torch.from_numpy(replay(table, lambda *_: next(given).numpy(), noise.numpy())).double()
+    scale = exact.abs().max()
+    assert (ours - exact).abs().max() < 1e-6 * scale < 2e-5 * scale < (theirs - exact).abs().max()
 
 
 def test_options_that_do_not_fit() -> None:

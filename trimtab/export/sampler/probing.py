@@ -263,8 +263,8 @@ def _check_rows(evaluation: _Rows, basis: Basis, index: int, owner: str) -> None
 def _deviation(table: SamplerTable, walk: Walk) -> float:
     """The largest relative difference between a table and its scheduler.
 
-    Both run on random outputs and noise in float64, with latents of another shape than the one probed,
-    clipping for real; every input of the model and the final latents are compared.
+    Both run on random outputs and noise in float64, whatever the scheduler casts them to, with latents of another
+    shape than the one probed, clipping for real; every input of the model and the final latents are compared.
     """
     import torch
 
@@ -284,7 +284,7 @@ def _deviation(table: SamplerTable, walk: Walk) -> float:
         return torch.from_numpy(drawn[-1].copy())
 
     scheduler, timesteps = walk.prepare()
-    with Interception(shape, draw, None, False, walk.owner), blaming(walk.owner):
+    with Interception(shape, draw, None, True, walk.owner), blaming(walk.owner):
         start, known_image = torch.from_numpy(noise), torch.from_numpy(image)
         sample = walk.first_sample(scheduler, timesteps, start, known_image)
         for index, timestep in enumerate(timesteps):
