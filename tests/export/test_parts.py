@@ -293,6 +293,22 @@ def test_what_a_configuration_leaves_out_is_its_class_s_default(
     assert ((made.size[0], made.multiple, made.largest_side), made.channels) == (sizes, 4)
 
 
+def test_a_picture_has_the_channels_that_its_decoder_or_pixel_model_writes(tmp_path: Path) -> None:
+    assert measured(tmp_path, {"sample_size": 8}).colors == 3
+    vae = tmp_path / "vae" / "config.json"
+    vae.write_text(json.dumps(json.loads(vae.read_text()) | {"out_channels": 1}))
+    made = PipelineParts(Source(tmp_path), lambda _, graph: graph)
+    made.source.index["unet"] = ["diffusers", "UNet2DConditionModel"]
+    measure(made)
+    assert made.colors == 1
+    (tmp_path / "unet" / "config.json").write_text('{"sample_size": 8, "in_channels": 1}')
+    index = {"_class_name": "DDPMPipeline", "unet": ["diffusers", "UNet2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    made = PipelineParts(Source(tmp_path), lambda _, graph: graph)
+    measure(made)
+    assert (made.channels, made.colors) == (1, 1)
+
+
 def measured(folder: Path, config: dict[str, Any], denoiser: str = "UNet2DConditionModel") -> PipelineParts:
     """The sizes of a pipeline with a denoiser of a configuration, two pixels to a latent."""
     source = with_vae(folder, "AutoencoderKL")

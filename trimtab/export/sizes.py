@@ -12,7 +12,7 @@ from trimtab.export.parts import PipelineParts
 
 
 def measure(parts: PipelineParts) -> None:
-    """Latent channels, pixel factor, native size and what sizes must be multiples of, before anything is loaded.
+    """Channels, pixel factor, native size and what sizes must be multiples of, before anything is loaded.
 
     Raises:
         InputError: A configuration cannot be read.
@@ -23,6 +23,7 @@ def measure(parts: PipelineParts) -> None:
     parts.channels, parts.factor = latent_space(source)
     try:
         if source.has("vae"):
+            parts.colors = int(source.config("vae")["out_channels"])
             # A transformer's patches; Flux packs 2x2 latents before its model sees them.
             patch = 2 if source.pipeline_class.startswith("Flux") else int(config.get("patch_size", 1))
             parts.multiple = parts.factor * patch * _halvings(config.get("up_block_types") or ())
@@ -30,6 +31,7 @@ def measure(parts: PipelineParts) -> None:
             if table := config.get("pos_embed_max_size"):
                 parts.largest_side = int(table) * parts.multiple
         else:
+            parts.colors = parts.channels
             # Its upsamplers double, so that a side must halve at every level.
             parts.multiple = 2 ** (len(config["block_out_channels"]) - 1)
         # Flux's configuration says no size; its pipeline's default is 128 latents.
