@@ -99,6 +99,45 @@ def test_positions_that_no_step_keeps_do_not_make_every_step_a_full_one() -> Non
     assert full.inputs == one.inputs and len(inheriting.inputs) > len(one.inputs)
 
 
+class Apart(torch.nn.Module):
+    """A block of two streams of which one never reads the other: SD3's without the attention of its text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ff = torch.nn.Linear(WIDTH, WIDTH)
+        self.ff_context = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, text: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return text + self.ff_context(text), x + self.ff(x * text.mean(dim=1, keepdim=True))
+
+
+class TwoStreams(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList(Apart() for _ in range(2))
+
+    def forward(self, x0: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        for block in self.transformer_blocks:
+            text, x0 = block(text, x0)
+        return x0 + text.mean(dim=1, keepdim=True)
+
+
+def test_a_stream_that_follows_from_fewer_inputs_than_the_other_is_inherited_too() -> None:
+    examples = {
+        "x0": Example(torch.randn(2, 6, WIDTH), ("n", "length", None)),
+        "text": Example(torch.randn(2, TOKENS, WIDTH), ("n", None, None)),
+    }
+    model = trace(TwoStreams().eval(), examples, ["x"])
+    region = find_region(model, "blocks 0-0")
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    running = reach(model.graph.outputs, {values[name]: None for name in region.values}, set())
+    paths = {path for node in running for path in scopes(node)}
+    assert len(region.values) == 2
+    assert {path for path in paths if ".ff" in path} == {
+        f"transformer_blocks.1.{layer}" for layer in ("ff", "ff_context")
+    }
+
+
 @pytest.mark.parametrize(
     ("unit", "expected"),
     [

@@ -188,7 +188,7 @@ def _stands_for(graph: ir.Graph, paths: Iterable[str]) -> tuple[str, ...]:
         for value in node.outputs
         if _is_map(value) and any(user not in inside and user.op_type != "Shape" for user, _ in value.uses())
     ]
-    return tuple(_contribution(graph, value, inside) for value in _features(graph, outputs))
+    return tuple(_contribution(graph, value, inside) for value in _features(graph, outputs, inside))
 
 
 def _with_unnamed(graph: ir.Graph, nodes: set[ir.Node]) -> set[ir.Node]:
@@ -203,12 +203,14 @@ def _with_unnamed(graph: ir.Graph, nodes: set[ir.Node]) -> set[ir.Node]:
     return inside
 
 
-def _features(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Value]:
+def _features(graph: ir.Graph, values: Sequence[ir.Value], inside: set[ir.Node]) -> list[ir.Value]:
     """Those of a module's outputs that are its own, and no conditioning of other modules.
 
     The first block that needs the time's embedding or the positions makes them for all (PixArt, Flux). They follow
     from fewer of the model's inputs than what a block makes of the sample, and inherited they would tell the blocks
     that run the time of an earlier step. Positions follow from none: a part repeats them, and no step keeps them.
+    What is added to a stream is a feature whatever it follows from: without the attention between text and picture,
+    which `--remove` may have taken, each follows from its own.
     """
     reads: dict[ir.Value, frozenset[ir.Value]] = {value: frozenset({value}) for value in graph.inputs}
     for node in graph:
@@ -216,7 +218,12 @@ def _features(graph: ir.Graph, values: Sequence[ir.Value]) -> list[ir.Value]:
         read = frozenset[ir.Value]().union(*(reads.get(value, ()) for value in given if value is not None))
         reads.update(dict.fromkeys(node.outputs, read))
     most = [reads[value] for value in values]
-    return [v for v in values if reads[v] and not any(reads[v] < other for other in most)]
+
+    def is_own(value: ir.Value) -> bool:
+        fewer = any(reads[value] < other for other in most)
+        return bool(reads[value]) and not (fewer and _residual(value, inside) is None)
+
+    return [value for value in values if is_own(value)]
 
 
 def _contribution(graph: ir.Graph, value: ir.Value, inside: set[ir.Node]) -> str:
