@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import onnx_ir as ir
 import pytest
 import residual
 import torch
+from chains import run_model
 from diffusers import UNet2DConditionModel
 
 from trimtab.errors import PassError
@@ -74,6 +76,57 @@ def test_removing_both_of_two_candidates_with_one_bypass_removes_them() -> None:
     model = wrapped()
     assert RemoveLayers(["blocks", "outer"])(model).applied == ("outer",)
     assert not model.graph.initializers.keys() & {"blocks.0.first.weight", "blocks.1.first.weight"}
+
+
+class Beside(torch.nn.Module):
+    """x + a(x) + b(x), both scaled by a modulation: the two attentions of SD3.5's blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation, self.attn, self.attn2 = (torch.nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, made: list[torch.Tensor]) -> torch.Tensor:
+        if not made:  # the exporter makes once, in the first block, what every block says alike
+            made.append(time[:, None].expand(-1, 2, -1).sin())
+        scale, shift = made[0].chunk(2, dim=1)
+        gate, read = self.modulation(time)[:, None], x * scale + shift
+        return x + gate * self.attn(read) + gate * self.attn2(read)
+
+
+class TwoBeside(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList(Beside() for _ in range(2))
+
+    def forward(self, sample: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        made: list[torch.Tensor] = []
+        for block in self.transformer_blocks:
+            sample = block(sample, time, made)
+        return sample.tanh()
+
+
+def test_branches_side_by_side_and_the_block_that_makes_the_time_for_all_can_go() -> None:
+    torch.manual_seed(0)
+    whole, (sample, time) = TwoBeside().eval(), (torch.randn(2, 6, 8), torch.randn(2, 8))
+    examples = {
+        "sample": Example(sample, ("n", "length", None)),
+        "time": Example(time, ("n", None)),
+    }
+    model = trace(whole, examples, ["prediction"])
+    found = Candidates(model)
+    branches = [f"transformer_blocks.{block}.{name}" for block in (0, 1) for name in ("attn", "attn2")]
+    blocks = ["transformer_blocks.0", "transformer_blocks.1"]
+    assert list(found) == branches + blocks
+    assert found[blocks[0]].parameters == found[blocks[1]].parameters == 3 * (8 * 8 + 8)
+    for removed in ([branches[1]], branches[:2], blocks[:1]):
+        pruned = model.clone()
+        RemoveLayers(removed)(pruned)
+        left = copy.deepcopy(whole)
+        for name in branches[:2] if removed == blocks[:1] else removed:
+            torch.nn.init.zeros_(left.get_submodule(name).weight)
+            torch.nn.init.zeros_(left.get_submodule(name).bias)
+        (result,) = run_model(pruned, {"sample": sample.numpy(), "time": time.numpy()}).values()
+        np.testing.assert_allclose(result, left(sample, time).detach().numpy(), atol=1e-6)
 
 
 def test_a_dit_block_frees_its_modulation_only_as_a_whole(bundle_folder: Callable[[str], Path]) -> None:

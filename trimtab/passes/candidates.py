@@ -74,7 +74,7 @@ class Candidates(Mapping[str, Candidate]):
         flow = _Flow(model.graph)
         branches = list(_branches(model.graph, flow))
         found = [("branch", b.name, {b.output: b.skip}) for b in branches]
-        found += [("block", name, bypass) for name, bypass in self._blocks(branches)]
+        found += [("block", name, bypass) for name, bypass in self._blocks(branches, flow)]
         found += [("pair", name, bypass) for name, bypass in _pairs(branches)]
         found += [("level", name, bypass) for name, bypass in _levels(model.graph, flow)]
         self._bypass: dict[str, dict[ir.Value, ir.Value]] = {}
@@ -175,8 +175,11 @@ class Candidates(Mapping[str, Candidate]):
     def _any_lives(self, values: Iterable[ir.Value], dead: Container[ir.Value]) -> bool:
         return any(value in self._readers.live and value not in dead for value in values)
 
-    def _blocks(self, branches: list[_Branch]) -> Iterator[tuple[str, dict[ir.Value, ir.Value]]]:
-        """Modules whose results are their inputs plus branches, and that free more than those one by one."""
+    def _blocks(self, branches: list[_Branch], flow: _Flow) -> Iterator[tuple[str, dict[ir.Value, ir.Value]]]:
+        """Modules whose results are their inputs plus branches, and that free more than those one by one.
+
+        What the first block makes for all, of the time alone (PixArt) or of the positions (Flux), stays.
+        """
         by_output = {b.output: b for b in branches}
         taken = {b.name for b in branches}
         for path, module in module_tree(self._graph).items():
@@ -191,7 +194,13 @@ class Candidates(Mapping[str, Candidate]):
                     bypass[output] = value
             if not bypass or path in taken:
                 continue
-            others = [v for v in module.outputs if v not in bypass and _rank(v) >= _FEATURES]
+            others = [
+                value
+                for value in module.outputs
+                if value not in bypass
+                and _rank(value) >= _FEATURES
+                and any(flow.feeds(stream, value) for stream in bypass.values())
+            ]
             if not self._any_lives(others, self._readers.dead(bypass)) and self._freed(bypass)[0] > size:
                 yield path, bypass
 
@@ -240,7 +249,7 @@ class _Branch:
         name: The module.
         output: Of the Add.
         skip: What stays.
-        source: What the branch reads: the skip, or what the skip's 1x1 shortcut reads.
+        source: What the branch reads: the skip, what the skip's 1x1 shortcut reads, or x of x + a(x) + b(x).
     """
 
     name: str
@@ -251,6 +260,7 @@ class _Branch:
 
 def _branches(graph: ir.Graph, flow: _Flow) -> Iterator[_Branch]:
     adds: list[tuple[str, ir.Value, ir.Value, ir.Value, ir.Value]] = []
+    skips: dict[ir.Value, ir.Value] = {}
     for node in graph:
         output = node.outputs[0]
         if node.op_type != "Add" or _rank(output) < _FEATURES:
@@ -259,10 +269,13 @@ def _branches(graph: ir.Graph, flow: _Flow) -> Iterator[_Branch]:
         if first is None or second is None or not _same_shape(first, second):
             continue
         home = path[-1] if (path := scopes(node)) else ""
-        for skip, branch in ((first, second), (second, first)):
-            source = skip if flow.feeds(skip, branch) else _before_shortcut(skip, branch, flow)
+        orders = ((first, second), (second, first))
+        found = [(skip, branch, _read_by(skip, branch, flow)) for skip, branch in orders]
+        found += [(skip, branch, _beside(skip, branch, skips, flow)) for skip, branch in orders]
+        for skip, branch, source in found:
             if source is not None:
                 adds.append((home, output, skip, branch, source))
+                skips[output] = skip
                 break
     homes = [home for home, *_ in adds]
     names: list[str] = []
@@ -276,6 +289,24 @@ def _branches(graph: ir.Graph, flow: _Flow) -> Iterator[_Branch]:
         elif names.count(name) > 1:  # the two streams of one joint attention
             name = _module_of(home, branch, source, flow, whole=True)
         yield _Branch(name, output, skip, source)
+
+
+def _read_by(skip: ir.Value, branch: ir.Value, flow: _Flow) -> ir.Value | None:
+    """The skip where a branch reads it, or what both read where a shortcut stands in the skip."""
+    return skip if flow.feeds(skip, branch) else _before_shortcut(skip, branch, flow)
+
+
+def _beside(
+    skip: ir.Value, branch: ir.Value, skips: Mapping[ir.Value, ir.Value], flow: _Flow
+) -> ir.Value | None:
+    """x where a skip is x + a(x) and the branch b(x): the second attention of SD3.5's blocks.
+
+    ``skips``: what stays of the sums in front, by their outputs.
+    """
+    source = skips.get(skip)
+    while source is not None and not flow.feeds(source, branch):
+        source = skips.get(source)
+    return source
 
 
 def _before_shortcut(skip: ir.Value, branch: ir.Value, flow: _Flow) -> ir.Value | None:
