@@ -9,6 +9,7 @@ import torch
 from chains import add, chain, run_model
 from chains import program as program_of
 
+from trimtab.errors import PassError
 from trimtab.export.trace import Example, trace
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
@@ -52,14 +53,27 @@ class Blocks(torch.nn.Module):
         return x + text.mean(dim=1, keepdim=True)
 
 
-def traced() -> ir.Model:
+class Left(Block):
+    """What is left of the first block once it is removed: what it made for all."""
+
+    def forward(
+        self, text: torch.Tensor, x: torch.Tensor, time: torch.Tensor, made: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        super().forward(text, x, time, made)
+        return text, x
+
+
+def traced(first: torch.nn.Module | None = None) -> ir.Model:
     torch.manual_seed(0)
+    blocks = Blocks()
+    if first is not None:
+        blocks.single_transformer_blocks[0] = first
     examples = {
         "x0": Example(torch.randn(2, 6, WIDTH), ("n", "length", None)),
         "text": Example(torch.randn(2, TOKENS, WIDTH), ("n", None, None)),
         "time": Example(torch.randn(2, WIDTH), ("n", None)),
     }
-    return trace(Blocks().eval(), examples, ["x"])
+    return trace(blocks.eval(), examples, ["x"])
 
 
 def given(seed: int) -> dict[str, np.ndarray]:
@@ -89,6 +103,20 @@ def test_no_block_inherits_the_time_or_the_positions_that_it_makes_for_all() -> 
     values = {str(v.name): v for node in model.graph for v in node.outputs}
     lengths = {str(values[name].shape) for name in region.values}
     assert len(region.values) == 2 and lengths == {f"[n,{TOKENS},{WIDTH}]", f"[n,length,{WIDTH}]"}
+
+
+def test_what_a_removed_block_made_for_all_is_no_block() -> None:
+    model = traced(Left())
+    assert any("single_transformer_blocks.0" in scopes(node) for node in model.graph)
+    region = find_region(model, "blocks 0-0")
+    values = {str(v.name): v for node in model.graph for v in node.outputs}
+    running = reach(model.graph.outputs, {values[name]: None for name in region.values}, set())
+    paths = {path for node in running for path in scopes(node) if path.endswith(".layer")}
+    assert paths == {f"single_transformer_blocks.{block}.layer" for block in (2, 3)}
+    with pytest.raises(PassError, match="the denoiser has the blocks 0 to 2"):
+        find_region(model, "blocks 3-3")
+    with pytest.raises(PassError, match="no such module"):
+        find_region(model, "single_transformer_blocks.0")
 
 
 def test_positions_that_no_step_keeps_do_not_make_every_step_a_full_one() -> None:

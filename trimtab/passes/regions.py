@@ -148,7 +148,15 @@ def _span(count: int) -> str:
 
 
 def _blocks(graph: ir.Graph) -> list[str]:
-    return [path for path in module_tree(graph) if _BLOCK.match(path)]
+    """Paths of a transformer's blocks that have a feature of their own, in running order.
+
+    What the first one makes for all outlives it where `--remove` took it, and is no block.
+    """
+    blocks = {path: module for path, module in module_tree(graph).items() if _BLOCK.match(path)}
+    inside = {node for module in blocks.values() for node in module.nodes}
+    made = {path: list(filter(_is_map, module.outputs)) for path, module in blocks.items()}
+    own = set(_features(graph, [value for values in made.values() for value in values], inside))
+    return [path for path, values in made.items() if not own.isdisjoint(values)]
 
 
 def _modules(graph: ir.Graph, name: str) -> list[str]:
@@ -162,6 +170,8 @@ def _modules(graph: ir.Graph, name: str) -> list[str]:
         found = [path for path in paths if _unit(path, paths) == name]
     else:
         found = [path for path in paths if fnmatch.fnmatchcase(path, name)]
+    left = _blocks(graph)
+    found = [path for path in found if path in left or not _BLOCK.match(path)]
     found = [path for path in found if not any(path.startswith(f"{other}.") for other in found)]
     if not found:
         hint = "it has no module names" if not paths else "trimtab compare lists its modules"
