@@ -6,8 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import pytest
 
-from trimtab.weights import INLINE_BYTES, WeightStore, parameter_count, repeated_bytes, weight_bytes
+from trimtab.weights import (
+    INLINE_BYTES,
+    WeightStore,
+    parameter_count,
+    repeated_bytes,
+    same_numbers,
+    weight_bytes,
+)
 
 
 def graph(**weights: np.ndarray) -> ir.Model:
@@ -86,3 +94,19 @@ def test_counts_are_of_floats_and_bytes_of_everything() -> None:
     model = graph(w=BIG, scale=np.float32([2.0]), index=np.arange(10))
     assert parameter_count(model) == 1000
     assert weight_bytes(model) == 4000 + 4 + 80
+
+
+def test_the_same_memory_holds_the_same_numbers_without_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    square = BIG.reshape(25, 40)
+    with monkeypatch.context() as patch:
+        patch.delattr(np, "array_equal")
+        assert same_numbers(square.T, BIG.reshape(25, 40).T)
+    turned = BIG[:900].reshape(30, 30)
+    assert not same_numbers(turned, turned.T)  # from one place, in another order
+
+
+def test_numbers_are_the_same_in_one_type_and_shape_whether_or_not_they_are_any() -> None:
+    broken = np.array([1, np.nan], np.float32)
+    assert same_numbers(broken, broken.copy()) and not same_numbers(broken, np.array([np.nan, 1], np.float32))
+    assert not same_numbers(BIG, BIG.astype(np.int32)) and not same_numbers(BIG, BIG.reshape(25, 40))
+    assert same_numbers(BIG.astype(np.uint8), BIG.astype(np.uint8))

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 import torch
 from onnxscript import TracedOnnxFunction
@@ -22,6 +21,7 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from trimtab.errors import ExportError, first_line
 from trimtab.export.decomposition import TRANSLATIONS, decompose_only_if_needed
 from trimtab.passes.scopes import SCOPES
+from trimtab.weights import same_numbers
 
 OPSET = 23
 """Keeps Attention and GroupNormalization whole: 1.7 times as fast as opset 20 on ONNX Runtime's CPU (SD 1.5)."""
@@ -261,16 +261,8 @@ def _name_transposed(graph: ir.Graph, module: torch.nn.Module) -> None:
         parameter = parameters.get(name)
         if parameter is None or weight.name in (name, f"{name}.T") or not weight.is_initializer():
             continue
-        if _same_array(weight.const_value.numpy(), parameter.detach().T.numpy()):
+        if same_numbers(weight.const_value.numpy(), parameter.detach().T.numpy()):
             weight.name = f"{name}.T"
-
-
-def _same_array(first: np.ndarray, second: np.ndarray) -> bool:
-    """Whether two arrays hold the same numbers, which are read only where they are not the same memory."""
-    if (first.shape, first.dtype) != (second.shape, second.dtype):
-        return False
-    places = {(a.__array_interface__["data"][0], a.strides) for a in (first, second)}
-    return len(places) == 1 or np.array_equal(first, second, equal_nan=True)
 
 
 def _without_prefix(path: str) -> str:
