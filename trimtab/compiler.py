@@ -190,7 +190,11 @@ def export_model(
             "that (docs/onnx.md)"
         )
     if path.is_file() and path.suffix != ".toml":
-        raise InputError(f"{path} is a file, and a diffusers folder, a hub id or a .toml is needed: give one")
+        whole = path.suffix in (".safetensors", ".ckpt")
+        advice = (
+            "save a folder from it with diffusers' from_single_file (docs/models.md)" if whole else "give one"
+        )
+        raise InputError(f"{path} is a file, and a diffusers folder, a hub id or a .toml is needed: {advice}")
     if path.is_file():
         return export_onnx(
             path,

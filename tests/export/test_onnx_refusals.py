@@ -272,3 +272,11 @@ def test_a_lone_graph_says_what_the_toml_needs(folder: Path, tmp_path: Path) -> 
         trimtab.compile(folder / "denoiser.onnx", tmp_path / "bundle")
     with pytest.raises(InputError, match=r"text.txt is a file, and a diffusers folder, a hub id or a .toml"):
         trimtab.compile(folder / "text.txt", tmp_path / "bundle")
+
+
+def test_a_checkpoint_of_one_file_says_how_it_becomes_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(
+        InputError, match=r"model.safetensors is a file, .*: save a folder from it with .*single_file"
+    ):
+        trimtab.compile(tmp_path / "model.safetensors", tmp_path / "bundle")
