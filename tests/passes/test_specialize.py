@@ -55,6 +55,22 @@ def test_a_second_time_there_is_nothing_to_do() -> None:
     assert ir.to_proto(fixed).SerializeToString() == before
 
 
+def test_a_result_that_follows_from_sizes_alone_becomes_a_constant_of_which_nothing_warns(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fixed = graph()
+    width = ir.node("Shape", [fixed.graph.inputs[0]], {"start": 1, "end": 2}, name="width")
+    number = ir.node("Cast", width.outputs, {"to": ir.DataType.FLOAT}, name="number")
+    table = ir.node("Mul", [number.outputs[0], number.outputs[0]], name="table")
+    fixed.graph.insert_before(fixed.graph[0], [width, number, table])
+    table.outputs[0].name, table.outputs[0].shape = "table", ir.Shape([1])
+    table.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    fixed.graph.outputs.append(table.outputs[0])
+    Specialize(SIZES)(fixed)
+    assert run(fixed, feeds_for(fixed, SIZES))["table"].tolist() == [36]
+    assert not caplog.records
+
+
 @pytest.mark.parametrize(
     ("sizes", "found"),
     [

@@ -21,6 +21,7 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 from trimtab.errors import ExportError, first_line
 from trimtab.export.decomposition import TRANSLATIONS, decompose_only_if_needed
 from trimtab.passes.scopes import SCOPES
+from trimtab.silence import errors_alone
 from trimtab.weights import same_numbers
 
 OPSET = 23
@@ -117,21 +118,15 @@ def _open_sizes(example: Example, units: dict[str, Any]) -> dict[int, Any]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences the exporter's chatter about packages that it would like to have."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
     # It logs the traceback of what fails, which becomes an ExportError of one line.
     fake = logging.getLogger("torch._subclasses.fake_tensor")
     fake.addFilter(_nothing)
     try:
-        with warnings.catch_warnings():
+        with errors_alone("torch.onnx", "torch.export", "onnxscript", "onnx_ir"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         fake.removeFilter(_nothing)
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 @contextlib.contextmanager

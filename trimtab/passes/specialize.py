@@ -11,6 +11,7 @@ from onnxscript.optimizer import optimize_ir
 from trimtab.errors import BundleError, PassError
 from trimtab.passes.base import Pass, PassResult
 from trimtab.shapes import bind, evaluate
+from trimtab.silence import errors_alone
 
 
 class Specialize(Pass):
@@ -39,7 +40,9 @@ class Specialize(Pass):
                 value.shape = ir.Shape(sizes)
                 fixed.append(value.name or "")
         if fixed:
-            optimize_ir(model, num_iterations=4, inline=False)
+            # It warns of results that are constants now: what follows from the picture's size alone.
+            with errors_alone("onnx_ir", "onnxscript"):
+                optimize_ir(model, num_iterations=4, inline=False)
         return PassResult(model, bool(fixed), tuple(fixed))
 
     def _symbols(self, graph: ir.Graph) -> dict[str, int]:
