@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-import gc
 import logging
 import re
 import warnings
@@ -66,13 +65,7 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     units: dict[str, Any] = {}
     dynamic = {name: _open_sizes(example, units) for name, example in inputs.items()}
     try:
-        with (
-            _quiet(),
-            _without_collections(),
-            _without_pairs_of_slices(),
-            _with_translations_read_once(),
-            torch.no_grad(),
-        ):
+        with _quiet(), _without_pairs_of_slices(), _with_translations_read_once(), torch.no_grad():
             # Traced here and not by the exporter, whose fallbacks would lose the module names.
             exported = torch.export.export(
                 module.eval(),
@@ -127,18 +120,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         fake.removeFilter(_nothing)
-
-
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Has Python not look for garbage in cycles: a trace makes millions of objects, and nearly all of them stay."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager
