@@ -93,12 +93,13 @@ class Basis:
 class Interception(TorchFunctionMode):
     """Takes the place of draws, clips and casts of latents while it is entered.
 
+    Schedulers upcast half precision latents to float32; of float64 ones that would lose digits of the coefficients, so
+    that casts of those to a narrower type are ignored.
+
     Args:
         shape: The latents' shape; operations on other shapes run as they are.
         draw: Gives what a draw of standard normal noise returns.
         clip: (latent, r) -> what a clip to [-r, r] returns. None lets clips run as they are.
-        keep_double: Ignore casts of float64 latents to a narrower type. Schedulers upcast half precision
-            latents to float32; here that would lose digits of the coefficients.
         owner: Who is being run, for messages.
 
     Raises:
@@ -110,14 +111,12 @@ class Interception(TorchFunctionMode):
         shape: tuple[int, ...],
         draw: Callable[[], torch.Tensor],
         clip: Callable[[torch.Tensor, float], torch.Tensor] | None,
-        keep_double: bool,
         owner: str,
     ) -> None:
         super().__init__()
         self._shape = shape
         self._draw = draw
         self._clip = clip
-        self._keep_double = keep_double
         self._owner = owner
 
     def __torch_function__(
@@ -149,8 +148,7 @@ class Interception(TorchFunctionMode):
             return self._clip(*self._clip_arguments(args, kwargs))
         result = func(*args, **kwargs)
         if (
-            self._keep_double
-            and func in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.half, torch.Tensor.type)
+            func in (torch.Tensor.to, torch.Tensor.float, torch.Tensor.half, torch.Tensor.type)
             and self._is_latent(args[0])
             and args[0].dtype == torch.float64
             and result.is_floating_point()

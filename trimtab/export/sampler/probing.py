@@ -153,7 +153,7 @@ def _trace(walk: Walk) -> tuple[list[_Rows], Basis]:
         rows[-1].clips.append((len(basis.elements), argument, limit))
         return basis.fresh("clipped", len(rows) - 1)
 
-    with Interception(basis.shape, draw, clip, True, walk.owner), blaming(walk.owner):
+    with Interception(basis.shape, draw, clip, walk.owner), blaming(walk.owner):
         sample = walk.first_sample(scheduler, timesteps, noise, image)
         for index, timestep in enumerate(timesteps):
             where = f"evaluation {index} (timestep {float(timestep):g})"
@@ -284,7 +284,7 @@ def _deviation(table: SamplerTable, walk: Walk) -> float:
         return torch.from_numpy(drawn[-1].copy())
 
     scheduler, timesteps = walk.prepare()
-    with Interception(shape, draw, None, True, walk.owner), blaming(walk.owner):
+    with Interception(shape, draw, None, walk.owner), blaming(walk.owner):
         start, known_image = torch.from_numpy(noise), torch.from_numpy(image)
         sample = walk.first_sample(scheduler, timesteps, start, known_image)
         for index, timestep in enumerate(timesteps):
