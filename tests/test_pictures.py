@@ -21,8 +21,8 @@ TOLERANCE = 1e-3
 STEPS = 20
 TEXT = ("sd15", "sd21_v", "sdxl", "sd3", "pixart_sigma", "pixart_alpha", "flux", "lcm")
 WITH_NEGATIVE = ("sd15", "sdxl", "sd3", "pixart_sigma")
-FROM_PICTURE = ("sd15", "sdxl", "sd3", "flux")
-INPAINTING = ("sd15", "sdxl", "inpaint9")
+FROM_PICTURE = ("sd15", "taesd", "sdxl", "sd3", "flux")
+INPAINTING = ("sd15", "taesd", "sdxl", "inpaint9")
 PROMPT = "a red cat"
 
 Load = Callable[[str], trimtab.Pipeline]

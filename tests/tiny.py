@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -182,6 +183,16 @@ def _stable_diffusion(folder: Path, scheduler: Any, cls: Any = StableDiffusionPi
 
 def sd15(folder: Path) -> Any:
     return _stable_diffusion(folder, DDIMScheduler(**SD_BETAS))
+
+
+def taesd(folder: Path) -> Any:
+    """`sd15` with an autoencoder that has no posterior."""
+    pipeline = sd15(folder)
+    blocks: dict[str, Any] = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    for side in ("encoder", "decoder"):
+        blocks[f"{side}_block_out_channels"] = (8,) * 4
+    pipeline.register_modules(vae=drawn(5, lambda: AutoencoderTiny(latent_channels=4, **blocks)))
+    return pipeline
 
 
 def sd_below(folder: Path) -> Any:
@@ -371,6 +382,7 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
     make.__name__: make
     for make in (
         sd15,
+        taesd,
         sd_below,
         sd21_v,
         inpaint9,

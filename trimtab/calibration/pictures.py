@@ -159,7 +159,7 @@ def _encoded(pipeline: Pipeline, path: Path, shape: tuple[int, ...], generator: 
     latents = np.zeros(shape, np.float32)
     inputs = {
         "image": read_image(path, pipeline.bundle.contents.size, crop=True),
-        "posterior_noise": generator.standard_normal(shape, np.float32),
+        "noise": generator.standard_normal(shape, np.float32),
     }
     pipeline.session(ENCODER).bind(inputs, {"latents": latents})()
     if not np.isfinite(latents).all():

@@ -156,7 +156,11 @@ class VaeDecoder(nn.Module):
 
 
 class VaeEncoder(nn.Module):
-    """Picture (1, H, W, 3) in 0..1 and noise (batch, C, h, w) -> draws from its posterior, by `latent_scale`."""
+    """Picture (1, H, W, 3) in 0..1 and noise (batch, C, h, w) -> latents (batch, C, h, w), by `latent_scale`.
+
+    They are draws from its posterior. AutoencoderTiny has none and gives the latents: all are the same, and the noise
+    only says how many.
+    """
 
     model: Any
 
@@ -165,9 +169,13 @@ class VaeEncoder(nn.Module):
         self.model = model
         self.scale, self.shift = scale, shift
 
-    def forward(self, image: Tensor, posterior_noise: Tensor) -> Tensor:
-        posterior = self.model.encode((image * 2 - 1).permute(0, 3, 1, 2), return_dict=False)[0]
-        return (posterior.mean + posterior.std * posterior_noise - self.shift) * self.scale
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        encoded = self.model.encode((image * 2 - 1).permute(0, 3, 1, 2), return_dict=False)[0]
+        if isinstance(encoded, Tensor):
+            latents = encoded.expand(noise.shape[0], -1, -1, -1)
+        else:
+            latents = encoded.mean + encoded.std * noise
+        return (latents - self.shift) * self.scale
 
 
 class PixelDecoder(nn.Module):

@@ -53,6 +53,7 @@ class Parts:
         no_pictures: Why no picture can be given to start from, or None.
         strength: Task that starts from a picture -> its default strength; what is not here cannot be done.
         strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
+        posterior: Pictures are encoded as a distribution, from which latents are drawn.
         own_posteriors: In image-to-image, pictures with seeds of their own also draw for themselves from the
             posterior of the picture that they start from.
         inpainting_channels: The denoiser reads mask and masked picture itself.
@@ -82,6 +83,7 @@ class Parts:
     no_pictures: str | None = None
     strength: dict[str, float] = field(default_factory=dict)
     strength_rounds_up: bool = False
+    posterior: bool = True
     own_posteriors: bool = False
     inpainting_channels: bool = False
     one_step_denoised: bool = False
@@ -190,7 +192,7 @@ class PipelineParts(Parts):
             self.add(
                 "vae_encoder",
                 VaeEncoder(vae, scale, shift),
-                {"image": image, "posterior_noise": latents},
+                {"image": image, "noise": latents},
                 ["latents"],
             )
         self.add("vae_decoder", VaeDecoder(vae, scale, shift), {"latents": latents}, ["image"])

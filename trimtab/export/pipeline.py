@@ -72,6 +72,7 @@ def export_pipeline(
     parts = PipelineParts(source, keep)
     measure(parts)
     parts.no_pictures = _no_pictures(source, chosen)
+    parts.posterior = not (source.has("vae") and source.class_name("vae") == "AutoencoderTiny")
     _choose_size(parts, size)
     for count in steps:  # a scheduler that no table holds is said before the first model is exported
         probe(
@@ -186,8 +187,6 @@ def _no_pictures(source: Source, scheduler: Any) -> str | None:
     """Why a pipeline cannot start from a picture, though its family can."""
     if not can_add_noise(scheduler):
         return f"{type(scheduler).__name__} adds no noise to a picture"
-    if source.has("vae") and source.class_name("vae") != "AutoencoderKL":
-        return f"{source.class_name('vae')} encodes without a posterior"
     if source.has("vae") and (channels := source.config("vae").get("in_channels", 3)) != 3:
         return f"the autoencoder reads pictures of {channels} channels, and 3 are given"
     return None

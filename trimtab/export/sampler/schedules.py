@@ -23,12 +23,8 @@ DISCARD = "discard"
 """A noise tensor that nothing reads, drawn because diffusers draws it."""
 
 
-_ENCODE = Call(
-    "vae_encoder",
-    {"image": "image", "posterior_noise": "posterior_noise"},
-    {"latents": f"{STATE}[1]"},
-)
-"""The picture's latents, into the slot where sampler tables look for them."""
+START_NOISE, KNOWN = f"{STATE}[0]", f"{STATE}[1]"
+"""Slots where sampler tables look for the noise that sampling starts from, and for a given picture's latents."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,7 @@ def plan_tasks(
         clip_range=max((t.clip_range for t in every if t.clip_range is not None), default=None),
         noise=any(table.draws_noise for table in every),
     )
+    known = _encode(parts, "image", "posterior_noise", KNOWN)
     tasks = {}
     for name, schedules in tables.items():
         inputs, prologue, conditioning = _task_wiring(name, parts)
@@ -85,7 +82,7 @@ def plan_tasks(
             steps = tuple(_steps(table.pad(sampler.slots), sampler, conditioning, blend))
             # A loop that starts from pure noise and has no use for the picture does not encode it, and so
             # does not draw from its posterior.
-            encode = (_ENCODE,) if blend or "/from-" in schedule else ()
+            encode = (known,) if blend or "/from-" in schedule else ()
             loops[schedule] = Schedule(steps, encode)
         tasks[name] = Task(
             inputs=tuple(inputs),
@@ -180,7 +177,7 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
     """A task's inputs in the order of their draws, its prologue, and what the denoiser reads."""
     factor = parts.factor
     latent = (parts.channels, f"height//{factor}", f"width//{factor}")
-    noise = TensorSpec(f"{STATE}[0]", "float32", ("batch", *latent), {"kind": "noise"})
+    noise = TensorSpec(START_NOISE, "float32", ("batch", *latent), {"kind": "noise"})
     mix = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "classifier_free": parts.classifier_free})
     inputs, prologue = [*parts.inputs, mix], list(parts.prologue)
     conditioning = dict(parts.conditioning)
@@ -190,7 +187,7 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
     inputs.append(TensorSpec("image", "float32", (1, "height", "width", 3), {"kind": "image"}))
     own = name == "image-to-image" and parts.own_posteriors
     posterior = replace(noise, name="posterior_noise", source={"kind": "posterior_noise", "own": own})
-    inputs += [posterior, noise]
+    inputs += [posterior, noise] if parts.posterior else [noise]
     if name == "inpainting":
         inputs.append(TensorSpec("mask", "float32", (1, "height", "width", 1), {"kind": "mask"}))
         prologue.append(
@@ -200,20 +197,21 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
                 {"masked_image": "masked_image", "latent_mask": "latent_mask"},
             )
         )
-        # diffusers encodes the masked picture for plain U-Nets too and does not use it: its draw comes all
-        # the same.
-        source = {**posterior.source, "always": True}
-        inputs.append(replace(posterior, name="masked_posterior_noise", source=source))
+        if parts.posterior:
+            # diffusers encodes the masked picture for plain U-Nets too and does not use it: its draw comes all
+            # the same.
+            source = {**posterior.source, "always": True}
+            inputs.append(replace(posterior, name="masked_posterior_noise", source=source))
         if parts.inpainting_channels:
-            prologue.append(
-                Call(
-                    "vae_encoder",
-                    {"image": "masked_image", "posterior_noise": "masked_posterior_noise"},
-                    {"latents": "masked_latents"},
-                )
-            )
+            prologue.append(_encode(parts, "masked_image", "masked_posterior_noise", "masked_latents"))
             conditioning |= {"mask": "latent_mask", "masked_latents": "masked_latents"}
     return inputs, prologue, conditioning
+
+
+def _encode(parts: Parts, picture: str, posterior_noise: str, latents: str) -> Call:
+    """The call that encodes a picture; without a posterior, it asks any noise for the batch."""
+    noise = posterior_noise if parts.posterior else START_NOISE
+    return Call("vae_encoder", {"image": picture, "noise": noise}, {"latents": latents})
 
 
 def _steps(
