@@ -1,6 +1,6 @@
 // A GPU's program on the CPU, in the place of trimtab/targets/plugins/cuda/ptx.cuh: each thread is a fiber that runs
-// until it waits for others. What is asynchronous happens at once, or as late as the program allows (LATE), and the
-// order of the threads is forwards, backwards or shuffled, and then most warps sleep at a time (ORDER): a wait that is
+// until it waits for others. What is asynchronous happens at once, or as late as the program allows (`late`), and the
+// order of the threads is forwards, backwards or shuffled, and then most warps sleep at a time (`turns`): a wait that is
 // missing shows as a wrong number. The address sanitizer sees what lies outside of a tensor, or of the shared memory that a kernel asks for.
 
 #pragma once
@@ -37,6 +37,15 @@ struct Index
     int x;
 };
 using std::min;
+
+enum class Turns
+{
+    forwards,
+    backwards,
+    shuffled
+};
+inline bool late;
+inline Turns turns;
 
 inline Index threadIdx, blockIdx;
 inline u8 shared[227 * 1024] __align__(1024);
@@ -130,7 +139,7 @@ inline void run_block(int block, int count, int shared_bytes)
     std::vector<int> order(count);
     for (int i = 0; i < count; ++i)
     {
-        order[i] = ORDER == 1 ? count - 1 - i : i;
+        order[i] = turns == Turns::backwards ? count - 1 - i : i;
         getcontext(&threads[i].context);
         threads[i].context.uc_stack.ss_sp = threads[i].stack.data();
         threads[i].context.uc_stack.ss_size = threads[i].stack.size();
@@ -141,11 +150,11 @@ inline void run_block(int block, int count, int shared_bytes)
     u64 waited = 0;
     for (int left = count; left > 0;)
     {
-        if (ORDER == 2)
+        if (turns == Turns::shuffled)
         {
             std::shuffle(order.begin(), order.end(), random);
         }
-        u32 const awake = ORDER == 2 ? random() & random() : ~0u;
+        u32 const awake = turns == Turns::shuffled ? random() & random() : ~0u;
         int before = left;
         u64 rounds = 0;
         for (auto const& [index, meeting] : meetings)
@@ -211,7 +220,7 @@ inline void copy(u32 to, void const* from, bool inside, int bytes)
 {
     assert(to % bytes == 0 && (!inside || reinterpret_cast<uintptr_t>(from) % bytes == 0));
     auto const act = [=] { inside ? std::memcpy(shared + to, from, bytes) : std::memset(shared + to, 0, bytes); };
-    if (LATE)
+    if (late)
     {
         self().open.push_back(act);
     }
@@ -335,7 +344,7 @@ inline void multiply_async(float (&total)[kColumns / 2], u32 const (&a)[4], u64 
         }
         meet_warp();
     };
-    if (LATE)
+    if (late)
     {
         self().products.push_back(act);
     }

@@ -1,5 +1,5 @@
-// Runs one kernel's programs, one after the other: run PROGRAMS THREADS SHARED_BYTES M FOLDER. The tensors are files of
-// the folder.
+// Runs one kernel's programs, one after the other: run PROGRAMS THREADS SHARED_BYTES M LATE ORDER FOLDER. The tensors are
+// files of the folder.
 
 #include <standard.h>
 
@@ -21,7 +21,9 @@ int main(int, char** arguments)
 {
     int const programs = std::atoi(arguments[1]), count = std::atoi(arguments[2]);
     int const shared_bytes = std::atoi(arguments[3]), m = std::atoi(arguments[4]);
-    std::string const folder = std::string(arguments[5]) + "/";
+    late = std::atoi(arguments[5]) != 0;
+    turns = static_cast<Turns>(std::atoi(arguments[6]));
+    std::string const folder = std::string(arguments[7]) + "/";
     auto const x = read<u16>(folder + "x"), bias = read<u16>(folder + "bias");
     auto const words = read<u32>(folder + "words"), codebook = read<u32>(folder + "codebook");
     auto const scale = read<float>(folder + "scale");
