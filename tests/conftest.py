@@ -81,16 +81,27 @@ def made_once(folder: Path, make: Callable[[Path], object]) -> Path:
 
 
 class _ByContent(pickle.Pickler):
-    """Writes what a module is, and not where: torch would say where tensors lie in memory, configurations on disk."""
+    """Writes what a module is, and not where: torch would say where tensors lie in memory, configurations on disk.
+
+    Every process writes the same: sets are sorted, as diffusers' lists of them are, and a string is a number, so that
+    none refers to another that happens to be the same object.
+    """
 
     def persistent_id(self, thing: Any) -> Any:
-        where = isinstance(thing, Path) or (isinstance(thing, str) and thing.startswith(os.sep))
-        return "a path" if where else None
+        if isinstance(thing, Path) or (isinstance(thing, str) and thing.startswith(os.sep)):
+            return "a path"
+        if isinstance(thing, str):
+            return int.from_bytes(thing.encode())
+        return sorted(map(repr, thing)) if isinstance(thing, set | frozenset) else None
 
     def reducer_override(self, thing: Any) -> Any:
         if isinstance(thing, torch.Tensor):
             return tuple, ((str(thing.dtype), *thing.shape, thing.detach().contiguous().numpy().tobytes()),)
-        return (dict, (dict(thing),)) if isinstance(thing, FrozenDict) else NotImplemented
+        if isinstance(thing, FrozenDict):
+            return dict, (
+                dict(thing) | {"_use_default_values": sorted(thing.get("_use_default_values", ()))},
+            )
+        return NotImplemented
 
 
 @pytest.fixture(scope="session", autouse=True)

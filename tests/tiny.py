@@ -167,6 +167,13 @@ TWO_LEVELS: dict[str, Any] = {
 }
 """For families that show something else than a U-Net's depth: a third less to trace."""
 
+ONE_LEVEL: dict[str, Any] = {
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
+"""For those that show nothing of it."""
+
 
 def _stable_diffusion(folder: Path, scheduler: Any, cls: Any = StableDiffusionPipeline, **config: Any) -> Any:
     return cls(
@@ -220,7 +227,7 @@ def sd21_v(folder: Path) -> Any:
 
 def inpaint9(folder: Path) -> Any:
     return _stable_diffusion(
-        folder, DDIMScheduler(**SD_BETAS), cls=StableDiffusionInpaintPipeline, in_channels=9, **TWO_LEVELS
+        folder, DDIMScheduler(**SD_BETAS), cls=StableDiffusionInpaintPipeline, in_channels=9, **ONE_LEVEL
     )
 
 
@@ -230,7 +237,7 @@ def lcm(folder: Path) -> Any:
         LCMScheduler(**SD_BETAS),
         cls=LatentConsistencyModelPipeline,
         time_cond_proj_dim=16,
-        **TWO_LEVELS,
+        **ONE_LEVEL,
     )
 
 
