@@ -146,6 +146,11 @@ def vae(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
     )
 
 
+def shifted_vae() -> AutoencoderKL:
+    """As SD3's and Flux's: with a shift, and without the convolutions about the latents."""
+    return vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+
+
 def unet(**config: Any) -> UNet2DConditionModel:
     defaults: dict[str, Any] = {
         "sample_size": 8,
@@ -209,7 +214,6 @@ def sd_below(folder: Path) -> Any:
         DDIMScheduler(**SD_BETAS),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
     )
 
 
@@ -284,7 +288,7 @@ def sd3(folder: Path) -> Any:
             qk_norm="rms_norm",
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False),
+        vae=shifted_vae(),
         text_encoder=clip_text(projection=True),
         tokenizer=clip_tokenizer(folder / "scratch"),
         text_encoder_2=clip_text(projection=True, seed=2),
@@ -309,7 +313,7 @@ def flux(folder: Path) -> Any:
             axes_dims_rope=(4, 4, 8),
         ).eval(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
-        vae=vae(scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False),
+        vae=shifted_vae(),
         text_encoder=clip_text(),
         tokenizer=clip_tokenizer(folder / "scratch"),
         text_encoder_2=t5(),

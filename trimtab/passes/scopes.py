@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,11 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 
 def scopes(node: ir.Node) -> tuple[str, ...]:
     """The module paths that a node lies in, outermost first, without the root; empty for foreign graphs."""
-    text = node.metadata_props.get(SCOPES)
-    if not text:
-        return ()
+    return _paths(node.metadata_props.get(SCOPES, ""))
+
+
+@functools.lru_cache(1 << 16)  # a pass asks for its graph's module tree more than once
+def _paths(text: str) -> tuple[str, ...]:
     try:
         paths = ast.literal_eval(text)
     except (ValueError, SyntaxError):
