@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.scopes import SCOPES, module_tree, scopes
+from trimtab.passes.scopes import SCOPES, Module, module_tree, scopes
 
 UNITS = {
     "self-attention": ("attn1", "attn"),
@@ -43,6 +43,9 @@ _OURS = repr(["", "inherit"])
 _LAYER = re.compile(r"^(?:.*\.)?(?:resnets|attentions|transformer_blocks|single_transformer_blocks)\.\d+$")
 _RESNET = re.compile(r"^(?:.*\.)?resnets\.\d+$")
 _BLOCK = re.compile(r"^(?:single_)?transformer_blocks\.\d+$")
+
+Sources = Mapping[ir.Value, frozenset[ir.Value]]
+"""Value -> the inputs of its graph that it follows from."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def find_region(model: ir.Model, name: str) -> Region:
     found = _places(graph, name)
     if isinstance(found, ir.Value):
         return Region(name, (str(found.name),))
-    values = [v for paths in found for v in _stands_for(graph, paths)]
+    tree, sources = module_tree(graph), _sources(graph)
+    values = [v for paths in found for v in _stands_for(graph, tree, sources, paths)]
     if not values:
         raise PassError(f"{name} is to be inherited, and nothing outside of it reads what it makes")
     return Region(name, tuple(values))
@@ -155,7 +159,7 @@ def _blocks(graph: ir.Graph) -> list[str]:
     blocks = {path: module for path, module in module_tree(graph).items() if _BLOCK.match(path)}
     inside = {node for module in blocks.values() for node in module.nodes}
     made = {path: list(filter(_is_map, module.outputs)) for path, module in blocks.items()}
-    own = set(_features(graph, [value for values in made.values() for value in values], inside))
+    own = set(_features(_sources(graph), [value for values in made.values() for value in values], inside))
     return [path for path, values in made.items() if not own.isdisjoint(values)]
 
 
@@ -187,9 +191,14 @@ def _unit(path: str, paths: Container[str]) -> str | None:
     return next((unit for unit, names in UNITS.items() if last in names), None)
 
 
-def _stands_for(graph: ir.Graph, paths: Iterable[str]) -> tuple[str, ...]:
-    """The tensors that, if they are known, leave some modules nothing to do; none where layers were removed whole."""
-    tree = module_tree(graph)
+def _stands_for(
+    graph: ir.Graph, tree: Mapping[str, Module], sources: Sources, paths: Iterable[str]
+) -> tuple[str, ...]:
+    """The tensors that, if they are known, leave some modules nothing to do; none where layers were removed whole.
+
+    What was rewritten for other modules may lack in ``tree`` and ``sources``: it lies in none, and follows from nothing
+    else.
+    """
     inside = _with_unnamed(graph, {node for path in paths for node in tree[path].nodes})
     outputs = [
         value
@@ -198,22 +207,33 @@ def _stands_for(graph: ir.Graph, paths: Iterable[str]) -> tuple[str, ...]:
         for value in node.outputs
         if _is_map(value) and any(user not in inside and user.op_type != "Shape" for user, _ in value.uses())
     ]
-    return tuple(_contribution(graph, value, inside) for value in _features(graph, outputs, inside))
+    return tuple(_contribution(graph, value, inside) for value in _features(sources, outputs, inside))
 
 
 def _with_unnamed(graph: ir.Graph, nodes: set[ir.Node]) -> set[ir.Node]:
     """Some nodes, and those between them that lost their module's name: an optimizer's Split in a layer's middle."""
     inside = set(nodes)
     for node in reversed(graph):
+        if SCOPES in node.metadata_props:
+            continue
         users = [user for value in node.outputs for user, _ in value.uses()]
-        if SCOPES not in node.metadata_props and users and inside.issuperset(users):
+        if users and inside.issuperset(users):
             ends = any(value.is_graph_output() for value in node.outputs)
             if not ends and any(value is not None and value.producer() in inside for value in node.inputs):
                 inside.add(node)
     return inside
 
 
-def _features(graph: ir.Graph, values: Sequence[ir.Value], inside: set[ir.Node]) -> list[ir.Value]:
+def _sources(graph: ir.Graph) -> Sources:
+    found: dict[ir.Value, frozenset[ir.Value]] = {value: frozenset({value}) for value in graph.inputs}
+    for node in graph:
+        given = () if node.op_type == "Shape" else node.inputs
+        read = frozenset[ir.Value]().union(*(found.get(value, ()) for value in given if value is not None))
+        found.update(dict.fromkeys(node.outputs, read))
+    return found
+
+
+def _features(sources: Sources, values: Sequence[ir.Value], inside: set[ir.Node]) -> list[ir.Value]:
     """Those of a module's outputs that are its own, and no conditioning of other modules.
 
     The first block that needs the time's embedding or the positions makes them for all (PixArt, Flux). They follow
@@ -222,16 +242,11 @@ def _features(graph: ir.Graph, values: Sequence[ir.Value], inside: set[ir.Node])
     What is added to a stream is a feature whatever it follows from: without the attention between text and picture,
     which `--remove` may have taken, each follows from its own.
     """
-    reads: dict[ir.Value, frozenset[ir.Value]] = {value: frozenset({value}) for value in graph.inputs}
-    for node in graph:
-        given = () if node.op_type == "Shape" else node.inputs
-        read = frozenset[ir.Value]().union(*(reads.get(value, ()) for value in given if value is not None))
-        reads.update(dict.fromkeys(node.outputs, read))
-    most = [reads[value] for value in values]
+    most = [sources[value] for value in values]
 
     def is_own(value: ir.Value) -> bool:
-        fewer = any(reads[value] < other for other in most)
-        return bool(reads[value]) and not (fewer and _residual(value, inside) is None)
+        fewer = any(sources[value] < other for other in most)
+        return bool(sources[value]) and not (fewer and _residual(value, inside) is None)
 
     return [value for value in values if is_own(value)]
 
