@@ -146,7 +146,7 @@ def check_hand_over(
     ("recipe", "options"),
     [
         ({"inherit": 2}, PROMPT),
-        ({"hidiffusion": True}, LARGE),
+        pytest.param({"hidiffusion": True}, LARGE, marks=pytest.mark.slow),  # in the next too
         ({"hidiffusion": True, "vq": 2, "inherit": {"skip": "layers", "every": 2}}, LARGE),
     ],
     ids=["inherit", "hidiffusion", "all"],
@@ -211,7 +211,7 @@ LEVEL = "down_blocks.1.downsamplers.0.conv:up_blocks.0.upsamplers.0.conv"
     ("removed", "silent"),
     [
         (["up_blocks.1.attentions.0"], ["up_blocks.1.attentions.0"]),
-        (["down_blocks.1.attentions.0"], ["down_blocks.1.attentions.0"]),
+        pytest.param(["down_blocks.1.attentions.0"], ["down_blocks.1.attentions.0"], marks=pytest.mark.slow),
         ([LEVEL], []),
     ],
 )

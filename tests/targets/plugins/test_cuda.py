@@ -119,17 +119,22 @@ ONCE = {"fp16": 2.0**-11 + 1e-5, "bf16": 2.0**-8 + 1e-5}
         (FewRows(16, 32, 16, 4), 13, 40, 640, 4, 8, "bf16"),
         (FewRows(16, 16, 16), 19, 17, 90, 4, 8, "fp16"),
         (FewRows(8, 16, 32), 3, 16, 192, 2, 8, "bf16"),
-        (FewRows(16, 16, 16), 5, 20, 35, 2, 6, "fp16"),
         (FewRows(32, 32, 16, 3), 33, 32, 320, 2, 6, "fp16"),
         (FewRows(8, 32, 32, 4), 9, 1, 1, 4, 8, "fp16"),
-        (FewRows(32, 32), 31, 33, 1544, 4, 8, "bf16"),
         (ManyRows(64), 70, 72, 328, 4, 8, "fp16"),
-        (ManyRows(32, line=64), 33, 64, 320, 4, 8, "bf16"),
         (ManyRows(128, 2, 32), 40, 136, 192, 4, 8, "fp16"),
-        (ManyRows(64, 4), 65, 51, 72, 2, 8, "fp16"),
         (ManyRows(32), 20, 100, 136, 2, 6, "fp16"),
         (ManyRows(64, line=64), 1, 1, 8, 2, 6, "bf16"),
         (ManyRows(128, stages=2, line=32), 129, 65, 200, 2, 8, "fp16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (FewRows(16, 16, 16), 5, 20, 35, 2, 6, "fp16"),
+                (FewRows(32, 32), 31, 33, 1544, 4, 8, "bf16"),
+                (ManyRows(32, line=64), 33, 64, 320, 4, 8, "bf16"),
+                (ManyRows(64, 4), 65, 51, 72, 2, 8, "fp16"),
+            )
+        ),
     ],
 )
 def test_products_of_few_and_of_many_rows_are_rounded_once(
