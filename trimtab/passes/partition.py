@@ -212,8 +212,10 @@ class _Cut:
         for name in sorted(self.inner - values.keys()):
             raise PassError(f"{self.name} is to be cut at {name}, and the graph has no such value")
         given = {kind: {values[v]: values[w] if w else None for v, w in kind.given} for kind in self.kinds}
-        local = local_nodes(graph, _swapped(given.values()))
-        swapped = {str(value.name) for value in _swapped(given.values())}
+        # Values that others stand for in some kind of call, and those others.
+        swapped = {name for kind in self.kinds for v, w in kind.given if w for name in (v, w)}
+        locals_of = {name: local_nodes(model.graph, swapped) for name, model in self.models.items()}
+        local = locals_of[self.name]
         needs = {
             kind: reach([*graph.outputs, *(values[v] for v in kind.kept)], given[kind], local)
             for kind in self.kinds
@@ -244,7 +246,7 @@ class _Cut:
             for name in self.models if group[0] in region else (self.name,):
                 part = f"{name}.{index}"
                 if group[0] not in region or any((name, kind) in self._used for kind in runs[group[0]]):
-                    self.parts[part] = segment_at(places, part, self.models[name], outputs, swapped)
+                    self.parts[part] = segment_at(places, part, self.models[name], outputs, locals_of[name])
         for kind in self.kinds:
             self._runs[kind] = tuple(i for i, group in enumerate(groups) if kind in runs[group[0]])
         self._tags = _tag(groups, given, self.kinds)
@@ -311,12 +313,6 @@ def reach(
             needed.add(node)
             stack.extend(v for v in node.inputs if v is not None)
     return needed
-
-
-def _swapped(given: Iterable[Mapping[ir.Value, ir.Value | None]]) -> set[ir.Value]:
-    """Values that others stand for in some kind of call, and those others."""
-    swaps = ((v, w) for pairs in given for v, w in pairs.items() if w is not None)
-    return {value for pair in swaps for value in pair}
 
 
 class _Sources:

@@ -11,16 +11,16 @@ from trimtab.passes.sizes import canonical, is_size
 from trimtab.passes.symbols import own_symbols
 
 
-def local_nodes(graph: ir.Graph, swapped: Container[ir.Value] = ()) -> set[ir.Node]:
+def local_nodes(graph: ir.Graph, swapped: Container[str] = ()) -> set[ir.Node]:
     """Nodes that a part may repeat: arithmetic on sizes, and what is computed from constants alone.
 
     Args:
         graph: The whole.
-        swapped: Values that some calls read others in the place of. They are nobody's own, nor is what follows.
+        swapped: Names of values that some calls read others in the place of: nobody's own, nor is what follows.
     """
     local: set[ir.Node] = set()
     for node in graph:
-        if any(value in swapped for value in node.outputs):
+        if any(str(value.name) in swapped for value in node.outputs):
             continue
         if all(is_size(value) for value in node.outputs) or all(
             value is None or value.is_initializer() or value.producer() in local for value in node.inputs
@@ -30,7 +30,7 @@ def local_nodes(graph: ir.Graph, swapped: Container[ir.Value] = ()) -> set[ir.No
 
 
 def segment_at(
-    places: Collection[int], name: str, model: ir.Model, outputs: Iterable[str], swapped: Collection[str]
+    places: Collection[int], name: str, model: ir.Model, outputs: Iterable[str], local: set[ir.Node]
 ) -> ir.Model:
     """`build_segment` of what stands at some places in a graph, with values by their names: the same of any version.
 
@@ -39,11 +39,10 @@ def segment_at(
         name: For the new graph.
         model: The whole; it is not changed.
         outputs: Values that others read.
-        swapped: See `local_nodes`.
+        local: Nodes of the whole that are repeated where they are needed.
     """
     graph = model.graph
     values = {str(value.name): value for node in graph for value in node.outputs}
-    local = local_nodes(graph, {values[other] for other in swapped})
     nodes = [node for index, node in enumerate(graph) if index in places]
     return build_segment(name, model, nodes, [values[other] for other in outputs], local)
 
