@@ -149,8 +149,10 @@ def test_a_tiny_autoencoder_is_taken_and_others_are_refused(tmp_path: Path) -> N
     source = with_vae(tmp_path, "AutoencoderTiny")
     assert latent_space(source) == (4, 2)
     assert _no_pictures(source, DDIMScheduler()) is None
-    wide = with_vae(tmp_path, "AutoencoderKL")
     config = tmp_path / "vae" / "config.json"
+    config.write_text('{"decoder_block_out_channels": [8, 8, 8]}')
+    assert latent_space(source) == (4, 4)
+    wide = with_vae(tmp_path, "AutoencoderKL")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 4}))
     assert "pictures of 4 channels" in str(_no_pictures(wide, DDIMScheduler()))
     with pytest.raises(ExportError, match="vae is AsymmetricAutoencoderKL, and AutoencoderKL and"):

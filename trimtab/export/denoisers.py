@@ -38,7 +38,9 @@ def latent_space(source: Source) -> tuple[int, int]:
         )
     try:
         if name == "vae":
-            return int(config["latent_channels"]), 2 ** (len(config["block_out_channels"]) - 1)
+            # AutoencoderTiny has two lists, of which diffusers writes one once more under the name of others'.
+            levels = config.get("block_out_channels") or config["decoder_block_out_channels"]
+            return int(config["latent_channels"]), 2 ** (len(levels) - 1)
         return int(config["in_channels"]), 1
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
