@@ -72,7 +72,7 @@ def export_pipeline(
     parts = PipelineParts(source, keep)
     measure(parts)
     parts.no_pictures = _no_pictures(source, chosen)
-    parts.posterior = not (source.has("vae") and source.class_name("vae") == "AutoencoderTiny")
+    parts.posterior = source.has("vae") and source.class_name("vae") == "AutoencoderKL"
     _choose_size(parts, size)
     for count in steps:  # a scheduler that no table holds is said before the first model is exported
         probe(

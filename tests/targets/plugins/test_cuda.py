@@ -82,7 +82,8 @@ def _emulate(
 ) -> float:
     """The largest error of a product, by its largest value; NaN where nothing was written.
 
-    Fails where a tensor, or shared memory as the cut asks for it, is left, or a wide access is not aligned.
+    Fails where a tensor, or shared memory as the cut asks for it, is left, or a wide access is not aligned. What
+    ``late`` and ``turns`` mean is the emulator's to say.
     """
     random = np.random.default_rng(m * n * k)
     half = TYPES[dtype]

@@ -1,4 +1,4 @@
-// Runs one kernel's programs, one after the other: run PROGRAMS THREADS SHARED_BYTES M LATE ORDER FOLDER. The tensors are
+// Runs one kernel's programs, one after the other: run PROGRAMS THREADS SHARED_BYTES M LATE TURNS FOLDER. The tensors are
 // files of the folder.
 
 #include <standard.h>
