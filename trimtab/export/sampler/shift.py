@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -266,11 +266,19 @@ def _loop(loop: Schedule, versions: Sequence[Schedule], fit: _Fit, offset: int, 
         raise _Misfit("its evaluations are not its steps")
     found = []
     skipped = steps - len(loop.steps)
-    for index, step in enumerate(loop.steps):
-        same = [other.steps[index] for other in versions]
-        if any((other.calls, other.draws) != (step.calls, step.draws) for other in same):
+    same = [[other.steps[index] for other in versions] for index in range(len(loop.steps))]
+    # A constant is one in the whole loop, or a row in all of it: the first step is at the sigma 1 in every size.
+    varying = {
+        name
+        for step, others in zip(loop.steps, same, strict=True)
+        for name in step.constants
+        if any(other.constants[name] != step.constants[name] for other in others)
+    }
+    for index, (step, others) in enumerate(zip(loop.steps, same, strict=True)):
+        if any((other.calls, other.draws) != (step.calls, step.draws) for other in others):
             raise _Misfit("its calls change with the size")
-        found.append(fit.step(step, same, offset + skipped + index, skipped + index + 1 == steps))
+        last = skipped + index + 1 == steps
+        found.append(fit.step(step, others, varying, offset + skipped + index, last))
     return replace(loop, steps=tuple(found))
 
 
@@ -288,14 +296,16 @@ class _Fit:
         self.unit = unit
         self.tables = tables
 
-    def step(self, step: Step, versions: Sequence[Step], index: int, last: bool) -> Step:
-        """The step with slices in place of what varies; ``index`` is that of its own sigma."""
+    def step(
+        self, step: Step, versions: Sequence[Step], varying: Container[str], index: int, last: bool
+    ) -> Step:
+        """The step with slices in place of what varies in its loop; ``index`` is that of its own sigma."""
         constants, slices = {}, {}
         for name, values in step.constants.items():
-            found = np.array([other.constants[name] for other in versions])  # (sizes, width)
-            if (found == found[0]).all():
+            if name not in varying:
                 constants[name] = values
                 continue
+            found = np.array([other.constants[name] for other in versions])  # (sizes, width)
             row = tuple(self._entry(name, column, index, last) for column in found.T)
             rows = self.tables.setdefault(name, {})
             slices[name] = f"{_table_name(name)}[{rows.setdefault(row, len(rows))}]"
