@@ -175,6 +175,7 @@ def to_json(contents: Contents) -> dict[str, Any]:
                     "steps": [_step_json(step, number) for step in schedule.steps],
                     "least_pixels": schedule.least_pixels,
                     "size_multiple": schedule.size_multiple,
+                    **({"constants": _constants_json(schedule.constants)} if schedule.constants else {}),
                 }
                 for schedule_name, schedule in task.schedules.items()
             ],
@@ -213,10 +214,13 @@ def _spec_json(spec: TensorSpec) -> dict[str, Any]:
 
 
 def _step_json(step: Step, number: Any) -> dict[str, Any]:
-    # Nine digits give every float32 back.
-    constants = {name: [float(f"{v:.9g}") for v in values] for name, values in step.constants.items()}
-    data = {"calls": [number(call) for call in step.calls], "constants": constants}
+    data = {"calls": [number(call) for call in step.calls], "constants": _constants_json(step.constants)}
     return data | {"draws": list(step.draws)} if step.draws else data
+
+
+def _constants_json(constants: Mapping[str, tuple[float, ...]]) -> dict[str, list[float]]:
+    # Nine digits give every float32 back.
+    return {name: [float(f"{v:.9g}") for v in values] for name, values in constants.items()}
 
 
 def _segment_json(segment: SegmentEntry) -> dict[str, Any]:
@@ -255,6 +259,7 @@ def from_json(data: Mapping[str, Any]) -> Contents:
                 prologue=chosen(schedule["prologue"]),
                 least_pixels=_count(schedule.get("least_pixels", 0)),
                 size_multiple=_count(schedule.get("size_multiple", 1), 1),
+                constants=_constants(schedule.get("constants", {})),
             )
             for schedule in _named(task["schedules"])
         }
@@ -306,9 +311,13 @@ def from_json(data: Mapping[str, Any]) -> Contents:
 def _step(data: Mapping[str, Any], chosen: Callable[[Sequence[int]], tuple[Call, ...]]) -> Step:
     return Step(
         chosen(data["calls"]),
-        {_of(str, k): tuple(_finite(v) for v in values) for k, values in data["constants"].items()},
+        _constants(data["constants"]),
         tuple(_of(str, name) for name in data.get("draws", ())),
     )
+
+
+def _constants(data: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    return {_of(str, name): tuple(_finite(v) for v in values) for name, values in data.items()}
 
 
 def _engine(data: Mapping[str, Any]) -> Engine:

@@ -99,12 +99,14 @@ class Schedule:
         least_pixels: Of the schedules ``NAME``, ``NAME/2x``, ... the one with the largest of these areas that a
             picture reaches is walked.
         size_multiple: What both sides of a picture must be multiples of, in pixels.
+        constants: Tensor name -> the values that calls of the prologue read, float32 as those of a step.
     """
 
     steps: tuple[Step, ...]
     prologue: tuple[Call, ...] = ()
     least_pixels: int = 0
     size_multiple: int = 1
+    constants: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

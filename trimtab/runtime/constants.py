@@ -1,16 +1,18 @@
 """The constants of a schedule in the memory of a device: one row for each step, copied into place before it.
 
+What calls before the steps read is there for good.
+
 Steps that call the same then read the same buffers: they are bound once, and share one CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from trimtab.manifest import Contents
-from trimtab.program import Step, TensorSpec
+from trimtab.program import Call, Step, TensorSpec
 from trimtab.runtime.sessions.base import ALIGNMENT, Backend, Buffer
 
 Key = tuple[str, str, tuple[int, ...]]
@@ -63,6 +65,28 @@ class Constants:
         offset = self._offsets[name, spec.dtype, array.shape]
         part: Buffer = self.place[offset : offset + array.nbytes].view(array.dtype).reshape(array.shape)
         return part
+
+
+def once(
+    contents: Contents, prologue: Sequence[Call], constants: Mapping[str, tuple[float, ...]], backend: Backend
+) -> dict[str, Buffer]:
+    """What calls before the steps read of a schedule's own constants, in the memory of the device.
+
+    Args:
+        contents: The bundle's.
+        prologue: The calls.
+        constants: The schedule's.
+        backend: Whose memory they lie in.
+    """
+    found: dict[str, Buffer] = {}
+    for call in prologue:
+        for spec in contents.segments[call.segment].inputs:
+            name = call.inputs[spec.name]
+            if name in constants and name not in found:
+                values = _values(spec, constants[name])
+                found[name] = backend.new(values.shape, spec.dtype)
+                found[name][...] = values
+    return found
 
 
 def _values(spec: TensorSpec, values: tuple[float, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:

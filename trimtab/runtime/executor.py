@@ -17,7 +17,7 @@ import numpy as np
 from trimtab.errors import BundleError, InputError
 from trimtab.manifest import Contents, SegmentEntry
 from trimtab.program import SLICE, STATE, Call, Schedule, Step, Task, TensorSpec, needed, reads
-from trimtab.runtime.constants import Constants
+from trimtab.runtime.constants import Constants, once
 from trimtab.runtime.inputs import Request, make_input
 from trimtab.runtime.sessions.base import Backend, Buffer, Run, Session, in_turn
 from trimtab.runtime.tiles import bind_tiled
@@ -183,15 +183,17 @@ def make_plan(
     pictures = {spec.name for spec in contents.outputs}
     for spec in inputs:
         table.make(spec.name, shape(spec.shape, symbols), spec.dtype)
+    whole = once(contents, prologue, schedule.constants, backend)
+
+    def read_by(call: Call, spec: TensorSpec, fixed: Mapping[str, tuple[float, ...]]) -> Buffer:
+        name = call.inputs[spec.name]
+        if name in fixed:
+            return constants.buffer(name, spec, fixed[name])
+        return whole[name] if name in whole else table.get(name, call)
 
     def bound(call: Call, fixed: Mapping[str, tuple[float, ...]] = {}) -> BoundCall:
         segment = contents.segments[call.segment]
-        arrays = {
-            spec.name: constants.buffer(name, spec, fixed[name])
-            if (name := call.inputs[spec.name]) in fixed
-            else table.get(name, call)
-            for spec in segment.inputs
-        }
+        arrays = {spec.name: read_by(call, spec, fixed) for spec in segment.inputs}
         results = _outputs(segment, call, arrays, table, symbols)
         if tile is not None and pictures & set(call.outputs.values()):
             run = bind_tiled(segment, arrays, results, tile, session, backend)

@@ -44,7 +44,8 @@ def segment_shapes(contents: Contents, size: tuple[int, int]) -> dict[str, tuple
         seen = set()
         for schedule in _walked(task, size):
             short = _shortened(schedule)
-            look = (*map(_look, short.prologue), None, *map(_step_look, short.steps))
+            counts = sorted((name, len(values)) for name, values in short.constants.items())
+            look = (*map(_look, short.prologue), *counts, None, *map(_step_look, short.steps))
             if look not in seen:
                 seen.add(look)
                 make_plan(
