@@ -4,7 +4,8 @@
 
 Both bundles draw 256x256 pixels, 256 tokens a row, with guidance: two rows. Each is a process of its own, and they take
 turns: a round is a few steps of each. Memory is the process's at the most, from /proc, and with it what of it is the
-process's alone: the rest are pages of mapped files, which the system may take back. The time is the median step's.
+process's alone: the rest are pages of mapped files, which the system may take back. The time is the median step's, with
+its share of what runs before the first.
 --fast adds the packed bundle decoded at load.
 """
 
@@ -35,13 +36,15 @@ with load(sys.argv[1], target="cpu", threads=int(sys.argv[3]), fast=sys.argv[4] 
     kinds = {spec.source.get("kind") for spec in task.inputs}
     what = {"label": 207} if "label" in kinds else {"prompt": "a red circle"}
     request, plan, _ = pipe.prepare(seed=0, guidance=4.0, **what)
-    plan.begin(request)
     for turn in iter(sys.stdin.readline, ""):
+        start = time.perf_counter()
+        plan.begin(request)
+        share = (time.perf_counter() - start) / len(plan.steps)
         times = []
         for step in plan.steps[: int(sys.argv[2])]:
             start = time.perf_counter()
             step.run(request)
-            times.append(time.perf_counter() - start)
+            times.append(time.perf_counter() - start + share)
         peak, alone = status("VmHWM", "RssAnon")
         print(json.dumps({"times": times, "peak_bytes": peak, "own_bytes": alone}), flush=True)
 """

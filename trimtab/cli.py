@@ -35,6 +35,7 @@ _RECIPE = (
         "vq_minutes",
         "vq_codebooks",
         "hidiffusion",
+        "hoist",
     ),
     *removal_commands.RECIPE,
 )

@@ -36,7 +36,7 @@ def packing_arguments(command: argparse.ArgumentParser) -> None:
 
 def skip_arguments(command: argparse.ArgumentParser) -> None:
     """What steps leave out or do otherwise."""
-    group = command.add_argument_group("steps (docs/inherit.md, docs/hidiffusion.md)")
+    group = command.add_argument_group("steps (docs/inherit.md, docs/hidiffusion.md, docs/hoist.md)")
     group.add_argument("--inherit", metavar="N|FILE", help="full steps: every Nth, or by a plan")
     group.add_argument(
         "--drifts", metavar="FILE", help="keep what a search for a plan measures there, and go on from it"
@@ -53,6 +53,12 @@ def skip_arguments(command: argparse.ArgumentParser) -> None:
         action="store_true",
         default=None,
         help="for pictures larger than a U-Net was trained for",
+    )
+    group.add_argument(
+        "--hoist",
+        action="store_true",
+        default=None,
+        help="compute a transformer's modulations for all steps at once, before the first",
     )
 
 

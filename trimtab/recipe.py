@@ -33,7 +33,7 @@ _KINDS = {
     **dict.fromkeys(("targets", "keep", "drop", "scheduler", "precision", "remove_of", "remove_by"), _TEXT),
     **dict.fromkeys(("scores", "removal_plan", "drifts", "vq_codebooks"), _PATH),
     **dict.fromkeys(("eta", "guidance", "remove", "vq_minutes"), _NUMBER),
-    **dict.fromkeys(("vq_scale", "hidiffusion"), _TRUTH),
+    **dict.fromkeys(("vq_scale", "hidiffusion", "hoist"), _TRUTH),
     "vq": ((int,), "2, 3 or 4"),
 }
 """Field of a recipe -> what its value, or each of its values, must be; the others are checked where they are read."""
@@ -72,6 +72,7 @@ class Recipe:
         vq_minutes: Of calibration of the packed weights; None for k-means alone.
         vq_codebooks: A folder where codebooks are kept, and found again when the work is cut off.
         hidiffusion: Draw pictures larger than the model was trained for by HiDiffusion.
+        hoist: Compute what depends on the time and the conditions alone for all steps at once, before the first.
     """
 
     targets: tuple[str, ...] = ("cpu",)
@@ -98,6 +99,7 @@ class Recipe:
     vq_minutes: float | None = None
     vq_codebooks: Path | None = None
     hidiffusion: bool = False
+    hoist: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):

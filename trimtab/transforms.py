@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trimtab.errors import InputError
 from trimtab.passes.hidiffusion import check_places, hidiffusion
+from trimtab.passes.hoist import hoist
 from trimtab.passes.inherit import check_plan, inherit
 from trimtab.passes.inherit_plan import FILE as INHERITED
 from trimtab.passes.inherit_plan import InheritPlan, save_plan
@@ -68,6 +69,8 @@ def transform(
         program = hidiffusion(program)
     if recipe.inherit is not None:
         program = inherit(program, _searched(program, recipe, recipe.inherit, folder, progress))
+    if recipe.hoist:
+        program = hoist(program)
     return drop_unread(partition(program))
 
 

@@ -1,0 +1,288 @@
+"""What depends on the time and the conditions alone, computed for all steps at once before the first.
+
+A transformer scales and shifts every block by numbers that come of the time step and the class, or a pooled text:
+not of the picture. DiT has a third of its weights there, Stable Diffusion 3 and Flux about as many, and every step
+reads them for one or two rows. Rows of a denoiser know nothing of each other, so steps can be rows:
+
+    before the steps   Call("denoiser.conditions", {"timestep": all time steps, ...}, {v: "conditions_0"})
+    step k             Call("denoiser", inputs | {v: "conditions_0[k]"}, outputs)
+
+The weights are read, or decoded, once a picture and not once a step, and no step needs them. `partition` cuts the
+graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from trimtab.errors import PassError
+from trimtab.passes.all_steps import for_all_steps
+from trimtab.passes.inherit import split_name
+from trimtab.passes.partition import reach, step_calls
+from trimtab.passes.segments import build_segment, local_nodes
+from trimtab.program import SLICE, STATE, Call, PassEntry, Program, Schedule, Segment, Step, Task
+from trimtab.weights import parameter_count
+
+logger = logging.getLogger(__name__)
+
+LEAST_SHARE = 0.05
+"""Of a denoiser's weights. A U-Net has 2% in what reads the time: not worth a segment and its tensors."""
+
+
+def hoist(program: Program) -> Program:
+    """Moves products of the time and the conditions out of the loop, with all that only they need.
+
+    Exact: the same operators run on the same rows; a product of more rows may add up in another order (1e-6).
+
+    A denoiser is left as it is, and a warning says why: where such products hold less than `LEAST_SHARE` of its
+    weights, or where its graph is not one that takes a time step for each row.
+
+    Args:
+        program: Not cut yet (`trimtab.passes.partition`). Its graphs stay as they are.
+
+    Returns:
+        A program with a segment ``NAME.conditions`` for a denoiser ``NAME``, whose calls read its results; there they
+        are (steps, rows, channels), and every step reads its own.
+    """
+    entries: list[PassEntry] = []
+    segments = dict(program.segments)
+    tasks = dict(program.tasks)
+    tensors = 0
+    for name in dict.fromkeys(call.segment for call in step_calls(program)):
+        try:
+            found = _find(program, name)
+            for_all_steps(found.part, found.time)
+        except PassError as reason:
+            logger.warning("%s: nothing is computed before the steps: %s", name, reason)
+            entries.append(PassEntry("Hoist", name, 0, 1))
+            continue
+        names = {value: f"conditions_{tensors + index}" for index, value in enumerate(found.values)}
+        tensors += len(names)
+        moved = _Moved(found, f"{name}.conditions", names, f"times_{len(entries)}")
+        segments[moved.segment] = Segment(moved.segment, found.part)
+        loops = _whole_loops(tasks.values())
+        tasks = {key: moved.out_of(task, loops) for key, task in tasks.items()}
+        entries.append(PassEntry("Hoist", name, len(names), 0))
+    return dataclasses.replace(program, segments=segments, tasks=tasks, passes=(*program.passes, *entries))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What can be moved out of a graph.
+
+    Attributes:
+        segment: The denoiser's name.
+        time: The input that is another in every step.
+        values: Names of what is computed before.
+        part: The segment that computes them.
+    """
+
+    segment: str
+    time: str
+    values: tuple[str, ...]
+    part: ir.Model
+
+
+def _find(program: Program, name: str) -> _Found:
+    """Raises PassError where nothing is worth it, and as `build_segment` does."""
+    model = program.segments[name].model
+    timed, fixed = _known(program, name)
+    local = local_nodes(model.graph)
+    given = {value for call in step_calls(program) if call.segment == name for value in call.inputs}
+    last = [
+        node
+        for node in _last_products(model.graph, timed, fixed, local)
+        if node.outputs[0].name not in given  # moved before
+    ]
+    share = sum(_factor(node, local) for node in last) / max(1, parameter_count(model))
+    if share < LEAST_SHARE:
+        raise PassError(f"what reads the time, and not the picture, holds {share:.1%} of its weights")
+    values = [node.outputs[0] for node in last]
+    needed = reach(values, {}, local)
+    part = build_segment(
+        f"{name}.conditions", model, [node for node in model.graph if node in needed], values, local
+    )
+    times = [str(value.name) for value in part.graph.inputs if value.name in timed]
+    if len(times) != 1:
+        raise PassError(f"{', '.join(times)} change from step to step, and one input that does is needed")
+    return _Found(name, times[0], tuple(str(value.name) for value in values), part)
+
+
+def _known(program: Program, name: str) -> tuple[set[str], set[str]]:
+    """Inputs of a segment that are known before the first step: those that change with the step, and those that do not.
+
+    Known is what is a constant of the step or made before the steps, whole or as a row of a table; the sampler's state
+    and noise that is drawn are not.
+    """
+    kinds: dict[str, set[str]] = {}
+    for task in program.tasks.values():
+        for schedule in task.schedules.values():
+            first = (*task.prologue, *schedule.prologue)
+            made = {tensor for call in first for tensor in call.outputs.values()}
+            made |= {spec.name for spec in task.inputs if spec.source.get("kind") != "noise"}
+            made = {tensor for tensor in made if not _is_state(tensor)}
+            written = {
+                tensor for step in schedule.steps for call in step.calls for tensor in call.outputs.values()
+            }
+            for step in schedule.steps:
+                for call in (call for call in step.calls if call.segment == name):
+                    for value, tensor in call.inputs.items():
+                        row = SLICE.match(tensor)
+                        if tensor in step.constants or (row and row[1] in made):
+                            kind = "timed"
+                        else:
+                            kind = "fixed" if tensor in made - written else "neither"
+                        kinds.setdefault(value, set()).add(kind)
+    timed = {value for value, found in kinds.items() if found == {"timed"}}
+    return timed, {value for value, found in kinds.items() if found == {"fixed"}}
+
+
+def _is_state(tensor: str) -> bool:
+    row = SLICE.match(tensor)
+    return tensor == STATE or (row is not None and row[1] == STATE)
+
+
+def _last_products(graph: ir.Graph, timed: Set[str], fixed: Set[str], local: Set[ir.Node]) -> list[ir.Node]:
+    """Products of weights with rows of what the time decides, which no other such product follows."""
+    known = {value for value in graph.inputs if value.name in timed | fixed}
+    times = {value for value in graph.inputs if value.name in timed}
+    products: list[ir.Node] = []
+    for node in graph:
+        read = [value for value in node.inputs if value is not None and not _is_constant(value, local)]
+        if node in local or not read or not known.issuperset(read):
+            continue
+        known.update(node.outputs)
+        if times.intersection(read):
+            times.update(node.outputs)
+            product = node.op_type in ("MatMul", "Gemm") and read == [node.inputs[0]]
+            if product and _is_rows(node.outputs[0]):
+                products.append(node)
+    followed: set[ir.Node] = set()
+    for node in reversed(graph):
+        readers = [use.node for value in node.outputs if value in times for use in value.uses()]
+        if any(reader in products or reader in followed for reader in readers):
+            followed.add(node)
+    return [node for node in products if node not in followed]
+
+
+def _is_constant(value: ir.Value, local: Set[ir.Node]) -> bool:
+    return value.is_initializer() or value.producer() in local
+
+
+def _is_rows(value: ir.Value) -> bool:
+    """Whether a value is (rows, channels), of which only the rows are open."""
+    return (
+        value.shape is not None
+        and value.shape.rank() == 2
+        and isinstance(value.shape[1], int)
+        and not isinstance(value.shape[0], int)
+    )
+
+
+def _factor(node: ir.Node, local: Set[ir.Node]) -> int:
+    """Numbers of the weight that a product reads."""
+    factor = node.inputs[1]
+    assert factor is not None and _is_constant(factor, local)
+    dims = factor.shape.numpy() if factor.shape is not None and factor.shape.is_static() else ()
+    return math.prod(dims) if dims else 0
+
+
+# ---- the calls ----
+
+
+def _whole_loops(tasks: Iterable[Task]) -> dict[str, Schedule]:
+    """Name of a schedule without its start -> the longest of all that are walked of it."""
+    found: dict[str, Schedule] = {}
+    for task in tasks:
+        for name, schedule in task.schedules.items():
+            loop = split_name(name)[0]
+            if loop not in found or len(found[loop].steps) < len(schedule.steps):
+                found[loop] = schedule
+    return found
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """A segment that is called before the steps.
+
+    Attributes:
+        found: What it was made of.
+        segment: Its name.
+        names: Value -> the tensor that holds it for all steps.
+        times: The tensor of the time steps, where they are constants.
+    """
+
+    found: _Found
+    segment: str
+    names: Mapping[str, str]
+    times: str
+
+    def out_of(self, task: Task, loops: Mapping[str, Schedule]) -> Task:
+        """The task with the segment called once for each of its schedules; loops are from `_whole_loops`."""
+        schedules = {
+            name: self._called(schedule, loops[split_name(name)[0]])
+            for name, schedule in task.schedules.items()
+        }
+        return dataclasses.replace(task, schedules=schedules)
+
+    def _called(self, schedule: Schedule, whole: Schedule) -> Schedule:
+        """A schedule with it.
+
+        Args:
+            schedule: One of a task's.
+            whole: The same from its first step on: its times are computed, so that an engine for them serves both.
+        """
+        calls = self._calls(schedule)
+        if not calls:
+            return schedule
+        constants = dict(schedule.constants)
+        if row := SLICE.match(calls[0][1].inputs[self.found.time]):
+            times = row[1]
+        else:
+            times = self.times
+            constants[times] = self._times(whole)
+            if not set(self._times(schedule)) <= set(constants[times]):
+                constants[times] = self._times(schedule)
+        given = {
+            value: tensor
+            for value, tensor in calls[0][1].inputs.items()
+            if value in {v.name for v in self.found.part.graph.inputs}
+        }
+        first = Call(self.segment, given | {self.found.time: times}, self.names)
+        steps = tuple(self._reading(step, constants.get(times, ())) for step in schedule.steps)
+        return dataclasses.replace(
+            schedule, steps=steps, prologue=(*schedule.prologue, first), constants=constants
+        )
+
+    def _calls(self, schedule: Schedule) -> list[tuple[Step, Call]]:
+        return [
+            (step, call)
+            for step in schedule.steps
+            for call in step.calls
+            if call.segment == self.found.segment
+        ]
+
+    def _times(self, schedule: Schedule) -> tuple[float, ...]:
+        """The time steps of a schedule whose are constants, each once."""
+        read = ((step, call.inputs[self.found.time]) for step, call in self._calls(schedule))
+        return tuple(dict.fromkeys(step.constants[name][0] for step, name in read if name in step.constants))
+
+    def _reading(self, step: Step, times: Sequence[float]) -> Step:
+        """A step that reads its own of what was computed."""
+
+        def read(call: Call) -> Call:
+            if call.segment != self.found.segment:
+                return call
+            time = call.inputs[self.found.time]
+            row = SLICE.match(time)
+            index = int(row[2]) if row else times.index(step.constants[time][0])
+            given = {value: f"{tensor}[{index}]" for value, tensor in self.names.items()}
+            return dataclasses.replace(call, inputs={**call.inputs, **given})
+
+        return dataclasses.replace(step, calls=tuple(map(read, step.calls)))
