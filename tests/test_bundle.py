@@ -154,6 +154,29 @@ def test_a_cut_file_is_found(copied_bundle: Path) -> None:
         draw(copied_bundle)
 
 
+def test_a_changed_file_is_the_reason_where_something_fails_while_it_is_hashed(copied_bundle: Path) -> None:
+    path = next((copied_bundle / "graphs").glob("*.weights"))
+    path.write_bytes(b"\1" + path.read_bytes()[1:])
+    bundle = open_bundle(copied_bundle)
+    name = path.relative_to(copied_bundle).as_posix()
+    with pytest.raises(BundleError, match="was changed"), bundle.verifying([name]):
+        raise ValueError("made of wrong numbers")
+    with pytest.raises(BundleError, match="was changed"):  # nor is it taken for verified since
+        bundle.path(name)
+
+
+def test_a_cut_file_is_found_before_anything_is_made_of_it(copied_bundle: Path) -> None:
+    path = next((copied_bundle / "graphs").glob("*.weights"))
+    path.write_bytes(path.read_bytes()[:-1])
+    made = []
+    with (
+        pytest.raises(BundleError, match="bytes"),
+        open_bundle(copied_bundle).verifying([path.relative_to(copied_bundle).as_posix()]),
+    ):
+        made.append("a session")
+    assert not made
+
+
 def test_a_name_that_no_system_takes_is_refused(copied_bundle: Path) -> None:
     rewrite(copied_bundle, lambda d: d["files"][0].update(path="a" * 300))
     with pytest.raises(BundleError, match="cannot be read") as error:

@@ -9,7 +9,8 @@
 and what compiling decided or measured, where it did: removal.json, inherit.json, calibration/ranges.json.
 
 A bundle is untrusted input. `open_bundle` believes nothing: every field is checked as it is read, no path may
-leave the folder, and every file is compared with its hash before anything is made of it.
+leave the folder, and every file is compared with its hash before anything is made of it; weights, which are numbers
+and nothing else, before anything that was made of them is used.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -75,38 +77,60 @@ class Bundle:
         Raises:
             BundleError: A file is missing, cannot be read, or was changed.
         """
+        with self.verifying((entry.path for entry in self.contents.files) if paths is None else paths):
+            pass
+
+    @contextmanager
+    def verifying(self, paths: Iterable[str]) -> Iterator[None]:
+        """Compares files with their hashes while the block runs. That they are there, whole, it finds before.
+
+        Args:
+            paths: Which. What the block makes of them must not be used before its end.
+
+        Raises:
+            BundleError: As from `verify`, also where the block failed: a changed file is the reason.
+        """
         listed = {entry.path: entry for entry in self.contents.files}
-        wanted = list(listed) if paths is None else list(paths)
+        wanted = [path for path in paths if path not in self._verified]
         for path in wanted:
             if path not in listed:
                 raise BundleError(
                     f"{self.folder}: {path} is not in the list of files: compile the bundle again"
                 )
+            self._check(listed[path], self._check_size)
         with ThreadPoolExecutor(max_workers=2) as pool:  # hashing lets go of the interpreter
-            list(pool.map(self._check, (listed[path] for path in wanted if path not in self._verified)))
+            hashing = [pool.submit(self._check, listed[path], self._check_hash) for path in wanted]
+            try:
+                yield
+            finally:
+                for check in hashing:
+                    check.result()
         self._verified.update(wanted)
 
-    def _check(self, entry: FileEntry) -> None:
-        path = self.folder / entry.path
+    def _check(self, entry: FileEntry, check: Callable[[FileEntry, Path], None]) -> None:
         try:
-            if not path.is_file():
-                raise BundleError(f"{self.folder}: {entry.path} is missing: copy the bundle again, whole")
-            _check_inside(self.folder, path)
-            size = path.stat().st_size
-            if size != entry.bytes:
-                raise BundleError(
-                    f"{self.folder}: {entry.path} has {size} bytes and {entry.bytes} were written: copy the bundle "
-                    "again"
-                )
-            if file_hash(path) != entry.sha256:
-                raise BundleError(
-                    f"{self.folder}: {entry.path} was changed since it was written: copy the bundle again"
-                )
+            check(entry, self.folder / entry.path)
         except OSError as error:  # a name that no system takes, a failing disk
             raise BundleError(
                 f"{self.folder}: {entry.path:.100} cannot be read ({error.strerror}): see who may read it, or copy the "
                 "bundle again"
             ) from error
+
+    def _check_size(self, entry: FileEntry, path: Path) -> None:
+        if not path.is_file():
+            raise BundleError(f"{self.folder}: {entry.path} is missing: copy the bundle again, whole")
+        _check_inside(self.folder, path)
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                f"{self.folder}: {entry.path} has {size} bytes and {entry.bytes} were written: copy the bundle again"
+            )
+
+    def _check_hash(self, entry: FileEntry, path: Path) -> None:
+        if file_hash(path) != entry.sha256:
+            raise BundleError(
+                f"{self.folder}: {entry.path} was changed since it was written: copy the bundle again"
+            )
 
 
 def _check_inside(folder: Path, path: Path) -> None:

@@ -83,27 +83,34 @@ class Engines:
             if self._stages is not None:
                 stage = self._stages[segment]
                 self._close(p for p, loaded in self._loaded.items() if self._stages[loaded.segment] != stage)
-            # Every file beside the engine is verified with it: a graph reads weights that others wrote.
-            file = self.backend.file(engine)
-            folder = file.rpartition("/")[0] + "/"
-            weights = [f.path for f in self._bundle.contents.files if f.path.endswith(".weights")]
-            self._bundle.verify(
-                [file, *engine.plugins, *(path for path in weights if path.startswith(folder))]
-            )
-            if engine.backend == "onnxruntime":
-                self._check_graph(file)
-            plugins = [self._bundle.path(path) for path in engine.plugins]
-            session = self.backend.load(engine, self._bundle.path(file), plugins)
-            self._loaded[engine.path] = _Loaded(segment, session, {})
+            self._loaded[engine.path] = _Loaded(segment, self._load(engine), {})
         return self._loaded[engine.path]
 
-    def _check_graph(self, file: str) -> None:
-        """Raises BundleError where a graph reads what is no verified file of the bundle."""
+    def _load(self, engine: Engine) -> Session:
+        """A session of verified files.
+
+        A graph's weights are hashed while ONNX Runtime lays them out, which takes about as long. They are numbers, of
+        which nothing depends before the first run, and nobody has the session before they are known to be right.
+        """
+        file = self.backend.file(engine)
+        self._bundle.verify([file, *engine.plugins])
+        weights = self._weights(file) if engine.backend == "onnxruntime" else []
+        plugins = [self._bundle.path(path) for path in engine.plugins]
+        with self._bundle.verifying(weights):
+            return self.backend.load(engine, self._bundle.path(file), plugins)
+
+    def _weights(self, file: str) -> list[str]:
+        """The files beside a graph that it reads.
+
+        Raises:
+            BundleError: It is another format's.
+        """
         if not file.endswith(".onnx"):  # ONNX Runtime's own format, by its name
             raise BundleError(f"{self._bundle.folder}: {file} is no .onnx file: compile the bundle again")
         folder = PurePosixPath(file).parent
-        named = external_locations(self._bundle.path(file))
-        self._bundle.verify(sorted((folder / location).as_posix() for location in named))
+        return sorted(
+            (folder / location).as_posix() for location in external_locations(self._bundle.path(file))
+        )
 
     def precision(self, segment: str) -> str:
         """What the engines of a segment compute in."""
