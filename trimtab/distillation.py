@@ -75,10 +75,6 @@ def distill(
             there is no convolution that experts are to be of.
         CalibrationError: The loss is not finite; the checkpoint is of another run.
     """
-    from trimtab.calibration.distill import Budget
-    from trimtab.calibration.distill import distill as train
-
-    limits = Budget(**(budget or {}))
     if plan is None and (experts is None or data is None):
         raise InputError(
             "a student that lacks nothing has nothing to learn from its teacher: give a removal plan, or experts and "
@@ -95,6 +91,11 @@ def distill(
     path = find(str(model))
     if path.is_dir():
         check_options(Source(path), guidance=recipe.guidance)
+    # These import torch, which takes seconds: what is wrong with the rest is said at once.
+    from trimtab.calibration.distill import Budget
+    from trimtab.calibration.distill import distill as train
+
+    limits = Budget(**(budget or {}))
     checkpoint = output.with_name(output.name + ".checkpoint")
     with tempfile.TemporaryDirectory(prefix="trimtab-") as temporary:
         folder = Path(temporary)
