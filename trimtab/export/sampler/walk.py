@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trimtab.errors import ExportError, InputError, TrimtabError
+from trimtab.silence import errors_alone
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,8 @@ class Walk:
                 f"{len(options[custom[0]])} {custom[0]} were given for {self.steps} steps: give one for each"
             )
         try:
-            scheduler.set_timesteps(device="cpu", **options)
+            with errors_alone("diffusers"):  # some warn of what they set right themselves, at every walk
+                scheduler.set_timesteps(device="cpu", **options)
         except Exception as error:
             given = "".join(f" with {name}" for name in self.timesteps_options)
             raise InputError(
