@@ -143,6 +143,22 @@ def test_segments_that_a_shorter_schedule_alone_calls_are_measured_too() -> None
     assert schedules(module._requests(pipe)) == ["most", "few"]
 
 
+@pytest.mark.xdist_group("sdxl")
+def test_an_encoder_of_pictures_is_measured_where_its_strength_leaves_none_of_few_steps(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    program = read_program(open_bundle(bundle_folder("sdxl")))
+    few = {
+        name: replace(task, schedules={n: s for n, s in task.schedules.items() if "-20" not in n})
+        for name, task in program.tasks.items()
+    }
+    task = few["image-to-image"]
+    assert task.strength == 0.3 and not any(name.endswith("/from-3") for name in task.schedules)
+    request = {"prompt": "a red circle", "seed": 0}
+    measured = measure_ranges(replace(program, tasks=few), tmp_path / "draft", requests=[request])
+    assert "vae_encoder" in measured.segments
+
+
 def test_ranges_are_saved_and_taken_again_for_the_same_program_alone(
     program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,7 @@ from trimtab.passes.precision import SCORES
 from trimtab.passes.sampler import SCOPE as SAMPLER
 from trimtab.passes.scopes import scopes
 from trimtab.program import Call, Program, Schedule, Segment, Task
+from trimtab.runtime.arguments import possible_strengths
 from trimtab.runtime.load import Pipeline
 from trimtab.staging import write_file
 from trimtab.targets.key import graph_digest
@@ -187,8 +188,16 @@ def _draw(
             )
     if "image-to-image" in pipeline.tasks and "image" not in options:
         options = {name: value for name, value in options.items() if name != "schedule"}
-        request, plan, _ = pipeline.prepare(**options, image=np.clip(pixels[0], 0, 1))
+        strength = _strength(pipeline.bundle.contents.tasks["image-to-image"], pipeline.schedules[0])
+        request, plan, _ = pipeline.prepare(**options, image=np.clip(pixels[0], 0, 1), strength=strength)
         plan.begin(request, on_call)
+
+
+def _strength(task: Task, schedule: str) -> float:
+    """The one nearest to a task's own: of few steps that may leave none."""
+    own = task.strength
+    assert own is not None  # it starts from a picture
+    return min(possible_strengths(task, schedule), key=lambda each: abs(each - own), default=own)
 
 
 # ---- graphs that measure themselves ----

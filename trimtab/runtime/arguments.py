@@ -122,9 +122,7 @@ def choose_schedule(
     start = first_step(total, share, task.strength_rounds_up)
     if (started := f"{name}/from-{start}") in task.schedules:
         return started
-    shares = [thousandths / 1000 for thousandths in range(1, 1001)]
-    starts = [f"{name}/from-{first_step(total, each, task.strength_rounds_up)}" for each in shares]
-    able = [each for each, there in zip(shares, starts, strict=True) if there in task.schedules]
+    able = possible_strengths(task, name)
     if not able:
         raise BundleError(f"{name} cannot start from a picture: compile the bundle again")
     what = f"the strength {share} leaves none of {total} steps"
@@ -132,6 +130,14 @@ def choose_schedule(
         f"{what if start >= total else f'{name} cannot start at step {start}'}: use strength "
         f"{min(able, key=lambda each: abs(each - share)):g}"
     )
+
+
+def possible_strengths(task: Task, name: str) -> list[float]:
+    """The strengths, in thousandths, that a schedule whose name ends with its number of steps can start at."""
+    total = int(name.rpartition("-")[2])
+    shares = [thousandths / 1000 for thousandths in range(1, 1001)]
+    starts = [f"{name}/from-{first_step(total, each, task.strength_rounds_up)}" for each in shares]
+    return [each for each, start in zip(shares, starts, strict=True) if start in task.schedules]
 
 
 def for_size(task: Task, name: str, size: tuple[int, int]) -> tuple[str, Schedule]:
