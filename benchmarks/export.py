@@ -39,7 +39,7 @@ def measure(scratch: Path, part: str, half: bool) -> dict[str, Any]:
     source, bundle = scratch / "pipeline", scratch / "pipeline.bundle"
     models.make(source, part, half=half)
     components = {
-        p.name: _bytes(p, "*.safetensors") * (2 if half else 1)
+        p.name: disk_bytes(p, "*.safetensors") * (2 if half else 1)
         for p in source.iterdir()
         if list(p.glob("*.safetensors"))
     }
@@ -62,7 +62,7 @@ def measure(scratch: Path, part: str, half: bool) -> dict[str, Any]:
         "own_bytes": own.peak,
         "component_bytes": components,
         "peak_ratio": peak / (FACTOR * largest + ALLOWANCE),
-        "bundle_ratio": _bytes(bundle, "*") / weights,
+        "bundle_ratio": disk_bytes(bundle, "*") / weights,
         "goals": {"peak_ratio": 1.0, "bundle_ratio": BUNDLE_GOAL},
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "command": " ".join(["python", *sys.argv]),
@@ -85,7 +85,8 @@ class _Own(threading.Thread):
                 time.sleep(0.02)
 
 
-def _bytes(folder: Path, pattern: str) -> int:
+def disk_bytes(folder: Path, pattern: str = "*") -> int:
+    """What the files of a folder take whose names fit a pattern."""
     return sum(path.stat().st_size for path in folder.rglob(pattern) if path.is_file())
 
 

@@ -138,11 +138,11 @@ def trimtab(folder: Path, steps: int, threads: int, picture: Path) -> Drawn:
 
 def _drawn(start: float, ends: list[float]) -> Drawn:
     """What was measured: at the end of a picture, from the times at which its steps ended."""
+    from trimtab.runtime.bench import peak_bytes
+
     whole = time.perf_counter() - start
     step_s = statistics.median(after - before for before, after in itertools.pairwise(ends))
-    status = Path("/proc/self/status").read_text()
-    peak = 1024 * int(status.partition("VmHWM:")[2].split()[0])
-    return {"step_s": step_s, "rest_s": whole - len(ends) * step_s, "peak_bytes": peak}
+    return {"step_s": step_s, "rest_s": whole - len(ends) * step_s, "peak_bytes": peak_bytes()}
 
 
 TOOLS: dict[str, Callable[[Path, int, int, Path], Drawn]] = {
@@ -166,7 +166,9 @@ class Way(NamedTuple):
         """One picture, in a process of its own."""
         asked = [self.tool, str(self.folder), str(steps), str(threads), str(picture)]
         command = [self.python, __file__, "--draw", *asked]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # Other interpreters have no trimtab, and need its count of memory; that part of it needs no package.
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             raise SystemExit(f"{self.name} failed:\n{done.stderr[-2000:]}")
         answer: Drawn = json.loads(done.stdout.splitlines()[-1])  # below what the tools print themselves
@@ -224,6 +226,8 @@ def measure(
     ways: Sequence[Way], steps: int, rounds: int, threads: int, scratch: Path
 ) -> list[dict[str, Any]]:
     """A row for each way: medians over the rounds, and how far its picture is from diffusers'."""
+    from export import disk_bytes
+
     drawn: list[list[Drawn]] = [[] for _ in ways]
     pictures = [scratch / f"{number}.npy" for number in range(len(ways))]
     for _ in range(rounds):
@@ -234,17 +238,12 @@ def measure(
         {
             "name": way.name,
             "convert_s": way.convert_s,
-            "disk_bytes": disk_bytes(way.folder),
+            "disk_bytes": disk_bytes(way.folder.resolve()),
             **{what: statistics.median(result[what] for result in results) for what in results[0]},
             "difference": difference(pictures[0], picture),
         }
         for way, picture, results in zip(ways, pictures, drawn, strict=True)
     ]
-
-
-def disk_bytes(folder: Path) -> int:
-    """What the files of a folder take."""
-    return sum(path.stat().st_size for path in folder.resolve().rglob("*") if path.is_file())
 
 
 def difference(first: Path, second: Path) -> float | None:
@@ -293,19 +292,20 @@ def main() -> None:
         tool, folder, steps, threads, picture = arguments.draw
         print(json.dumps(TOOLS[tool](Path(folder), int(steps), int(threads), Path(picture))))
         return
+    from step import conditions, told  # what draws has no need of it, and may lack what it imports
+
     arguments.cpp_type = arguments.cpp_type or ["f32"]
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as name:
         scratch = Path(name)
         ways = make_ways(scratch, arguments)
         rows = measure(ways, arguments.steps, arguments.rounds, arguments.threads, scratch)
+    result = {"rows": rows, "steps": arguments.steps, "threads": arguments.threads}
+    result |= conditions(arguments.rounds)
     if arguments.json:
-        print(json.dumps({"rows": rows, "threads": arguments.threads, "steps": arguments.steps}))
+        print(json.dumps(result))
     else:
         _show(rows)
-        print(
-            f"{arguments.steps} steps, {arguments.rounds} rounds, {arguments.threads} threads, "
-            f"load average {os.getloadavg()[0]:.1f}"
-        )
+        print(f"{arguments.steps} steps, {told(result)}")
 
 
 if __name__ == "__main__":

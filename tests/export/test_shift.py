@@ -155,9 +155,8 @@ def test_a_constant_stays_one_in_a_loop_where_no_step_s_varies() -> None:
     sampling, tasks = _planned(parts, _scheduler())
     module, followed = shifted(parts, sampling, tasks)
     assert module is not None and set(module.names) == {"timestep", "sample_weights", "next_weights"}
-    for step in (
-        followed["text-to-image"].schedules["flow-euler-20"].steps
-    ):  # the first's sigma is 1 at every shift
+    steps = followed["text-to-image"].schedules["flow-euler-20"].steps
+    for step in steps:  # the first's sigma is 1 at every shift
         assert step.calls[0].inputs["timestep"].startswith("timestep_table[")
         assert not step.constants.keys() & {"timestep", "next_weights"}
     single = followed["text-to-image"].schedules["flow-euler-1"]  # from 1 to 0 in one step

@@ -89,8 +89,8 @@ class Engines:
     def _load(self, engine: Engine) -> Session:
         """A session of verified files.
 
-        A graph's weights are hashed while ONNX Runtime lays them out, which takes about as long. They are numbers, of
-        which nothing depends before the first run, and nobody has the session before they are known to be right.
+        A graph's weights are hashed while ONNX Runtime lays them out, which takes about as long. They are numbers, and
+        nobody has the session before they are known to be right.
         """
         file = self.backend.file(engine)
         self._bundle.verify([file, *engine.plugins])
@@ -108,9 +108,8 @@ class Engines:
         if not file.endswith(".onnx"):  # ONNX Runtime's own format, by its name
             raise BundleError(f"{self._bundle.folder}: {file} is no .onnx file: compile the bundle again")
         folder = PurePosixPath(file).parent
-        return sorted(
-            (folder / location).as_posix() for location in external_locations(self._bundle.path(file))
-        )
+        named = external_locations(self._bundle.path(file))
+        return sorted({(folder / location).as_posix() for location in named})
 
     def precision(self, segment: str) -> str:
         """What the engines of a segment compute in."""
