@@ -18,7 +18,7 @@ import pytest
 from trimtab import apart
 from trimtab.bundle import open_bundle
 from trimtab.cli import main
-from trimtab.passes.partition import map_calls
+from trimtab.passes.calls import map_calls
 from trimtab.passes.removal import RemovalPlan
 from trimtab.program import Program, Segment
 from trimtab.render import as_json

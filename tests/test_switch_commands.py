@@ -17,7 +17,8 @@ from trimtab import apart, compiler
 from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.inspection import inspect
-from trimtab.passes.partition import map_calls, partition
+from trimtab.passes.calls import map_calls
+from trimtab.passes.partition import partition
 from trimtab.program import Call
 from trimtab.storage import read_program
 

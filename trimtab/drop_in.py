@@ -43,7 +43,8 @@ class Denoiser(torch.nn.Module):
         target: Whose engines to run.
 
     Raises:
-        InputError: The bundle has no single denoiser, or one that diffusers drives in another way (LCM's).
+        InputError: The bundle has no single denoiser, one that diffusers drives in another way (LCM's), or one that
+            knows the time steps of its own schedules alone.
         BundleError: The bundle is damaged.
     """
 
@@ -71,6 +72,11 @@ class Denoiser(torch.nn.Module):
                 "run the bundle itself"
             )
         self._segment: SegmentEntry = segments[DENOISER]
+        if not any(spec.name == "timestep" for spec in self._segment.inputs):
+            raise InputError(
+                f"{bundle} reads rows of the time steps of its own schedules, and diffusers hands over any time step: "
+                "run the bundle itself, or compile one without --hoist"
+            )
         self._pipeline = Pipeline(opened, target)
 
     @contextlib.contextmanager

@@ -58,7 +58,7 @@ def skip_arguments(command: argparse.ArgumentParser) -> None:
         "--hoist",
         action="store_true",
         default=None,
-        help="compute a transformer's modulations for all steps at once, before the first",
+        help="take what is known before the steps out of them: the time embedding, a transformer's modulations",
     )
 
 

@@ -72,7 +72,7 @@ class Recipe:
         vq_minutes: Of calibration of the packed weights; None for k-means alone.
         vq_codebooks: A folder where codebooks are kept, and found again when the work is cut off.
         hidiffusion: Draw pictures larger than the model was trained for by HiDiffusion.
-        hoist: Compute what depends on the time and the conditions alone for all steps at once, before the first.
+        hoist: Take what is known before the steps out of them: into tables, or into a segment that runs once.
     """
 
     targets: tuple[str, ...] = ("cpu",)

@@ -15,6 +15,7 @@ from trimtab.passes.mix_kernels import mix_kernels
 from trimtab.passes.partition import partition
 from trimtab.passes.removal import PLAN, load_plan, remove_layers
 from trimtab.passes.switch import switch
+from trimtab.passes.time_tables import tabulate_times
 from trimtab.passes.unread import drop_unread
 from trimtab.program import Program
 from trimtab.recipe import Recipe
@@ -70,7 +71,7 @@ def transform(
     if recipe.inherit is not None:
         program = inherit(program, _searched(program, recipe, recipe.inherit, folder, progress))
     if recipe.hoist:
-        program = hoist(program)
+        program = hoist(tabulate_times(program))
     return drop_unread(partition(program))
 
 

@@ -17,10 +17,11 @@ from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.errors import PassError
 from trimtab.passes.all_steps import for_all_steps
+from trimtab.passes.calls import step_calls
 from trimtab.passes.hoist import hoist
 from trimtab.passes.inherit import inherit, split_name
 from trimtab.passes.inherit_plan import InheritPlan
-from trimtab.passes.partition import partition, step_calls
+from trimtab.passes.partition import partition
 from trimtab.passes.unread import drop_unread
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
 from trimtab.runtime.load import load

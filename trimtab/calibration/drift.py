@@ -30,9 +30,10 @@ from trimtab.calibration.ranges import fingerprint
 from trimtab.calibration.trajectories import own_requests
 from trimtab.comparison import relative_error
 from trimtab.errors import CalibrationError, PassError
+from trimtab.passes.calls import step_calls
 from trimtab.passes.inherit_plan import FULL as NOTHING
 from trimtab.passes.inherit_plan import InheritPlan
-from trimtab.passes.partition import partition, step_calls
+from trimtab.passes.partition import partition
 from trimtab.passes.regions import default_region
 from trimtab.program import DENOISER, Program, Segment
 from trimtab.runtime.load import Pipeline

@@ -23,16 +23,19 @@ import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.all_steps import for_all_steps
+from trimtab.passes.calls import denoisers, step_calls
 from trimtab.passes.inherit import split_name
-from trimtab.passes.partition import reach, step_calls
+from trimtab.passes.partition import reach
 from trimtab.passes.segments import build_segment, local_nodes
+from trimtab.passes.time_tables import TABULATE
+from trimtab.passes.timed_products import is_constant, timed_products
 from trimtab.program import SLICE, STATE, Call, PassEntry, Program, Schedule, Segment, Step, Task
 from trimtab.weights import parameter_count
 
 logger = logging.getLogger(__name__)
 
 LEAST_SHARE = 0.05
-"""Of a denoiser's weights. A U-Net has 2% in what reads the time: not worth a segment and its tensors."""
+"""Of a denoiser's weights. SDXL's U-Net has 1% in what reads the time: not worth a segment and its tensors."""
 
 
 def hoist(program: Program) -> Program:
@@ -40,8 +43,8 @@ def hoist(program: Program) -> Program:
 
     Exact: the same operators run on the same rows; a product of more rows may add up in another order (1e-6).
 
-    A denoiser is left as it is, and a warning says why: where such products hold less than `LEAST_SHARE` of its
-    weights, or where its graph is not one that takes a time step for each row.
+    A denoiser is left as it is where such products hold less than `LEAST_SHARE` of its weights, or where its graph is
+    not one that takes a time step for each row. A warning says so, unless its time steps are in tables.
 
     Args:
         program: Not cut yet (`trimtab.passes.partition`). Its graphs stay as they are.
@@ -54,12 +57,14 @@ def hoist(program: Program) -> Program:
     segments = dict(program.segments)
     tasks = dict(program.tasks)
     tensors = 0
-    for name in dict.fromkeys(call.segment for call in step_calls(program)):
+    tabulated = {entry.segment for entry in program.passes if entry.name == TABULATE and entry.applied}
+    for name in denoisers(program):
         try:
             found = _find(program, name)
             for_all_steps(found.part, found.time)
         except PassError as reason:
-            logger.warning("%s: nothing is computed before the steps: %s", name, reason)
+            level = logging.INFO if name in tabulated else logging.WARNING
+            logger.log(level, "%s: nothing is computed before the steps: %s", name, reason)
             entries.append(PassEntry("Hoist", name, 0, 1))
             continue
         names = {value: f"conditions_{tensors + index}" for index, value in enumerate(found.values)}
@@ -97,7 +102,7 @@ def _find(program: Program, name: str) -> _Found:
     given = {value for call in step_calls(program) if call.segment == name for value in call.inputs}
     last = [
         node
-        for node in _last_products(model.graph, timed, fixed, local)
+        for node in timed_products(model.graph, timed, fixed, local)
         if node.outputs[0].name not in given  # moved before
     ]
     share = sum(_factor(node, local) for node in last) / max(1, parameter_count(model))
@@ -148,47 +153,10 @@ def _is_state(tensor: str) -> bool:
     return tensor == STATE or (row is not None and row[1] == STATE)
 
 
-def _last_products(graph: ir.Graph, timed: Set[str], fixed: Set[str], local: Set[ir.Node]) -> list[ir.Node]:
-    """Products of weights with rows of what the time decides, which no other such product follows."""
-    known = {value for value in graph.inputs if value.name in timed | fixed}
-    times = {value for value in graph.inputs if value.name in timed}
-    products: list[ir.Node] = []
-    for node in graph:
-        read = [value for value in node.inputs if value is not None and not _is_constant(value, local)]
-        if node in local or not read or not known.issuperset(read):
-            continue
-        known.update(node.outputs)
-        if times.intersection(read):
-            times.update(node.outputs)
-            product = node.op_type in ("MatMul", "Gemm") and read == [node.inputs[0]]
-            if product and _is_rows(node.outputs[0]):
-                products.append(node)
-    followed: set[ir.Node] = set()
-    for node in reversed(graph):
-        readers = [use.node for value in node.outputs if value in times for use in value.uses()]
-        if any(reader in products or reader in followed for reader in readers):
-            followed.add(node)
-    return [node for node in products if node not in followed]
-
-
-def _is_constant(value: ir.Value, local: Set[ir.Node]) -> bool:
-    return value.is_initializer() or value.producer() in local
-
-
-def _is_rows(value: ir.Value) -> bool:
-    """Whether a value is (rows, channels), of which only the rows are open."""
-    return (
-        value.shape is not None
-        and value.shape.rank() == 2
-        and isinstance(value.shape[1], int)
-        and not isinstance(value.shape[0], int)
-    )
-
-
 def _factor(node: ir.Node, local: Set[ir.Node]) -> int:
     """Numbers of the weight that a product reads."""
     factor = node.inputs[1]
-    assert factor is not None and _is_constant(factor, local)
+    assert factor is not None and is_constant(factor, local)
     dims = factor.shape.numpy() if factor.shape is not None and factor.shape.is_static() else ()
     return math.prod(dims) if dims else 0
 

@@ -11,8 +11,9 @@ import re
 from collections.abc import Mapping
 
 from trimtab.errors import PassError
+from trimtab.passes.calls import denoisers
 from trimtab.passes.inherit_plan import InheritPlan
-from trimtab.passes.partition import reach, step_calls
+from trimtab.passes.partition import reach
 from trimtab.passes.regions import check_region, default_region, find_region
 from trimtab.passes.segments import local_nodes
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
@@ -38,8 +39,7 @@ def inherit(program: Program, plan: InheritPlan) -> Program:
         return program
     if plan.speed is not None:
         raise PassError("the plan asks for a speed: look for its schedule first (trimtab.calibration.drift)")
-    names = dict.fromkeys(c.segment for c in step_calls(program) if c.segment.startswith(DENOISER))
-    features = {name: _Features(program.segments[name], plan) for name in names}
+    features = {name: _Features(program.segments[name], plan) for name in denoisers(program)}
     tasks = {}
     for task_name, task in program.tasks.items():
         schedules = {}

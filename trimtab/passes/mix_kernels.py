@@ -11,26 +11,20 @@ import dataclasses
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from trimtab.passes.calls import calls_in_steps, map_steps
 from trimtab.passes.constants import add_constant
-from trimtab.passes.partition import map_steps, reach
+from trimtab.passes.reference import Array, Reference
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 
 logger = logging.getLogger(__name__)
 
 _KERNELS = {"Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (1, 2), "MatMul": (1,)}
 """Operators with their inputs that are weights and biases."""
-
-_SMALL = 256
-"""Elements up to which arrays are compared: time steps, ranges and routing."""
-
-Array = npt.NDArray[np.generic]
 
 
 def mix_kernels(program: Program) -> Program:
@@ -84,10 +78,7 @@ class _Mixtures:
                 "%s is mixed at every run: %s is no constant of the steps", value.name, open_inputs
             )
         self._inputs = sorted({str(v.name) for kernel in self.kernels for v in depends[kernel]})
-        makers = reach(self.kernels, {}, set())
-        self._nodes = [node for node in self._graph if node in makers]
-        self._small: dict[tuple[Any, ...], Array] = {}
-        self._made: dict[tuple[Any, ...], list[Array]] = {}
+        self._reference = Reference(self._graph, self.kernels)
 
     def _known(self, inputs: Iterable[ir.Value]) -> frozenset[ir.Value]:
         """The graph's inputs that are a constant of every step."""
@@ -97,10 +88,7 @@ class _Mixtures:
         return frozenset(left.values())
 
     def _calls(self) -> Iterable[tuple[Step, Call]]:
-        for task in self._program.tasks.values():
-            for schedule in task.schedules.values():
-                for step in schedule.steps:
-                    yield from ((step, call) for call in step.calls if call.segment == self._name)
+        return ((step, call) for step, call in calls_in_steps(self._program) if call.segment == self._name)
 
     def _key(self, step: Step, call: Call) -> tuple[tuple[float, ...], ...]:
         return tuple(step.constants[call.inputs[name]] for name in self._inputs)
@@ -113,7 +101,8 @@ class _Mixtures:
         digests: dict[tuple[int, ...], str] = {}
         chosen: dict[tuple[tuple[float, ...], ...], str] = {}
         for key in dict.fromkeys(self._key(step, call) for step, call in self._calls() if self.kernels):
-            arrays = self._computed(dict(zip(self._inputs, key, strict=True)))
+            computed = self._reference.values(dict(zip(self._inputs, key, strict=True)))
+            arrays = dict(zip((str(kernel.name) for kernel in self.kernels), computed, strict=True))
             ones = tuple(map(id, arrays.values()))
             if ones not in digests:
                 digests[ones] = _digest(arrays)
@@ -151,33 +140,6 @@ class _Mixtures:
             tasks=map_steps(program.tasks, changed),
             passes=(*program.passes, entry),
         )
-
-    def _computed(self, constants: Mapping[str, tuple[float, ...]]) -> dict[str, Array]:
-        """Kernel -> its numbers, for these values of the graph's inputs."""
-        from onnx.reference import ReferenceEvaluator
-
-        values: dict[str, Array] = {}
-        for value in self._graph.inputs:
-            if str(value.name) in constants:
-                assert value.dtype is not None and value.shape is not None
-                array = np.array(constants[str(value.name)], value.dtype.numpy())
-                values[str(value.name)] = self._one(array.reshape(value.shape.numpy()))
-        for node in self._nodes:
-            read = [value for value in node.inputs if value is not None]
-            feeds = {str(v.name): values[str(v.name)] for v in read if v.const_value is None}
-            key = (node, *map(id, feeds.values()))
-            if key not in self._made:
-                feeds |= {str(v.name): v.const_value.numpy() for v in read if v.const_value is not None}
-                run = ReferenceEvaluator(
-                    ir.serde.serialize_node(node), opsets=dict(self._graph.opset_imports)
-                )
-                self._made[key] = [a if a.size > _SMALL else self._one(a) for a in run.run(None, feeds)]
-            values.update(zip((str(v.name) for v in node.outputs), self._made[key], strict=True))
-        return {str(kernel.name): values[str(kernel.name)] for kernel in self.kernels}
-
-    def _one(self, array: Array) -> Array:
-        """One object for equal arrays, so that what is made of them, as of a range's routing, is made once."""
-        return self._small.setdefault((array.shape, array.dtype.str, array.tobytes()), array)
 
 
 def _with_kernels(model: ir.Model, arrays: Mapping[str, Array]) -> ir.Model:

@@ -17,16 +17,17 @@ cuts than they need. A tensor that crosses a cut is a buffer with a name.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
+from trimtab.passes.calls import map_calls, step_calls
 from trimtab.passes.segments import local_nodes, segment_at
 from trimtab.passes.sizes import LocalizeSizes
 from trimtab.passes.versions import differences, region_of_differences, versions
-from trimtab.program import Call, PassEntry, Program, Segment, Step, Task
+from trimtab.program import Call, PassEntry, Program, Segment
 
 _FRONTIER = 256
 """Orders that the search for the fewest segments keeps at each length; where there are no more it is exact."""
@@ -83,35 +84,6 @@ def partition(program: Program) -> Program:
     )
     check_order(result)
     return result
-
-
-def step_calls(program: Program) -> Iterable[Call]:
-    """All calls of all steps."""
-    for task in program.tasks.values():
-        for schedule in task.schedules.values():
-            for step in schedule.steps:
-                yield from step.calls
-
-
-def map_calls(
-    tasks: Mapping[str, Task], change: Callable[[tuple[Call, ...]], tuple[Call, ...]]
-) -> dict[str, Task]:
-    """Tasks with the calls of every step changed."""
-    return map_steps(tasks, lambda step: dataclasses.replace(step, calls=change(step.calls)))
-
-
-def map_steps(tasks: Mapping[str, Task], change: Callable[[Step], Step]) -> dict[str, Task]:
-    """Tasks with every step changed."""
-    return {
-        name: dataclasses.replace(
-            task,
-            schedules={
-                key: dataclasses.replace(schedule, steps=tuple(map(change, schedule.steps)))
-                for key, schedule in task.schedules.items()
-            },
-        )
-        for name, task in tasks.items()
-    }
 
 
 def check_order(program: Program) -> None:

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence, Set
 import onnx_ir as ir
 
 from trimtab.errors import PassError
+from trimtab.passes.calls import step_calls
 from trimtab.passes.inherit import split_name
-from trimtab.passes.partition import step_calls
 from trimtab.passes.unread import conditions
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Container
 
-from trimtab.passes.partition import map_calls, step_calls
+from trimtab.passes.calls import map_calls, step_calls
 from trimtab.program import Call, Program, needed
 
 logger = logging.getLogger(__name__)

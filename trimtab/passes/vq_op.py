@@ -92,6 +92,17 @@ def decode(
     return np.ascontiguousarray(rows if scale is None else rows * scale[:, None])
 
 
+def decoded(packed: ir.Node) -> Floats:
+    """W of a node of the operator whose inputs are constants, in the shape that it says. Exact."""
+    codes, codebook, *scale = (
+        v.const_value.numpy() for v in packed.inputs if v is not None and v.const_value
+    )
+    shape = packed.attributes["shape"].as_ints()
+    bits = packed.attributes["index_bits"].as_int()
+    rows = decode(codes, codebook, scale[0] if scale else None, math.prod(shape[1:]), bits)
+    return rows.reshape(shape)
+
+
 def node(
     codes: ir.Value,
     codebook: ir.Value,
