@@ -21,6 +21,7 @@ from trimtab.bundle import open_bundle
 from trimtab.calibration.codebook_plan import Settings, choose, plan
 from trimtab.passes import vq_op
 from trimtab.passes.codebooks import FORMATS, Codebooks, PackedWeight
+from trimtab.passes.merge import MergeWeights
 from trimtab.passes.precision import convert
 from trimtab.passes.vq import PackWeights, Site, sites
 from trimtab.program import DENOISER
@@ -83,6 +84,7 @@ def _built(
         if settings is not None:
             PackWeights(_random_codes(list(sites(model)), settings))(model)
         model = convert(model, precision, {}).model
+        MergeWeights()(model)  # equal embedders are counted once
         held = weight_bytes(model)
         for shapes in sizes[segment.name]:
             lowered = builder.lower(specialized(model, shapes), device)
