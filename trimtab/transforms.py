@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from trimtab.errors import InputError
+from trimtab.passes.context import hoist_context
 from trimtab.passes.hidiffusion import check_places, hidiffusion
 from trimtab.passes.hoist import hoist
 from trimtab.passes.inherit import check_plan, inherit
@@ -71,7 +72,7 @@ def transform(
     if recipe.inherit is not None:
         program = inherit(program, _searched(program, recipe, recipe.inherit, folder, progress))
     if recipe.hoist:
-        program = hoist(tabulate_times(program))
+        program = hoist(hoist_context(tabulate_times(program)))
     return drop_unread(partition(program))
 
 

@@ -15,27 +15,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.all_steps import for_all_steps
-from trimtab.passes.calls import denoisers, step_calls
+from trimtab.passes.calls import denoisers
+from trimtab.passes.context import CONTEXT
 from trimtab.passes.inherit import split_name
-from trimtab.passes.partition import reach
-from trimtab.passes.segments import build_segment, local_nodes
+from trimtab.passes.known_products import LEAST_SHARE, KnownProducts
 from trimtab.passes.time_tables import TABULATE
-from trimtab.passes.timed_products import is_constant, timed_products
-from trimtab.program import SLICE, STATE, Call, PassEntry, Program, Schedule, Segment, Step, Task
-from trimtab.weights import parameter_count
+from trimtab.program import SLICE, Call, PassEntry, Program, Schedule, Segment, Step, Task
 
 logger = logging.getLogger(__name__)
-
-LEAST_SHARE = 0.05
-"""Of a denoiser's weights. SDXL's U-Net has 1% in what reads the time: not worth a segment and its tensors."""
 
 
 def hoist(program: Program) -> Program:
@@ -44,7 +38,7 @@ def hoist(program: Program) -> Program:
     Exact: the same operators run on the same rows; a product of more rows may add up in another order (1e-6).
 
     A denoiser is left as it is where such products hold less than `LEAST_SHARE` of its weights, or where its graph is
-    not one that takes a time step for each row. A warning says so, unless its time steps are in tables.
+    not one that takes a time step for each row. A warning says so, unless something else was taken out of the steps.
 
     Args:
         program: Not cut yet (`trimtab.passes.partition`). Its graphs stay as they are.
@@ -57,13 +51,13 @@ def hoist(program: Program) -> Program:
     segments = dict(program.segments)
     tasks = dict(program.tasks)
     tensors = 0
-    tabulated = {entry.segment for entry in program.passes if entry.name == TABULATE and entry.applied}
+    eased = {entry.segment for entry in program.passes if entry.name in (TABULATE, CONTEXT) and entry.applied}
     for name in denoisers(program):
         try:
             found = _find(program, name)
             for_all_steps(found.part, found.time)
         except PassError as reason:
-            level = logging.INFO if name in tabulated else logging.WARNING
+            level = logging.INFO if name in eased else logging.WARNING
             logger.log(level, "%s: nothing is computed before the steps: %s", name, reason)
             entries.append(PassEntry("Hoist", name, 0, 1))
             continue
@@ -96,69 +90,15 @@ class _Found:
 
 def _find(program: Program, name: str) -> _Found:
     """Raises PassError where nothing is worth it, and as `build_segment` does."""
-    model = program.segments[name].model
-    timed, fixed = _known(program, name)
-    local = local_nodes(model.graph)
-    given = {value for call in step_calls(program) if call.segment == name for value in call.inputs}
-    last = [
-        node
-        for node in timed_products(model.graph, timed, fixed, local)
-        if node.outputs[0].name not in given  # moved before
-    ]
-    share = sum(_factor(node, local) for node in last) / max(1, parameter_count(model))
+    known = KnownProducts.of(program, name)
+    share = known.share(known.timed)
     if share < LEAST_SHARE:
         raise PassError(f"what reads the time, and not the picture, holds {share:.1%} of its weights")
-    values = [node.outputs[0] for node in last]
-    needed = reach(values, {}, local)
-    part = build_segment(
-        f"{name}.conditions", model, [node for node in model.graph if node in needed], values, local
-    )
-    times = [str(value.name) for value in part.graph.inputs if value.name in timed]
+    part = known.segment(f"{name}.conditions", known.timed)
+    times = [str(value.name) for value in part.graph.inputs if value.name in known.times]
     if len(times) != 1:
         raise PassError(f"{', '.join(times)} change from step to step, and one input that does is needed")
-    return _Found(name, times[0], tuple(str(value.name) for value in values), part)
-
-
-def _known(program: Program, name: str) -> tuple[set[str], set[str]]:
-    """Inputs of a segment that are known before the first step: those that change with the step, and those that do not.
-
-    Known is what is a constant of the step or made before the steps, whole or as a row of a table; the sampler's state
-    and noise that is drawn are not.
-    """
-    kinds: dict[str, set[str]] = {}
-    for task in program.tasks.values():
-        for schedule in task.schedules.values():
-            first = (*task.prologue, *schedule.prologue)
-            made = {tensor for call in first for tensor in call.outputs.values()}
-            made |= {spec.name for spec in task.inputs if spec.source.get("kind") != "noise"}
-            made = {tensor for tensor in made if not _is_state(tensor)}
-            written = {
-                tensor for step in schedule.steps for call in step.calls for tensor in call.outputs.values()
-            }
-            for step in schedule.steps:
-                for call in (call for call in step.calls if call.segment == name):
-                    for value, tensor in call.inputs.items():
-                        row = SLICE.match(tensor)
-                        if tensor in step.constants or (row and row[1] in made):
-                            kind = "timed"
-                        else:
-                            kind = "fixed" if tensor in made - written else "neither"
-                        kinds.setdefault(value, set()).add(kind)
-    timed = {value for value, found in kinds.items() if found == {"timed"}}
-    return timed, {value for value, found in kinds.items() if found == {"fixed"}}
-
-
-def _is_state(tensor: str) -> bool:
-    row = SLICE.match(tensor)
-    return tensor == STATE or (row is not None and row[1] == STATE)
-
-
-def _factor(node: ir.Node, local: Set[ir.Node]) -> int:
-    """Numbers of the weight that a product reads."""
-    factor = node.inputs[1]
-    assert factor is not None and is_constant(factor, local)
-    dims = factor.shape.numpy() if factor.shape is not None and factor.shape.is_static() else ()
-    return math.prod(dims) if dims else 0
+    return _Found(name, times[0], tuple(str(node.outputs[0].name) for node in known.timed), part)
 
 
 # ---- the calls ----

@@ -20,10 +20,10 @@ import onnx_ir as ir
 from trimtab.errors import PassError
 from trimtab.passes.calls import calls_in_steps, denoisers, map_steps
 from trimtab.passes.constants import add_constant
+from trimtab.passes.known_products import last_products
 from trimtab.passes.partition import reach
 from trimtab.passes.reference import Array, Reference
 from trimtab.passes.segments import local_nodes
-from trimtab.passes.timed_products import timed_products
 from trimtab.program import Call, PassEntry, Program, Segment, Step
 from trimtab.weights import weight_bytes
 
@@ -128,7 +128,7 @@ def _find(program: Program, name: str) -> _Timed | None:
             constant = {value for value in constant if call.inputs.get(value) in step.constants}
             named |= {*call.inputs, *call.outputs}
     local = local_nodes(graph)
-    last = timed_products(graph, constant, set(), local)
+    last = last_products(graph, constant, set(), local)[0]
     values = [node.outputs[0] for node in last if node.outputs[0].name not in named]
     makers = reach(values, {}, local)
     if not makers or any(value.dtype is not ir.DataType.FLOAT for value in values):
