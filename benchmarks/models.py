@@ -1,6 +1,6 @@
-"""Pipelines of the size of Stable Diffusion 1.5, or DiT-XL/2, with random weights: benchmarks need no download.
+"""Pipelines of the size of Stable Diffusion 1.5, DiT-XL/2 or PixArt, with random weights: benchmarks need no download.
 
-    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|dit|none] [--half]
+    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|dit|pixart|none] [--half]
 
 A part that is not wanted at its real size is made tiny, so that the folder is a whole pipeline all the same.
 Random weights cost the same time and memory as trained ones.
@@ -44,7 +44,8 @@ def make(folder: Path, part: str, *, half: bool = False) -> None:
     Args:
         folder: Where to.
         part: What is made at its real size: "unet", "vae", "whole" or "none"; "narrow" is a U-Net of the real one's
-            depth and levels, a tenth of its width and half its side. "dit" is DiT-XL/2 for 256x256 pixels instead.
+            depth and levels, a tenth of its width and half its side. "dit" is DiT-XL/2 for 256x256 pixels instead,
+            "pixart" PixArt-Sigma's transformer for the same.
         half: In FP16.
 
     Raises:
@@ -62,8 +63,9 @@ def _write(folder: Path, part: str, half: bool) -> None:
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    if part == "dit":
-        _dit().to(torch.float16 if half else torch.float32).save_pretrained(folder)
+    if part in ("dit", "pixart"):
+        pipeline = _dit() if part == "dit" else _pixart()
+        pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder)
         return
     whole, real, real_vae = part == "whole", part in ("whole", "unet"), part in ("whole", "vae")
     narrow = part == "narrow"
@@ -133,6 +135,40 @@ def _dit() -> Any:
     )
 
 
+def _pixart() -> Any:
+    """PixArt-Sigma for 256x256 pixels and 300 tokens, with a T5 of one thin layer and a tiny decoder."""
+    from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=8,
+        num_layers=28,
+        sample_size=32,
+        cross_attention_dim=1152,
+        caption_channels=4096,
+        use_additional_conditions=False,
+    )
+    text = T5Config(
+        vocab_size=100,
+        d_model=4096,
+        d_kv=16,
+        d_ff=64,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+    )
+    return PixArtSigmaPipeline(
+        transformer=transformer,
+        vae=_vae(False, 256),
+        scheduler=DPMSolverMultistepScheduler(),
+        text_encoder=T5EncoderModel(text),
+        tokenizer=_t5_tokenizer(),
+    )
+
+
 def _vae(real: bool, size: int) -> Any:
     from diffusers import AutoencoderKL
 
@@ -160,12 +196,28 @@ def _tokenizer() -> Any:
         return CLIPTokenizer(str(vocabulary), str(merges), pad_token="<|endoftext|>", model_max_length=77)
 
 
+def _t5_tokenizer() -> Any:
+    """One shaped like T5's: a token a letter, </s> at the end, <pad> behind."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "</s>", "<unk>", *string.ascii_lowercase, *string.digits]
+    words = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="</s>", unk_token="<unk>", pad_token="<pad>", model_max_length=300
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--part", choices=("unet", "vae", "whole", "narrow", "dit", "none"), default="none")
+    parser.add_argument(
+        "--part", choices=("unet", "vae", "whole", "narrow", "dit", "pixart", "none"), default="none"
+    )
     parser.add_argument("--half", action="store_true", help="in FP16")
     arguments = parser.parse_args()
     _write(arguments.folder, arguments.part, arguments.half)

@@ -58,7 +58,7 @@ def skip_arguments(command: argparse.ArgumentParser) -> None:
         "--hoist",
         action="store_true",
         default=None,
-        help="take what is known before the steps out of them: the time embedding, a transformer's modulations",
+        help="take what is known before the steps out of them: the time embedding, modulations, keys of the text",
     )
 
 
