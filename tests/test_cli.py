@@ -122,6 +122,13 @@ def test_a_line_break_in_a_name_leaves_an_error_one_line(
     assert "a\\nb is not a folder" in fails(capsys, "inspect", tmp_path / "a\nb")
 
 
+def test_a_bundle_is_not_compiled_again(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is a bundle, compiled already" in fails(capsys, "compile", bundle, "-o", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 def test_run_writes_a_picture_that_carries_its_settings(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from trimtab.bundle import MANIFEST
 from trimtab.errors import ExportError, InputError, first_line
 from trimtab.export.checkpoint import STEMS, check_room, find_checkpoint, unread, widened
 
@@ -43,6 +44,10 @@ class Source:
         index = folder / "model_index.json"
         if not folder.is_dir():
             raise InputError(f"{folder} is not a folder: give the folder of a diffusers pipeline")
+        if not index.is_file() and (folder / MANIFEST).is_file():
+            raise InputError(
+                f"{folder} is a bundle, compiled already: give the model that it was compiled from"
+            )
         if not index.is_file():
             raise InputError(
                 f"{folder} holds no model_index.json: give a folder written by a diffusers pipeline's "
