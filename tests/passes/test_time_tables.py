@@ -233,8 +233,15 @@ def program_of(text: str, steps: int = 3) -> Program:
 
 
 @pytest.mark.parametrize("rows", [1, 4])
-def test_a_row_is_what_the_graph_computes_for_its_time_step(rows: int) -> None:
-    program = program_of(TIMED)
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        "times = Expand (single, count)",
+        "ones = ConstantOfShape <value: tensor = float[1] {1}> (count)\n    times = Mul (single, ones)",
+    ],
+)
+def test_a_row_is_what_the_graph_computes_for_its_time_step(repeated: str, rows: int) -> None:
+    program = program_of(TIMED.replace("times = Expand (single, count)", repeated))
     result = tabulate_times(program)
     x = np.random.default_rng(1).standard_normal((rows, 2)).astype(np.float32)
     for index in range(3):
@@ -259,7 +266,7 @@ def test_a_row_is_what_the_graph_computes_for_its_time_step(rows: int) -> None:
         ),
         (
             "times = Expand (single, count)",
-            "ones = ConstantOfShape <value: tensor = float[1] {1}> (count)\n    times = Mul (single, ones)",
+            "times = Tile (single, count)",
             3,
             "does not repeat its time step for every row",
         ),

@@ -194,10 +194,12 @@ def _tables(
 
 def _row_count(graph: ir.Graph, product: ir.Value) -> ir.Value:
     """What says how often the time step is repeated for a product: (1,) int64."""
-    makers = reach([product], {}, set())
-    for node in makers:
-        result, count = node.outputs[0], node.inputs[-1] if node.inputs else None
-        if node.op_type == "Expand" and count is not None and result.shape == _rows(product):
+    for node in reach([product], {}, set()):
+        repeats = node.op_type in (
+            "Expand",
+            "ConstantOfShape",
+        )  # the latter where it is multiplied by as many ones
+        if repeats and node.outputs[0].shape == _rows(product) and (count := node.inputs[-1]) is not None:
             return count
     raise PassError("it does not repeat its time step for every row")
 
