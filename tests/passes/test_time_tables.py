@@ -301,3 +301,22 @@ def test_a_product_that_a_call_names_is_not_replaced() -> None:
     )
     tasks = {"t": dataclasses.replace(task, schedules={"s": dataclasses.replace(schedule, steps=steps)})}
     assert tabulated(tabulate_times(dataclasses.replace(program, tasks=tasks))) == [("denoiser", 0, 1)]
+
+
+def test_two_calls_of_a_step_at_different_times_read_a_row_each() -> None:
+    program = program_of(TIMED)
+    (task,) = program.tasks.values()
+    (schedule,) = task.schedules.values()
+    steps = tuple(
+        dataclasses.replace(
+            step,
+            calls=(*step.calls, dataclasses.replace(step.calls[0], inputs={"timestep": "later", "x": "x"})),
+            constants={**step.constants, "later": (step.constants["timestep"][0] + 1,)},
+        )
+        for step in schedule.steps
+    )
+    tasks = {"t": dataclasses.replace(task, schedules={"s": dataclasses.replace(schedule, steps=steps)})}
+    result = tabulate_times(dataclasses.replace(program, tasks=tasks))
+    for index, step in enumerate(result.tasks["t"].schedules["s"].steps):
+        assert [step.constants[call.inputs["time_row"]] for call in step.calls] == [(index,), (index + 1,)]
+        assert step.constants.keys() == {"time_row", "time_row_1"}

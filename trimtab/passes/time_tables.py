@@ -10,6 +10,7 @@ in every step for one number that is known beforehand. A step says which row it 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -74,7 +75,6 @@ def tabulate_times(program: Program) -> Program:
             logger.info("%s: what the time step decides is computed in every step: %s", name, reason)
             del found[name]
         entries.append(PassEntry(TABULATE, name, made, int(not made)))
-    tensors = {inputs: f"{ROW}_{index}" if index else ROW for index, inputs in enumerate(rows)}
 
     def changed(step: Step) -> Step:
         calls, constants = [], dict(step.constants)
@@ -84,13 +84,12 @@ def tabulate_times(program: Program) -> Program:
                 inputs = found[call.segment].inputs
                 left = {str(value.name) for value in segments[call.segment].model.graph.inputs}
                 lost |= {call.inputs[name] for name in inputs if name not in left}
-                constants[tensors[inputs]] = (float(rows[inputs][_key(step, call, inputs)]),)
-                kept = {
-                    value: tensor
-                    for value, tensor in call.inputs.items()
-                    if value not in inputs or value in left
-                }
-                call = dataclasses.replace(call, inputs={**kept, ROW: tensors[inputs]})
+                row = (float(rows[inputs][_key(step, call, inputs)]),)
+                # Another where two calls of a step read different rows.
+                names = (f"{ROW}_{index}" if index else ROW for index in itertools.count())
+                tensor = next(name for name in names if constants.setdefault(name, row) == row)
+                kept = {v: t for v, t in call.inputs.items() if v not in inputs or v in left}
+                call = dataclasses.replace(call, inputs={**kept, ROW: tensor})
             calls.append(call)
         lost -= {tensor for call in calls for tensor in call.inputs.values()}
         constants = {tensor: values for tensor, values in constants.items() if tensor not in lost}
