@@ -75,9 +75,10 @@ def _built(
     folder: Path, settings: Settings | None, precision: str, name: str
 ) -> list[tuple[int, EngineInfo]]:
     """For every segment of the denoiser: bytes of the graph's weights, and the engine."""
-    program, device = read_program(open_bundle(folder)), find_device(name)
+    bundle, device = open_bundle(folder), find_device(name)
+    program = read_program(bundle)
     builder = builder_for(device)
-    sizes = segment_shapes(open_bundle(folder).contents, program.size)
+    sizes = segment_shapes(bundle.contents, program.size)
     built = []
     for segment in (program.segments[name] for name in program.segments if name.startswith(DENOISER)):
         model = segment.model

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from trimtab.bundle import open_bundle
 from trimtab.passes.scopes import SCOPES
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
+from trimtab.storage import read_program
 
 Tensors = dict[str, np.ndarray]
 
 WIDTH = 8
 _FLOAT = ir.TensorType(ir.DataType.FLOAT)
+
+
+def whole(folder: Path) -> Program:
+    """The program of a bundle."""
+    return read_program(open_bundle(folder))
+
+
+def entries(program: Program, name: str) -> list[tuple[str, int, int]]:
+    """What a pass of this name did: segment, places rewritten, places refused."""
+    return [(entry.segment, entry.applied, entry.refused) for entry in program.passes if entry.name == name]
 
 
 def chain(blocks: int) -> ir.Model:

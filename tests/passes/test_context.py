@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains import run_model
+from chains import entries, run_model, whole
 from graphs import parsed
 
 import trimtab
-from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.passes.calls import step_calls
 from trimtab.passes.context import hoist_context
@@ -25,18 +24,8 @@ from trimtab.passes.partition import partition
 from trimtab.passes.unread import drop_unread
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
 from trimtab.runtime.load import load
-from trimtab.storage import read_program
 
 BundleFolder = Callable[[str], Path]
-
-
-def whole(folder: Path) -> Program:
-    return read_program(open_bundle(folder))
-
-
-def moved(program: Program) -> list[tuple[str, int, int]]:
-    entries = (entry for entry in program.passes if entry.name == "HoistContext")
-    return [(entry.segment, entry.applied, entry.refused) for entry in entries]
 
 
 # ---- pictures ----
@@ -55,7 +44,7 @@ def test_pictures_are_the_same_from_keys_and_values_of_before(
 ) -> None:
     folder = bundle_folder(family)
     program = hoist_context(whole(folder))
-    assert moved(program) == [("denoiser", products, 0)]
+    assert entries(program, "HoistContext") == [("denoiser", products, 0)]
     cut = drop_unread(partition(hoist(program)))
     with load(folder) as plain, draft(cut, tmp_path / "draft") as ours:
         start = {"image": np.full((64, 64, 3), 0.25, np.float32), "strength": 0.6}
@@ -97,7 +86,7 @@ def test_a_compiled_bundle_frees_them_before_the_steps_where_memory_is_low(
     asked: dict[str, Any] = {"prompt": "a red circle", "seed": 1}
     with load(folder, low_memory=True) as low, load(bundle_folder("pixart_sigma")) as plain:
         np.testing.assert_allclose(low(**asked).pixels, plain(**asked, schedule=3).pixels, atol=1e-5)
-        assert moved(whole(folder)) == [("denoiser", 4, 0)]
+        assert entries(whole(folder), "HoistContext") == [("denoiser", 4, 0)]
 
 
 # ---- what stays ----
@@ -108,7 +97,7 @@ def test_a_second_run_moves_nothing(bundle_folder: BundleFolder) -> None:
     once = hoist_context(whole(bundle_folder("sdxl")))
     twice = hoist_context(once)
     assert (twice.segments, twice.tasks) == (once.segments, once.tasks)
-    assert moved(twice)[-1] == ("denoiser", 0, 1)
+    assert entries(twice, "HoistContext")[-1] == ("denoiser", 0, 1)
 
 
 @pytest.mark.parametrize("family", ["ddpm", "dit", "flux"])
@@ -118,7 +107,7 @@ def test_a_denoiser_stays_in_which_conditions_alone_decide_little(
     program = whole(bundle_folder(family))
     result = hoist_context(program)
     assert (result.segments, result.tasks) == (program.segments, program.tasks)
-    assert moved(result) == [("denoiser", 0, 1)]
+    assert entries(result, "HoistContext") == [("denoiser", 0, 1)]
 
 
 ATTENDING = """g (float[n, 4] x, float[n, 4] text) => (float[n, 4] y)
@@ -162,7 +151,7 @@ def test_calls_that_give_different_conditions_keep_them() -> None:
     """Nine views of one scene, each with its own."""
     program = attending("front", "back")
     assert known_inputs(program, "denoiser") == (set(), set())
-    assert moved(hoist_context(program)) == [("denoiser", 0, 1)]
+    assert entries(hoist_context(program), "HoistContext") == [("denoiser", 0, 1)]
 
 
 def test_a_condition_that_a_step_writes_stays() -> None:
@@ -172,4 +161,6 @@ def test_a_condition_that_a_step_writes_stays() -> None:
     writing = dataclasses.replace(schedule.steps[1], calls=(Call("other", {}, {"z": "text"}),))
     later = dataclasses.replace(schedule, steps=(schedule.steps[0], writing, schedule.steps[0]))
     tasks = {"t": dataclasses.replace(task, schedules={"s-2": later})}
-    assert moved(hoist_context(dataclasses.replace(program, tasks=tasks))) == [("denoiser", 0, 1)]
+    assert entries(hoist_context(dataclasses.replace(program, tasks=tasks)), "HoistContext") == [
+        ("denoiser", 0, 1)
+    ]

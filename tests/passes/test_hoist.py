@@ -9,11 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chains import chain, run_model
+from chains import chain, entries, run_model, whole
 from graphs import parsed
 
 import trimtab
-from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.errors import PassError
 from trimtab.passes.all_steps import for_all_steps
@@ -25,19 +24,8 @@ from trimtab.passes.partition import partition
 from trimtab.passes.unread import drop_unread
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
 from trimtab.runtime.load import load
-from trimtab.storage import read_program
 
 BundleFolder = Callable[[str], Path]
-
-
-def whole(folder: Path) -> Program:
-    return read_program(open_bundle(folder))
-
-
-def moved(program: Program) -> list[tuple[str, int, int]]:
-    return [
-        (entry.segment, entry.applied, entry.refused) for entry in program.passes if entry.name == "Hoist"
-    ]
 
 
 # ---- pictures ----
@@ -57,7 +45,7 @@ def test_a_transformer_draws_the_same_with_its_modulations_computed_before(
 ) -> None:
     folder = bundle_folder(family)
     program = hoist(whole(folder))
-    assert moved(program) == [("denoiser", products, 0)]
+    assert entries(program, "Hoist") == [("denoiser", products, 0)]
     cut = drop_unread(partition(program))
     with load(folder) as plain, draft(cut, tmp_path / "draft") as hoisted:
         width, height = asked.get("size", (64, 64))
@@ -154,7 +142,7 @@ def test_a_second_run_moves_nothing(bundle_folder: BundleFolder, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         twice = hoist(once)
     assert (twice.segments, twice.tasks) == (once.segments, once.tasks)
-    assert moved(twice)[-1] == ("denoiser", 0, 1)
+    assert entries(twice, "Hoist")[-1] == ("denoiser", 0, 1)
     assert "denoiser: nothing is computed before the steps" in caplog.text
 
 
@@ -166,7 +154,7 @@ def test_a_u_net_stays_as_it_is_and_says_how_little_there_is(
     with caplog.at_level(logging.WARNING):
         result = hoist(program)
     assert (result.segments, result.tasks) == (program.segments, program.tasks)
-    assert moved(result) == [("denoiser", 0, 1)]
+    assert entries(result, "Hoist") == [("denoiser", 0, 1)]
     assert "nothing is computed before the steps" in caplog.text
 
 
@@ -176,7 +164,7 @@ def test_what_reads_no_time_stays() -> None:
         (TensorSpec("x", "float32", ("batch", 1, 8), {"kind": "noise"}),), (), {"s-2": Schedule((step,) * 2)}
     )
     program = Program({"denoiser": Segment("denoiser", chain(5))}, {"t": task}, (), (), (8, 8), 1, None, 1)
-    assert moved(hoist(program)) == [("denoiser", 0, 1)]
+    assert entries(hoist(program), "Hoist") == [("denoiser", 0, 1)]
 
 
 # ---- one graph for all steps ----

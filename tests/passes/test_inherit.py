@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from chains import WIDTH, chain, run_model
+from chains import WIDTH, chain, run_model, whole
 
 import trimtab
 from trimtab.bundle import open_bundle
@@ -24,13 +24,8 @@ from trimtab.passes.regions import Region, branches, find_region
 from trimtab.passes.removal import RemoveLayers
 from trimtab.passes.scopes import SCOPES, module_tree
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
-from trimtab.storage import read_program
 
 BundleFolder = Callable[[str], Path]
-
-
-def whole(folder: Path) -> Program:
-    return read_program(open_bundle(folder))
 
 
 def looped(evaluations: int, **schedules: int) -> Program:

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from chains import whole
 
-from trimtab.bundle import open_bundle
 from trimtab.calibration.codebook_plan import Settings
 from trimtab.calibration.draft import draft
 from trimtab.calibration.kmeans import make_codebooks
@@ -20,7 +20,6 @@ from trimtab.passes.inherit_plan import FILE as INHERITED
 from trimtab.passes.inherit_plan import InheritPlan, make_plan
 from trimtab.passes.partition import partition
 from trimtab.passes.vq import pack_weights
-from trimtab.program import Program
 from trimtab.recipe import Recipe
 from trimtab.storage import read_program, write_contents, write_graphs
 from trimtab.targets.device import find_device
@@ -34,10 +33,6 @@ pytestmark = pytest.mark.xdist_group("dit")
 
 OPTIONS: dict[str, Any] = {"label": 1, "seed": 0, "schedule": 3}
 PLAN = InheritPlan(skip=("layers",), every=2)
-
-
-def whole(folder: Path) -> Program:
-    return read_program(open_bundle(folder))
 
 
 def test_compare_measures_a_denoiser_of_several_parts(bundle_folder: BundleFolder, tmp_path: Path) -> None:

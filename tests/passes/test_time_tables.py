@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import onnx_ir.passes.common as common
 import pytest
-from chains import run_model
+from chains import entries, run_model, whole
 from graphs import parsed
 from packed import random_codes
 
 import trimtab
-from trimtab.bundle import open_bundle
 from trimtab.calibration.draft import draft
 from trimtab.passes.calls import step_calls
 from trimtab.passes.codebooks import Codebooks
@@ -29,19 +28,9 @@ from trimtab.passes.time_tables import tabulate_times
 from trimtab.passes.vq import PackWeights, sites
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task
 from trimtab.runtime.load import load
-from trimtab.storage import read_program
 from trimtab.weights import weight_bytes
 
 BundleFolder = Callable[[str], Path]
-
-
-def whole(folder: Path) -> Program:
-    return read_program(open_bundle(folder))
-
-
-def tabulated(program: Program) -> list[tuple[str, int, int]]:
-    entries = (entry for entry in program.passes if entry.name == "TabulateTimes")
-    return [(entry.segment, entry.applied, entry.refused) for entry in entries]
 
 
 # ---- pictures ----
@@ -61,7 +50,7 @@ def test_pictures_are_the_same_from_tables(
 ) -> None:
     folder = bundle_folder(family)
     program = tabulate_times(whole(folder))
-    assert tabulated(program) == [("denoiser", products, 0)]
+    assert entries(program, "TabulateTimes") == [("denoiser", products, 0)]
     with load(folder) as plain, draft(program, tmp_path / "draft") as ours:
         start = {"image": np.full((64, 64, 3), 0.25, np.float32), "strength": 0.6}
         more = [start] if "image-to-image" in plain.tasks else []
@@ -139,7 +128,7 @@ def test_packed_weights_are_decoded_for_the_tables(
     codes = {site.name: random_codes(site.shape, 3 if "proj" in site.name else 2, scaled) for site in found}
     PackWeights(Codebooks("", codes))(model)
     ours = tabulate_times(program)
-    assert tabulated(ours) == [("denoiser", 8, 0)]
+    assert entries(ours, "TabulateTimes") == [("denoiser", 8, 0)]
     assert not any("time_emb" in name for name in ours.segments["denoiser"].model.graph.initializers)
     with draft(program, tmp_path / "plain") as theirs, draft(ours, tmp_path / "ours") as drawn:
         np.testing.assert_allclose(
@@ -158,7 +147,7 @@ def test_a_u_net_is_compiled_with_tables_and_nothing_is_warned_of(
     with caplog.at_level(logging.WARNING):
         trimtab.compile(pipeline_folder("ddpm"), folder, steps=(3,), hoist=True)
     assert "before the steps" not in caplog.text
-    assert tabulated(whole(folder)) == [("denoiser", 8, 0)]
+    assert entries(whole(folder), "TabulateTimes") == [("denoiser", 8, 0)]
     with load(folder) as ours, load(bundle_folder("ddpm")) as plain:
         np.testing.assert_allclose(ours(seed=1).pixels, plain(seed=1, schedule=3).pixels, atol=1e-5)
     with pytest.raises(trimtab.TrimtabError, match="compile one without --hoist"):
@@ -181,7 +170,7 @@ def test_a_second_run_changes_nothing(bundle_folder: BundleFolder) -> None:
     once = tabulate_times(whole(bundle_folder("ddpm")))
     twice = tabulate_times(once)
     assert (twice.segments, twice.tasks) == (once.segments, once.tasks)
-    assert tabulated(twice)[-1] == ("denoiser", 0, 1)
+    assert entries(twice, "TabulateTimes")[-1] == ("denoiser", 0, 1)
 
 
 @pytest.mark.parametrize("family", ["lcm", "flux"])
@@ -190,7 +179,7 @@ def test_what_depends_on_guidance_or_size_too_stays(family: str, bundle_folder: 
     program = whole(bundle_folder(family))
     result = tabulate_times(program)
     assert (result.segments, result.tasks) == (program.segments, program.tasks)
-    assert tabulated(result) == [("denoiser", 0, 1)]
+    assert entries(result, "TabulateTimes") == [("denoiser", 0, 1)]
 
 
 def numbers(count: int) -> str:
@@ -286,7 +275,7 @@ def test_what_cannot_be_a_table_stays_and_the_reason_is_said(
         result = tabulate_times(program)
     assert reason in caplog.text
     assert (result.segments, result.tasks) == (program.segments, program.tasks)
-    assert tabulated(result) == [("denoiser", 0, 1)]
+    assert entries(result, "TabulateTimes") == [("denoiser", 0, 1)]
 
 
 def test_a_product_that_a_call_names_is_not_replaced() -> None:
@@ -300,7 +289,9 @@ def test_a_product_that_a_call_names_is_not_replaced() -> None:
         for step in schedule.steps
     )
     tasks = {"t": dataclasses.replace(task, schedules={"s": dataclasses.replace(schedule, steps=steps)})}
-    assert tabulated(tabulate_times(dataclasses.replace(program, tasks=tasks))) == [("denoiser", 0, 1)]
+    assert entries(tabulate_times(dataclasses.replace(program, tasks=tasks)), "TabulateTimes") == [
+        ("denoiser", 0, 1)
+    ]
 
 
 def test_two_calls_of_a_step_at_different_times_read_a_row_each() -> None:

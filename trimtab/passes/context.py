@@ -10,13 +10,14 @@ same numbers in every step.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.calls import denoisers
+from trimtab.passes.calls import denoisers, map_calls
 from trimtab.passes.known_products import LEAST_SHARE, KnownProducts
 from trimtab.program import Call, PassEntry, Program, Schedule, Segment, Task
 
@@ -60,31 +61,28 @@ def hoist_context(program: Program) -> Program:
         tensors += len(names)
         segments[segment] = Segment(segment, part)
         tasks = {key: _called_first(task, name, part, names) for key, task in tasks.items()}
+        tasks = map_calls(tasks, functools.partial(_reading, name, names))
         entries.append(PassEntry(CONTEXT, name, len(names), 0))
     return dataclasses.replace(program, segments=segments, tasks=tasks, passes=(*program.passes, *entries))
 
 
 def _called_first(task: Task, name: str, part: ir.Model, names: Mapping[str, str]) -> Task:
-    """A task whose schedules call a segment before the steps, and whose calls of a denoiser read its results."""
+    """A task whose schedules call a segment before the steps, with what the steps' calls of a denoiser are given."""
 
     def called(schedule: Schedule) -> Schedule:
         calls = [call for step in schedule.steps for call in step.calls if call.segment == name]
         if not calls:
             return schedule
         given = {str(value.name): calls[0].inputs[str(value.name)] for value in part.graph.inputs}
-        steps = tuple(
-            dataclasses.replace(
-                step,
-                calls=tuple(
-                    dataclasses.replace(call, inputs={**call.inputs, **names})
-                    if call.segment == name
-                    else call
-                    for call in step.calls
-                ),
-            )
-            for step in schedule.steps
-        )
         first = Call(part.graph.name or "", given, names)
-        return dataclasses.replace(schedule, steps=steps, prologue=(*schedule.prologue, first))
+        return dataclasses.replace(schedule, prologue=(*schedule.prologue, first))
 
     return dataclasses.replace(task, schedules={key: called(s) for key, s in task.schedules.items()})
+
+
+def _reading(name: str, names: Mapping[str, str], calls: tuple[Call, ...]) -> tuple[Call, ...]:
+    """The calls of a step, of which those of a denoiser read what was computed."""
+    return tuple(
+        dataclasses.replace(call, inputs={**call.inputs, **names}) if call.segment == name else call
+        for call in calls
+    )

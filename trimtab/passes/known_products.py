@@ -31,7 +31,7 @@ class KnownProducts:
     """
 
     model: ir.Model
-    local: Set[ir.Node]
+    local: set[ir.Node]
     times: Set[str]
     timed: Sequence[ir.Node]
     fixed: Sequence[ir.Node]
@@ -60,9 +60,9 @@ class KnownProducts:
             PassError: As `build_segment` does.
         """
         values = [node.outputs[0] for node in products]
-        needed = reach(values, {}, set(self.local))
+        needed = reach(values, {}, self.local)
         nodes = [node for node in self.model.graph if node in needed]
-        return build_segment(name, self.model, nodes, values, set(self.local))
+        return build_segment(name, self.model, nodes, values, self.local)
 
 
 def known_inputs(program: Program, name: str) -> tuple[set[str], set[str]]:

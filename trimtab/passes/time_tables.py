@@ -75,6 +75,7 @@ def tabulate_times(program: Program) -> Program:
             logger.info("%s: what the time step decides is computed in every step: %s", name, reason)
             del found[name]
         entries.append(PassEntry(TABULATE, name, made, int(not made)))
+    left = {name: {str(value.name) for value in segments[name].model.graph.inputs} for name in found}
 
     def changed(step: Step) -> Step:
         calls, constants = [], dict(step.constants)
@@ -82,13 +83,13 @@ def tabulate_times(program: Program) -> Program:
         for call in step.calls:
             if call.segment in found:
                 inputs = found[call.segment].inputs
-                left = {str(value.name) for value in segments[call.segment].model.graph.inputs}
-                lost |= {call.inputs[name] for name in inputs if name not in left}
+                gone = set(inputs) - left[call.segment]
+                lost |= {call.inputs[name] for name in gone}
                 row = (float(rows[inputs][_key(step, call, inputs)]),)
                 # Another where two calls of a step read different rows.
                 names = (f"{ROW}_{index}" if index else ROW for index in itertools.count())
                 tensor = next(name for name in names if constants.setdefault(name, row) == row)
-                kept = {v: t for v, t in call.inputs.items() if v not in inputs or v in left}
+                kept = {v: t for v, t in call.inputs.items() if v not in gone}
                 call = dataclasses.replace(call, inputs={**kept, ROW: tensor})
             calls.append(call)
         lost -= {tensor for call in calls for tensor in call.inputs.values()}
@@ -183,10 +184,8 @@ def _tables(
     for index in (0, len(keys) - 1):
         for product, table, found in zip(products, tables, other.values(given[index]), strict=True):
             expected = np.broadcast_to(table[index], (3, table.shape[1]))
-            if (
-                found.shape != expected.shape
-                or np.abs(found - expected).max() > 1e-4 * np.abs(expected).max()
-            ):
+            bound = 1e-4 * np.abs(expected).max()
+            if found.shape != expected.shape or np.abs(found - expected).max() > bound:
                 raise PassError(f"{product.name} depends on a size too")
     return tables
 
@@ -194,11 +193,10 @@ def _tables(
 def _row_count(graph: ir.Graph, product: ir.Value) -> ir.Value:
     """What says how often the time step is repeated for a product: (1,) int64."""
     for node in reach([product], {}, set()):
-        repeats = node.op_type in (
-            "Expand",
-            "ConstantOfShape",
-        )  # the latter where it is multiplied by as many ones
-        if repeats and node.outputs[0].shape == _rows(product) and (count := node.inputs[-1]) is not None:
+        # Some multiply the time step by as many ones as there are rows.
+        if node.op_type in ("Expand", "ConstantOfShape") and node.outputs[0].shape == _rows(product):
+            count = node.inputs[-1]
+            assert count is not None
             return count
     raise PassError("it does not repeat its time step for every row")
 
