@@ -148,7 +148,7 @@ def vae(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
 
 def shifted_vae() -> AutoencoderKL:
     """As SD3's and Flux's: with a shift, and without the convolutions about the latents."""
-    return vae(scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    return vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
 
 
 def unet(**config: Any) -> UNet2DConditionModel:
@@ -276,14 +276,14 @@ def sd3(folder: Path) -> Any:
         transformer=SD3Transformer2DModel(
             sample_size=8,
             patch_size=2,
-            in_channels=4,
+            in_channels=16,
             num_layers=2,
             attention_head_dim=8,
             num_attention_heads=4,
             joint_attention_dim=32,
             caption_projection_dim=32,
             pooled_projection_dim=32,
-            out_channels=4,
+            out_channels=16,
             pos_embed_max_size=32,
             qk_norm="rms_norm",
         ).eval(),
@@ -302,7 +302,7 @@ def flux(folder: Path) -> Any:
     return FluxPipeline(
         transformer=FluxTransformer2DModel(
             patch_size=1,
-            in_channels=16,
+            in_channels=64,
             num_layers=1,
             num_single_layers=2,
             attention_head_dim=16,

@@ -123,7 +123,8 @@ def latent_scale(pipeline: str, config: Any) -> tuple[float | Tensor, float | Te
 
     A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's and Flux's alone, and
     the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting pipeline forgets
-    them when it encodes, and blends latents of two scales; here one scale serves all tasks.
+    them when it encodes, and blends latents of two scales; SD3's forgets the shift when it decodes. Here one scale
+    serves all tasks.
 
     Args:
         pipeline: A pipeline's class.

@@ -211,7 +211,7 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
     parts.call("text_join", {n: n for n in names}, outputs)
     parts.conditioning = outputs
     parts.guidance = 7.0
-    parts.start_from_pictures({"image-to-image": 0.6})
+    parts.start_from_pictures({"image-to-image": 0.6, "inpainting": 0.6})
     parts.strength_rounds_up = True
     parts.denoiser(
         wrapper,
@@ -245,8 +245,9 @@ def flux(parts: PipelineParts) -> None:
     if has_guidance(source):
         _read_guidance(parts, inputs)
         parts.guidance = 3.5
-        parts.task_guidance = {"image-to-image": 7.0}
-    parts.start_from_pictures({"image-to-image": 0.6})
+        parts.task_guidance = {"image-to-image": 7.0, "inpainting": 7.0}
+    parts.start_from_pictures({"image-to-image": 0.6, "inpainting": 0.6})
+    parts.inpaints_from_noise = False
     parts.strength_rounds_up = True
     parts.denoiser(wrapper, inputs)
     del wrapper
@@ -384,8 +385,10 @@ FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {
     "StableDiffusionXLInpaintPipeline": stable_diffusion_xl,
     "StableDiffusion3Pipeline": stable_diffusion_3,
     "StableDiffusion3Img2ImgPipeline": stable_diffusion_3,
+    "StableDiffusion3InpaintPipeline": stable_diffusion_3,
     "FluxPipeline": flux,
     "FluxImg2ImgPipeline": flux,
+    "FluxInpaintPipeline": flux,
     "PixArtAlphaPipeline": pixart,
     "PixArtSigmaPipeline": pixart,
     "DiTPipeline": dit,

@@ -57,6 +57,8 @@ class Parts:
         own_posteriors: In image-to-image, pictures with seeds of their own also draw for themselves from the
             posterior of the picture that they start from.
         inpainting_channels: The denoiser reads mask and masked picture itself.
+        inpaints_from_noise: Inpainting of full strength starts from noise alone, and not from the picture under as much
+            noise as the first step has.
         one_step_denoised: With one step the pipeline decodes the picture that the scheduler foresees, and not its next
             sample: so are distilled models (DMD) drawn.
         step_options: What the family's pipeline hands to the scheduler's ``step``.
@@ -86,6 +88,7 @@ class Parts:
     posterior: bool = True
     own_posteriors: bool = False
     inpainting_channels: bool = False
+    inpaints_from_noise: bool = True
     one_step_denoised: bool = False
     step_options: dict[str, float] = field(default_factory=lambda: {"eta": 0.0})
 

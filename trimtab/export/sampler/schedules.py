@@ -127,7 +127,8 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
         if "inpainting" in parts.strength:
             keep = not parts.inpainting_channels
             schedules = tasks.setdefault("inpainting", {})
-            schedules[name] = table(None, keep)
+            if parts.inpaints_from_noise:
+                schedules[name] = table(None, keep)
             starts = _starts(steps, parts, "inpainting")
             schedules.update({f"{name}/from-{k}": table(k, keep) for k in starts})
     return tasks
