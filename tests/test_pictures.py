@@ -19,8 +19,19 @@ TOLERANCE = 1e-3
 """On a 0..1 scale. Measured: 4e-6 and less."""
 
 STEPS = 20
-TEXT = ("sd15", "sd21_v", "sdxl", "sd3", "pixart_sigma", "pixart_alpha", "flux", "lcm")
-WITH_NEGATIVE = ("sd15", "sdxl", "sd3", "pixart_sigma")
+TEXT = (
+    "sd15",
+    "sd21_v",
+    "sdxl",
+    "sd3",
+    "pixart_sigma",
+    "pixart_alpha",
+    "sana",
+    "sana_sprint",
+    "flux",
+    "lcm",
+)
+WITH_NEGATIVE = ("sd15", "sdxl", "sd3", "pixart_sigma", "sana")
 FROM_PICTURE = ("sd15", "taesd", "sdxl", "sd3", "flux")
 INPAINTING = ("sd15", "taesd", "sdxl", "inpaint9", "sd3", "flux")
 PROMPT = "a red cat"
@@ -43,8 +54,10 @@ def load(bundle_folder: Callable[[str], Path]) -> Load:
 def reference(pipeline: Any, seed: int, **options: Any) -> np.ndarray:
     """What diffusers draws."""
     generator = torch.Generator("cpu").manual_seed(seed)
-    if type(pipeline).__name__.startswith("PixArt"):
+    if type(pipeline).__name__.startswith(("PixArt", "Sana")):
         options["use_resolution_binning"] = False
+    if type(pipeline).__name__ == "SanaSprintPipeline":
+        options["intermediate_timesteps"] = None  # which is for two steps
     return pipeline(num_inference_steps=STEPS, generator=generator, output_type="np", **options).images
 
 
@@ -64,9 +77,10 @@ def test_text_to_image_equals_diffusers(family: str, load: Load, diffusers_pipel
 def test_a_batch_at_a_size_never_seen_at_export_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
-    ours = load(family)(PROMPT, seed=5, count=3, size=(80, 96))
+    width, height = (96, 128) if family.startswith("sana") else (80, 96)  # its pipeline wants multiples of 32
+    ours = load(family)(PROMPT, seed=5, count=3, size=(width, height))
     theirs = reference(
-        diffusers_pipeline(family), 5, prompt=PROMPT, width=80, height=96, num_images_per_prompt=3
+        diffusers_pipeline(family), 5, prompt=PROMPT, width=width, height=height, num_images_per_prompt=3
     )
     assert_equal(ours, theirs)
 
@@ -277,7 +291,7 @@ def test_a_pixel_model_at_another_size_runs(family: str, load: Load) -> None:
     assert load(family)(seed=1, size=(24, 32)).pixels.shape == (1, 32, 24, 3)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "dit", "ddpm", "pixart_sigma"])
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "dit", "ddpm", "pixart_sigma", "sana"])
 def test_the_compiled_denoiser_takes_the_torch_one_s_place(
     family: str, bundle_folder: Callable[[str], Path], pipeline_folder: Callable[[str], Path]
 ) -> None:
@@ -324,6 +338,14 @@ def test_what_a_compiled_denoiser_cannot_heed_is_refused(
     ids = torch.tensor([[64, 64, 0, 8, 64, 64]] * 2)
     with pytest.raises(trimtab.TrimtabError, match="crops_coords_top_left"):
         denoiser(sample, 5, hidden, added_cond_kwargs={"time_ids": ids})
+
+
+@pytest.mark.parametrize("family", ["sana_sprint"])
+def test_a_denoiser_that_is_run_as_another_kind_of_model_is_no_drop_in(
+    family: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
+) -> None:
+    with pytest.raises(trimtab.TrimtabError, match="TrigFlow"):
+        trimtab.Denoiser(bundle_folder(family), diffusers_pipeline(family).transformer)
 
 
 @pytest.mark.parametrize("family", ["lcm"])

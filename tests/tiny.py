@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
     DDIMPipeline,
@@ -28,6 +29,10 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SanaPipeline,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionInpaintPipeline,
@@ -42,6 +47,8 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -148,7 +155,9 @@ def vae(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
 
 def shifted_vae() -> AutoencoderKL:
     """As SD3's and Flux's: with a shift, and without the convolutions about the latents."""
-    return vae(16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False)
+    return vae(
+        16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False, use_post_quant_conv=False
+    )
 
 
 def unet(**config: Any) -> UNet2DConditionModel:
@@ -349,6 +358,78 @@ def pixart_alpha(folder: Path) -> Any:
     return _pixart(PixArtAlphaPipeline, sample_size=128)
 
 
+def gemma_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer shaped like Gemma's: <bos> at the start, padding at the left; one token a letter, words of the
+    instruction as a whole.
+    """
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3}
+    for letter in string.ascii_letters + string.digits + " ,.:-":
+        vocab[letter] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+
+
+def gemma(width: int = 32) -> Gemma2Model:
+    config = Gemma2Config(
+        vocab_size=80,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        sliding_window=64,
+    )
+    return drawn(6, lambda: Gemma2Model(config))
+
+
+def _sana(cls: Any, scheduler: Any, **config: Any) -> Any:
+    blocks: dict[str, Any] = {"latent_channels": 8, "attention_head_dim": 8}
+    for side in ("encoder", "decoder"):
+        blocks[f"{side}_block_types"] = ("ResBlock", "ResBlock", "ResBlock", "EfficientViTBlock")
+        blocks[f"{side}_block_out_channels"] = (8, 8, 16, 16)
+        blocks[f"{side}_layers_per_block"] = (1,) * 4
+        blocks[f"{side}_qkv_multiscales"] = ((), (), (), (5,))
+    return cls(
+        tokenizer=gemma_tokenizer(),
+        text_encoder=gemma(),
+        vae=drawn(7, lambda: AutoencoderDC(scaling_factor=0.41407, **blocks)),
+        transformer=SanaTransformer2DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=4,
+            attention_head_dim=4,
+            num_layers=2,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=8,
+            cross_attention_dim=16,
+            caption_channels=32,
+            sample_size=8,
+            **config,
+        ).eval(),
+        scheduler=scheduler,
+    )
+
+
+def sana(folder: Path) -> Any:
+    flow: dict[str, Any] = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+    return _sana(SanaPipeline, DPMSolverMultistepScheduler(**flow))
+
+
+def sana_sprint(folder: Path) -> Any:
+    return _sana(SanaSprintPipeline, SCMScheduler(), guidance_embeds=True, qk_norm="rms_norm_across_heads")
+
+
 def dit(folder: Path) -> Any:
     return DiTPipeline(
         transformer=DiTTransformer2DModel(
@@ -403,6 +484,8 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
         flux,
         pixart_sigma,
         pixart_alpha,
+        sana,
+        sana_sprint,
         dit,
         ddpm,
         ddim,

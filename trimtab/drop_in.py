@@ -71,6 +71,11 @@ class Denoiser(torch.nn.Module):
                 f"{bundle} reads the guidance scale, which diffusers hands to a U-Net as an embedding: "
                 "run the bundle itself"
             )
+        if opened.contents.metadata.get("pipeline") == "SanaSprintPipeline":
+            raise InputError(
+                f"{bundle} is run as TrigFlow, which diffusers' pipeline makes of the model around it: run the bundle "
+                "itself"
+            )
         self._segment: SegmentEntry = segments[DENOISER]
         if not any(spec.name == "timestep" for spec in self._segment.inputs):
             raise InputError(
@@ -100,8 +105,10 @@ class Denoiser(torch.nn.Module):
         given |= given.pop("added_cond_kwargs", None) or {}
         sample: Tensor = given.pop("sample", None) if "sample" in given else given.pop("hidden_states")
         timesteps = torch.as_tensor(given.pop("timestep"), dtype=torch.float32).reshape(-1)
-        timestep = timesteps[0]
-        if (timesteps != timestep).any():
+        timestep = timesteps[0] / (
+            getattr(self.config, "timestep_scale", None) or 1
+        )  # Sana's graph scales it
+        if (timesteps != timesteps[0]).any():
             raise InputError(
                 f"{len(timesteps)} different time steps were given and the graph reads one: give one"
             )

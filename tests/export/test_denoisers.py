@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,6 +241,40 @@ def pixart_transformer(**config: Any) -> PixArtTransformer2DModel:
     small = {"num_attention_heads": 2, "attention_head_dim": 12, "num_layers": 1, "sample_size": 8}
     sizes = {"in_channels": 4, "out_channels": 8, "patch_size": 2, "use_additional_conditions": False}
     return PixArtTransformer2DModel(**small | sizes | {"cross_attention_dim": 24} | config).eval()
+
+
+@pytest.mark.xdist_group("sana")
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        (
+            "index",
+            {"_class_name": "SanaSprintPipeline"},
+            "guidance_embeds False, and SanaSprintPipeline runs one with",
+        ),
+        (
+            "index",
+            {"vae": ["diffusers", "AutoencoderKL"]},
+            "AutoencoderKL, and of SanaPipeline AutoencoderDC can be",
+        ),
+        ("transformer", {"guidance_embeds": True}, "guidance_embeds True, and SanaPipeline runs one without"),
+        ("transformer", {"cross_attention_dim": None}, "reads no text, and Sana's pipeline draws from one"),
+        ("transformer", {"in_channels": 12}, "takes 12 channels and predicts 8, and 8 are needed"),
+        (
+            "vae",
+            {"encoder_block_out_channels": None, "decoder_block_out_channels": None},
+            "lacks 'block_out_channels'",
+        ),
+    ],
+)
+def test_a_sana_that_its_pipeline_does_not_run_is_refused_by_name(
+    part: str, change: dict[str, Any], reason: str, pipeline_folder: PipelineFolder, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(pipeline_folder("sana"), tmp_path / "sana"))
+    file = folder / "model_index.json" if part == "index" else folder / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises((ExportError, InputError), match=re.escape(reason)):
+        check_denoiser(Source(folder))
 
 
 def test_a_denoiser_that_was_left_out_is_missed_by_its_name(pipeline_folder: PipelineFolder) -> None:

@@ -17,10 +17,10 @@ from diffusers import (
 )
 from tiny import SD_BETAS, TWO_LEVELS, clip_text, clip_tokenizer, spread, unet, vae
 
-from trimtab.export.encoders import ClipText, VaeDecoder, VaeEncoder, latent_scale
-from trimtab.export.families import _clip
+from trimtab.export.encoders import ClipText, InstructedText, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.parts import PipelineParts
 from trimtab.export.source import Source
+from trimtab.export.texts import clip
 
 STATISTICS: dict[str, Any] = {
     "latents_mean": [-1.6, 1.1, 0.4, -0.2],
@@ -126,9 +126,23 @@ def test_prompts_are_as_long_as_the_tokenizer_says_and_masked_as_the_encoder_say
     }
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     parts = PipelineParts(Source(tmp_path), lambda _, graph: graph)
-    _clip(parts, "", "last", None, masks=True)
+    clip(parts, "", "last", None, masks=True)
     assert {spec.name: spec.shape for spec in parts.inputs} == {
         "tokens": ("rows*batch", 12),
         "tokens_mask": ("rows*batch", 12),
     }
     assert parts.prologue[0].inputs == {"tokens": "tokens", "attention_mask": "tokens_mask"}
+
+
+def test_an_instruction_is_left_out_of_what_is_encoded_behind_it() -> None:
+    class Telling(torch.nn.Module):
+        """Hidden states that say where they are."""
+
+        def forward(self, tokens: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+            return (tokens[..., None].float(),)
+
+    tokens = torch.arange(10).expand(2, -1)
+    words = (tokens < 8).to(torch.int64)
+    hidden, mask = InstructedText(Telling(), kept=4)(tokens, words, torch.tensor([[0.0], [1.0]]))
+    assert hidden[..., 0].tolist() == [[0, 1, 2, 3], [0, 7, 8, 9]]
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]

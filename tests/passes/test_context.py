@@ -36,6 +36,7 @@ BundleFolder = Callable[[str], Path]
     [
         ("sdxl", 16),
         ("pixart_sigma", 4),
+        ("sana", 4),
         ("lcm", 8),  # whose time embedding, with the guidance scale, is computed for all steps at once
     ],
 )

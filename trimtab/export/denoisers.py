@@ -12,8 +12,12 @@ from trimtab.export.source import Source
 
 logger = logging.getLogger(__name__)
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
+_AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 """Of the others, ConsistencyDecoderVAE samples, and AsymmetricAutoencoderKL reads the picture beside the latents."""
+
+_LEVELS = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
+"""Where an autoencoder's configuration has an entry for each level. AutoencoderTiny has two lists, of which diffusers
+writes one once more under the name of others'."""
 
 
 def denoiser_name(source: Source) -> str:
@@ -31,15 +35,17 @@ def latent_space(source: Source) -> tuple[int, int]:
     pixels = _WRAPPERS.get(source.pipeline_class) is _pixel_unet
     name = denoiser_name(source) if pixels else "vae"
     config = source.config(name)
-    if name == "vae" and source.class_name(name) not in AUTOENCODERS:
+    supported = ("AutoencoderDC",) if _WRAPPERS.get(source.pipeline_class) is _sana else _AUTOENCODERS
+    if name == "vae" and source.class_name(name) not in supported:
         raise ExportError(
-            f"the pipeline's vae is {source.class_name(name)}, and {' and '.join(AUTOENCODERS)} are supported: "
-            "save the pipeline with one of them"
+            f"the pipeline's vae is {source.class_name(name)}, and of {source.pipeline_class} "
+            f"{' and '.join(supported)} can be compiled: save the pipeline with it"
         )
     try:
         if name == "vae":
-            # AutoencoderTiny has two lists, of which diffusers writes one once more under the name of others'.
-            levels = config.get("block_out_channels") or config["decoder_block_out_channels"]
+            levels = next(filter(None, map(config.get, _LEVELS)), None)
+            if levels is None:
+                raise KeyError(_LEVELS[0])
             return int(config["latent_channels"]), 2 ** (len(levels) - 1)
         return int(config["in_channels"]), 1
     except (KeyError, TypeError, ValueError) as error:
@@ -207,6 +213,22 @@ def _pixart(source: Source, transformer: Any) -> modules.Denoiser:
     return modules.PixArtTransformer(transformer, latent_space(source)[1])
 
 
+def _sana(source: Source, transformer: Any) -> modules.Denoiser:
+    sprint = source.pipeline_class == "SanaSprintPipeline"
+    _check_channels(source, transformer, variance=not sprint)
+    if bool(transformer.config.guidance_embeds) != sprint:
+        raise ExportError(
+            f"the transformer has guidance_embeds {transformer.config.guidance_embeds}, and {source.pipeline_class} "
+            f"runs one {'with' if sprint else 'without'} it: give another pipeline"
+        )
+    if transformer.config.cross_attention_dim is None:
+        raise ExportError(
+            "the transformer has no cross_attention_dim, so that it reads no text, and Sana's pipeline draws from one: "
+            "give another pipeline"
+        )
+    return modules.SanaSprintTransformer(transformer) if sprint else modules.SanaTransformer(transformer)
+
+
 def _reads_mask(source: Source, unet: Any) -> bool:
     """Whether a U-Net reads mask and masked picture beside the sample (Raises ExportError for other channels)."""
     channels = latent_space(source)[0]
@@ -266,6 +288,8 @@ _WRAPPERS: Mapping[str, Callable[[Source, Any], modules.Denoiser]] = {
     "FluxInpaintPipeline": _flux,
     "PixArtAlphaPipeline": _pixart,
     "PixArtSigmaPipeline": _pixart,
+    "SanaPipeline": _sana,
+    "SanaSprintPipeline": _sana,
     "DiTPipeline": _dit,
     "DDPMPipeline": _pixel_unet,
     "DDIMPipeline": _pixel_unet,

@@ -70,6 +70,37 @@ class MaskedT5Text(T5Text):
         return self.model(tokens, attention_mask=attention_mask)[0], attention_mask.to(torch.float32)
 
 
+class InstructedText(nn.Module):
+    """A language model that reads an instruction before the prompt: tokens -> ``kept`` hidden states, and their mask.
+
+    Of rows with the instruction the first token and the last are kept, which leaves the instruction out; of others the
+    first (Sana, sec. 3.1; diffusers' ``select_index``). Negative prompts come without it and are encoded here at the
+    same length: a token of a causal model sees none behind it, so that what is kept is what diffusers has.
+
+    Args:
+        model: A decoder of transformers, without its head.
+        kept: Tokens of the denoiser's text.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module, kept: int) -> None:
+        super().__init__()
+        self.model = model
+        self.kept = kept
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
+        # positive (rows, 1): 1 for rows with the instruction, else 0.
+        hidden = self.model(tokens, attention_mask=attention_mask, use_cache=False)[0]
+        words = attention_mask.to(torch.float32)
+        chosen = positive > 0
+        return self._keep(hidden, chosen[..., None]), self._keep(words, chosen)
+
+    def _keep(self, values: Tensor, chosen: Tensor) -> Tensor:
+        without_instruction = torch.cat([values[:, :1], values[:, 1 - self.kept :]], dim=1)
+        return torch.where(chosen, without_instruction, values[:, : self.kept])
+
+
 class JoinXLText(nn.Module):
     """SDXL's two encoders side by side; an absent negative prompt is zeros where the pipeline says so."""
 

@@ -6,6 +6,7 @@ Components are loaded, traced and let go one after another.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import ExportError
-from trimtab.export import encoders, modules
+from trimtab.export import encoders, modules, texts
 from trimtab.export.denoisers import (
     SIZE_CONDITIONS,
     caption_width,
@@ -32,7 +33,6 @@ from trimtab.export.parts import (
     pooled_example,
     sample_example,
     timestep_example,
-    tokens_example,
 )
 from trimtab.export.source import Source
 from trimtab.export.trace import Example
@@ -42,44 +42,7 @@ T5_LENGTH_SD3 = 256
 T5_LENGTH_FLUX = 512
 T5_LENGTH_PIXART_ALPHA = 120
 T5_LENGTH_PIXART_SIGMA = 300
-
-
-def _clip(
-    parts: PipelineParts,
-    suffix: str,
-    hidden: str | None,
-    pooled: str | None,
-    *,
-    masks: bool = False,
-    length_of: str | None = None,
-) -> None:
-    """A CLIP encoder with its tokenizer: tokens -> hidden{suffix}, pooled{suffix}.
-
-    ``masks``: the pipeline hands over an attention mask where the encoder's configuration says so.
-    ``length_of``: the tokenizer that says how many tokens a prompt has, where that is another one.
-    """
-    model = parts.source.load("text_encoder" + suffix)
-    masks = masks and bool(getattr(model.config, "use_attention_mask", False))
-    tokens = "tokens" + suffix
-    length = int(model.config.max_position_embeddings)
-    tokenizer = "tokenizer" + suffix
-    parts.tokens(tokens, tokenizer, length, mask=masks, length_of=length_of or tokenizer)
-    outputs = [n for n, wanted in (("hidden", hidden), ("pooled", pooled)) if wanted]
-    inputs = {"tokens": tokens_example()}
-    wires = {"tokens": tokens}
-    if masks:
-        inputs["attention_mask"] = Example(_example_mask(), ("prompts", "tokens"))
-        wires["attention_mask"] = f"{tokens}_mask"
-    parts.add("text_encoder" + suffix, encoders.ClipText(model, hidden, pooled), inputs, outputs)
-    parts.call("text_encoder" + suffix, wires, {n: n + suffix for n in outputs})
-
-
-def _t5(parts: PipelineParts, suffix: str, length: int) -> None:
-    """A T5 encoder with its tokenizer: tokens -> hidden{suffix}."""
-    parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
-    model = parts.source.load("text_encoder" + suffix)
-    parts.add("text_encoder" + suffix, encoders.T5Text(model), {"tokens": tokens_example()}, ["hidden"])
-    parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
+GEMMA_LENGTH_SANA = 300
 
 
 def _unet_sample(parts: PipelineParts) -> Example:
@@ -101,7 +64,7 @@ def _known_examples(parts: PipelineParts) -> dict[str, Example]:
 
 
 def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> None:
-    """The denoiser of an LCM or of Flux reads the guidance scale itself, in the place of a second, negative row."""
+    """The denoiser of an LCM, Flux or Sana-Sprint reads the guidance scale itself: there is no second, negative row."""
     inputs["guidance"] = Example(torch.tensor(7.5))
     parts.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
     parts.conditioning["guidance"] = "guidance"
@@ -111,7 +74,7 @@ def _read_guidance(parts: PipelineParts, inputs: dict[str, Example]) -> None:
 def stable_diffusion(parts: PipelineParts) -> None:
     """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
     source = parts.source
-    _clip(parts, "", "last", None, masks=True)
+    texts.clip(parts, "", "last", None, masks=True)
     wrapper = denoiser_module(source)
     inputs = {
         "sample": _unet_sample(parts),
@@ -145,8 +108,8 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     check_conditions(source)
     # The pooled text is that of the first encoder which projects it.
     first = source.class_name("text_encoder") == source.class_name("text_encoder_2")
-    _clip(parts, "", "penultimate", "projected" if first else None)
-    _clip(parts, "_2", "penultimate", None if first else "projected")
+    texts.clip(parts, "", "penultimate", "projected" if first else None)
+    texts.clip(parts, "_2", "penultimate", None if first else "projected")
     zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
     parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
     wrapper = denoiser_module(source)
@@ -187,11 +150,11 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
 def stable_diffusion_3(parts: PipelineParts) -> None:
     """Stable Diffusion 3 and 3.5: two CLIPs, T5 or zeros in its place, an MMDiT."""
     source = parts.source
-    _clip(parts, "", "penultimate", "projected")
-    _clip(parts, "_2", "penultimate", "projected", length_of="tokenizer")
+    texts.clip(parts, "", "penultimate", "projected")
+    texts.clip(parts, "_2", "penultimate", "projected", length_of="tokenizer")
     with_t5 = source.has("text_encoder_3")
     if with_t5:
-        _t5(parts, "_3", T5_LENGTH_SD3)
+        texts.t5(parts, "_3", T5_LENGTH_SD3)
     wrapper = denoiser_module(source)
     width = int(wrapper.model.config.joint_attention_dim)
     names = ["hidden", "hidden_2", *(["hidden_3"] if with_t5 else []), "pooled", "pooled_2"]
@@ -229,8 +192,8 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
 def flux(parts: PipelineParts) -> None:
     """Flux: CLIP's pooled output, T5, guidance as an embedding."""
     source = parts.source
-    _clip(parts, "", None, "pooler")
-    _t5(parts, "_2", T5_LENGTH_FLUX)
+    texts.clip(parts, "", None, "pooler")
+    texts.t5(parts, "_2", T5_LENGTH_FLUX)
     wrapper = denoiser_module(source)
     config = wrapper.model.config
     parts.conditioning = {"encoder_hidden_states": "hidden_2", "pooled_projections": "pooled"}
@@ -259,18 +222,7 @@ def pixart(parts: PipelineParts) -> None:
     source = parts.source
     sigma = "Sigma" in source.pipeline_class
     length = T5_LENGTH_PIXART_SIGMA if sigma else T5_LENGTH_PIXART_ALPHA
-    parts.tokens("tokens", "tokenizer", length, mask=True, lowercase=True)
-    parts.add(
-        "text_encoder",
-        encoders.MaskedT5Text(source.load("text_encoder")),
-        {"tokens": tokens_example(), "attention_mask": Example(_example_mask(), ("prompts", "tokens"))},
-        ["hidden", "mask"],
-    )
-    parts.call(
-        "text_encoder",
-        {"tokens": "tokens", "attention_mask": "tokens_mask"},
-        {"hidden": "hidden", "mask": "hidden_mask"},
-    )
+    texts.masked_t5(parts, length)
     wrapper = denoiser_module(source)
     parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
     parts.guidance = 4.5
@@ -281,11 +233,40 @@ def pixart(parts: PipelineParts) -> None:
             "sample": patched_example(parts),
             "timestep": timestep_example(),
             "encoder_hidden_states": hidden_example(caption_width(wrapper.model)),
-            "encoder_attention_mask": Example(_example_mask().float(), ("prompts", "tokens")),
+            "encoder_attention_mask": Example(texts.example_mask().float(), ("prompts", "tokens")),
         },
     )
     del wrapper
     parts.vae()
+
+
+def sana(parts: PipelineParts) -> None:
+    """Sana: a language model that is told to enhance the prompt, a transformer of linear attention, few latents.
+
+    Sana-Sprint, of few steps, is told the guidance scale.
+    """
+    texts.instructed(parts, GEMMA_LENGTH_SANA, _instruction())
+    wrapper = denoiser_module(parts.source)
+    parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
+    parts.guidance = 4.5
+    inputs = {
+        "sample": patched_example(parts),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(wrapper.model.config.caption_channels),
+        "encoder_attention_mask": Example(texts.example_mask().float(), ("prompts", "tokens")),
+    }
+    if isinstance(wrapper, modules.SanaSprintTransformer):
+        _read_guidance(parts, inputs)
+    parts.denoiser(wrapper, inputs)
+    del wrapper
+    parts.vae()
+
+
+def _instruction() -> str:
+    """What diffusers' pipelines say before each prompt by default."""
+    from diffusers import SanaPipeline
+
+    return "\n".join(inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default)
 
 
 def dit(parts: PipelineParts) -> None:
@@ -357,12 +338,6 @@ def _join_xl_examples(parts: PipelineParts, pooled: int) -> dict[str, Example]:
     }
 
 
-def _example_mask() -> torch.Tensor:
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
-    mask[0, TOKENS // 2 :] = 0
-    return mask
-
-
 def has_guidance(source: Source) -> bool:
     """Whether a pipeline has a guidance scale, of whichever kind, by its configurations.
 
@@ -391,6 +366,8 @@ FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {
     "FluxInpaintPipeline": flux,
     "PixArtAlphaPipeline": pixart,
     "PixArtSigmaPipeline": pixart,
+    "SanaPipeline": sana,
+    "SanaSprintPipeline": sana,
     "DiTPipeline": dit,
     "DDPMPipeline": unconditional,
     "DDIMPipeline": unconditional,

@@ -195,12 +195,24 @@ class _Attention:
         **_: Any,
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source)
+        if attention.norm_q is not None:  # across heads
+            query, key = attention.norm_q(query), attention.norm_k(key)
         query, key, value = (
             projected.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            for projected in (attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source))
+            for projected in (query, key, value)
         )
         mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def _text_bias(sample: Tensor, mask: Tensor, patch: int) -> Tensor:
+    """What attention to the text adds to its scores, (rows, 1, queries, tokens): -10000 where there is no word.
+
+    PixArt and Sana make the same of a mask (rows, tokens).
+    """
+    queries = (sample.shape[2] // patch) * (sample.shape[3] // patch)
+    return ((1 - mask) * -10000.0)[:, None, None].expand(-1, -1, queries, -1)
 
 
 CONDITIONED_SIZE = 128
@@ -226,19 +238,71 @@ class PixArtTransformer(Denoiser):
         if self.model.use_additional_conditions:
             height, width = _pixels(sample, self.factor)
             conditions = {"resolution": torch.cat([height, width], dim=1), "aspect_ratio": height / width}
-        patch = self.model.config.patch_size
-        queries = (sample.shape[2] // patch) * (sample.shape[3] // patch)
-        # As the model makes it of a mask of two axes: -10000 where there is no word.
-        bias = ((1 - encoder_attention_mask) * -10000.0)[:, None, None].expand(-1, -1, queries, -1)
         prediction = self.model(
             sample,
             encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=bias,
+            encoder_attention_mask=_text_bias(sample, encoder_attention_mask, self.model.config.patch_size),
             timestep=_rows(timestep, sample),
             added_cond_kwargs=conditions,
             return_dict=False,
         )[0]
         return prediction[:, : sample.shape[1]]
+
+
+class SanaTransformer(Denoiser):
+    """Sana: linear attention among the picture's tokens, and attention to the text."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        for block in self.model.transformer_blocks:
+            block.attn2.set_processor(_Attention())
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+    ) -> Tensor:
+        config = self.model.config
+        prediction = self.model(
+            sample,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=_text_bias(sample, encoder_attention_mask, config.patch_size),
+            timestep=_rows(timestep, sample) * config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return prediction[:, : sample.shape[1]]
+
+
+class SanaSprintTransformer(SanaTransformer):
+    """A Sana of few steps. Trained on flow matching, it is run as TrigFlow, in whose angles its time steps are.
+
+    As diffusers' pipeline does around it (Chen et al. 2025, https://arxiv.org/abs/2503.09641, sec. 3.1): a sample of
+    cos(t) picture and sin(t) noise is scaled to one of (1 - s) picture and s noise, and the answer back.
+    """
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+        guidance: Tensor,
+    ) -> Tensor:
+        time = torch.sin(timestep) / (torch.cos(timestep) + torch.sin(timestep))
+        scale = torch.sqrt(time**2 + (1 - time) ** 2)
+        sample = sample * scale
+        config = self.model.config
+        velocity = self.model(
+            sample,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=_text_bias(sample, encoder_attention_mask, config.patch_size),
+            timestep=_rows(time, sample),
+            guidance=(guidance * config.guidance_embeds_scale).reshape(1).expand(sample.shape[0]),
+            return_dict=False,
+        )[0]
+        return ((1 - 2 * time) * sample + (1 - 2 * time + 2 * time**2) * velocity) / scale
 
 
 class SD3Transformer(Denoiser):

@@ -161,24 +161,26 @@ class PipelineParts(Parts):
         length: int,
         *,
         mask: bool = False,
-        lowercase: bool = False,
         length_of: str | None = None,
+        padding_side: str | None = None,
+        **prompt: str | bool,
     ) -> None:
         """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted.
 
         ``length_of``: a tokenizer whose own length is kept to where it is smaller.
+        ``padding_side``: "right" or "left", where the pipeline says another than the tokenizer.
+        ``prompt``: What is made of prompts first: in ``lowercase``, a ``prefix`` before those that are not negative.
         """
         loaded = self.source.load(tokenizer)
         if length_of is not None:
             own = loaded if length_of == tokenizer else self.source.load(length_of)
             length = min(length, own.model_max_length)
-        self.tokenizers[tokenizer] = tokenizer_json(loaded, length, lowercase)
-        shape = ("rows*batch", length)
-        self.inputs.append(TensorSpec(name, "int64", shape, {"kind": "tokens", "tokenizer": tokenizer}))
+        loaded.padding_side = padding_side or loaded.padding_side
+        self.tokenizers[tokenizer] = tokenizer_json(loaded, length)
+        shape, source = ("rows*batch", length), {"tokenizer": tokenizer, **prompt}
+        self.inputs.append(TensorSpec(name, "int64", shape, {"kind": "tokens", **source}))
         if mask:
-            self.inputs.append(
-                TensorSpec(name + "_mask", "int64", shape, {"kind": "token_mask", "tokenizer": tokenizer})
-            )
+            self.inputs.append(TensorSpec(name + "_mask", "int64", shape, {"kind": "token_mask", **source}))
 
     def vae(self) -> None:
         """Adds the decoder, and the encoder and mask graphs that pictures as inputs need where they can be given."""

@@ -23,7 +23,8 @@ def measure(parts: PipelineParts) -> None:
     parts.channels, parts.factor = latent_space(source)
     try:
         if source.has("vae"):
-            parts.colors = int(source.config("vae")["out_channels"])
+            vae = source.config("vae")
+            parts.colors = int(vae.get("out_channels") or vae["in_channels"])  # AutoencoderDC has one of both
             # A transformer's patches; Flux packs 2x2 latents before its model sees them.
             patch = 2 if source.pipeline_class.startswith("Flux") else int(config.get("patch_size", 1))
             parts.multiple = parts.factor * patch * _halvings(config.get("up_block_types") or ())

@@ -281,18 +281,17 @@ def _download(model: str) -> Path:
         ) from error
 
 
-def tokenizer_json(tokenizer: Any, length: int, lowercase: bool = False) -> str:
+def tokenizer_json(tokenizer: Any, length: int) -> str:
     """A tokenizer as the text of a ``tokenizer.json`` that cuts and pads to ``length`` by itself, on its own sides.
 
     Args:
         tokenizer: A transformers tokenizer.
         length: Tokens of every encoded prompt.
-        lowercase: Strip and lower-case first, as PixArt's pipeline does outside of the tokenizer.
 
     Raises:
         ExportError: The tokenizer has no fast form.
     """
-    from tokenizers import Tokenizer, normalizers
+    from tokenizers import Tokenizer
 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # transformers before 5 opens the slow form where a folder's index names it
@@ -315,7 +314,4 @@ def tokenizer_json(tokenizer: Any, length: int, lowercase: bool = False) -> str:
         pad_id=tokenizer.pad_token_id,
         pad_token=tokenizer.pad_token,
     )
-    if lowercase:
-        steps = [normalizers.Strip(), normalizers.Lowercase()]
-        fast.normalizer = normalizers.Sequence(steps + ([fast.normalizer] if fast.normalizer else []))
     return str(fast.to_str())

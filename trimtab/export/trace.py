@@ -19,6 +19,7 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 
 from trimtab.errors import ExportError, first_line
 from trimtab.export.decomposition import TRANSLATIONS, decompose_only_if_needed
+from trimtab.passes.neutral import exact_neutral_elements
 from trimtab.passes.scopes import SCOPES
 from trimtab.silence import errors_alone
 from trimtab.weights import same_numbers
@@ -65,7 +66,13 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     units: dict[str, Any] = {}
     dynamic = {name: _open_sizes(example, units) for name, example in inputs.items()}
     try:
-        with _quiet(), _without_pairs_of_slices(), _with_translations_read_once(), torch.no_grad():
+        with (
+            _quiet(),
+            _without_pairs_of_slices(),
+            exact_neutral_elements(),
+            _with_translations_read_once(),
+            torch.no_grad(),
+        ):
             # Traced here and not by the exporter, whose fallbacks would lose the module names.
             exported = torch.export.export(
                 module.eval(),

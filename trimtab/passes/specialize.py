@@ -10,6 +10,7 @@ from onnxscript.optimizer import optimize_ir
 
 from trimtab.errors import BundleError, PassError
 from trimtab.passes.base import Pass, PassResult
+from trimtab.passes.neutral import exact_neutral_elements
 from trimtab.shapes import bind, evaluate
 from trimtab.silence import errors_alone
 
@@ -41,7 +42,7 @@ class Specialize(Pass):
                 fixed.append(value.name or "")
         if fixed:
             # It warns of results that are constants now: what follows from the picture's size alone.
-            with errors_alone("onnx_ir", "onnxscript"):
+            with errors_alone("onnx_ir", "onnxscript"), exact_neutral_elements():
                 optimize_ir(model, num_iterations=4, inline=False)
         return PassResult(model, bool(fixed), tuple(fixed))
 

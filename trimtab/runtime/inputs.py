@@ -150,10 +150,17 @@ def make_input(spec: TensorSpec, request: Request) -> Array:
     return array
 
 
-def _texts(request: Request) -> list[str]:
-    """The prompts as rows: all negative ones first, as diffusers stacks them."""
+def _texts(spec: TensorSpec, request: Request) -> list[str]:
+    """The prompts as rows: all negative ones first, as diffusers stacks them.
+
+    A model may want them stripped and in lower case, and an instruction before the others.
+    """
     negatives = request.negatives if request.negatives is not None else ("",) * request.batch
-    return [*(negatives if request.rows == 2 else ()), *request.prompts]
+    negatives, prompts = negatives if request.rows == 2 else (), request.prompts
+    if spec.source.get("lowercase"):
+        negatives, prompts = (tuple(text.lower().strip() for text in texts) for texts in (negatives, prompts))
+    prefix = str(spec.source.get("prefix", ""))
+    return [*negatives, *(prefix + text for text in prompts)]
 
 
 def _tokenizer(spec: TensorSpec, request: Request) -> Tokenizer:
@@ -164,11 +171,11 @@ def _tokenizer(spec: TensorSpec, request: Request) -> Tokenizer:
 
 
 def _tokens(spec: TensorSpec, request: Request) -> Array:
-    return _tokenizer(spec, request).encode(_texts(request))[0]
+    return _tokenizer(spec, request).encode(_texts(spec, request))[0]
 
 
 def _token_mask(spec: TensorSpec, request: Request) -> Array:
-    return _tokenizer(spec, request).encode(_texts(request), warn=False)[1]
+    return _tokenizer(spec, request).encode(_texts(spec, request), warn=False)[1]
 
 
 def _given(spec: TensorSpec, request: Request) -> Array:
@@ -177,6 +184,14 @@ def _given(spec: TensorSpec, request: Request) -> Array:
     if spec.source.get("zeros") and request.negatives is None and request.rows == 2:
         given[: request.batch] = 0
     return given
+
+
+def _positive(spec: TensorSpec, request: Request) -> Array:
+    """1 for rows of prompts, 0 for those of negative ones."""
+    positive = np.ones((request.rows * request.batch, 1), np.float32)
+    if request.rows == 2:
+        positive[: request.batch] = 0
+    return positive
 
 
 def class_names(spec: TensorSpec) -> dict[str, int]:
@@ -282,6 +297,7 @@ SOURCES: Mapping[str, Callable[[TensorSpec, Request], Array]] = {
     "tokens": _tokens,
     "token_mask": _token_mask,
     "given": _given,
+    "positive": _positive,
     "label": _label,
     "mix": _mix,
     "guidance": _guidance,

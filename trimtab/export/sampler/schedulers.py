@@ -32,6 +32,7 @@ SCHEDULERS: dict[str, str] = {
     "flow-lcm": "FlowMatchLCMScheduler",
     "edm-euler": "EDMEulerScheduler",
     "edm-dpm++": "EDMDPMSolverMultistepScheduler",
+    "scm": "SCMScheduler",
 }
 """Short name -> diffusers class."""
 
@@ -104,13 +105,17 @@ def check_supported(class_name: str) -> None:
         )
 
 
+_ALONE = {"CMStochasticIterativeScheduler": "consistency", "SCMScheduler": "trig-flow"}
+"""Schedulers for a kind of model that no other is for."""
+
+
 def _kind_of_class(class_name: str, config: Mapping[str, Any]) -> str:
     if class_name.startswith("FlowMatch"):
         return "flow-matching"
     if class_name.startswith("EDM"):
         return "EDM"
-    if class_name == "CMStochasticIterativeScheduler":
-        return "consistency"
+    if class_name in _ALONE:
+        return _ALONE[class_name]
     solvers = ("DPMSolverMultistep", "DPMSolverSinglestep", "UniPCMultistep", "DEISMultistep", "SASolver")
     if class_name.startswith(solvers) and config.get("prediction_type") == "flow_prediction":
         return "flow-matching"
@@ -124,6 +129,4 @@ def _kind_of_config(config: Mapping[str, Any]) -> str | None:
         return "flow-matching"
     if name.startswith("EDM"):
         return "EDM"
-    if name == "CMStochasticIterativeScheduler":
-        return "consistency"
-    return "diffusion" if name else None
+    return _ALONE.get(name, "diffusion") if name else None

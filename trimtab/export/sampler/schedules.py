@@ -153,6 +153,9 @@ def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any
     options: dict[str, Any] = {}
     if parts.pipeline.startswith("Flux") and not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
+    if parts.pipeline == "SanaSprintPipeline":
+        # Of two steps the second has a time of its own; of other numbers the pipeline takes none.
+        options |= {"max_timesteps": 1.57080, "intermediate_timesteps": 1.3 if steps == 2 else None}
     if scheduler.config.get("use_dynamic_shifting"):
         # What SD3's pipeline takes for the larger shift of a scheduler that says none: not Flow matching's own, 1.15.
         said = {"max_shift": 1.16} if parts.pipeline.startswith("StableDiffusion3") else {}

@@ -40,6 +40,9 @@ class Walk:
         As ``retrieve_timesteps`` and ``get_timesteps`` of the pipelines.
         """
         scheduler = copy.deepcopy(self.scheduler)
+        trig_flow = self.owner == "SCMScheduler"
+        if trig_flow:  # its pipeline scales latents by sigma_data around it, and its noise is of as much
+            scheduler.register_to_config(sigma_data=1.0)
         options = dict(self.timesteps_options)
         custom = [name for name in ("timesteps", "sigmas") if options.get(name) is not None]
         if not custom:
@@ -59,6 +62,8 @@ class Walk:
             ) from error
         begin = self.start * getattr(scheduler, "order", 1)
         timesteps: torch.Tensor = scheduler.timesteps[begin:]
+        if trig_flow:  # the last is where the last step ends
+            timesteps = timesteps[:-1]
         if not len(timesteps):
             raise InputError(f"start={self.start} leaves none of {self.steps} steps: start earlier")
         # Text-to-image pipelines leave the begin index alone; the ones that take an image set it.

@@ -1,0 +1,105 @@
+"""Text encoders with their tokenizers: the parts of a pipeline that make prompts its denoiser's conditioning.
+
+Each function adds the program's inputs, the encoder's graph and its call. The model is let go on return.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trimtab.export import encoders
+from trimtab.export.parts import ROWS, TOKENS, PipelineParts, tokens_example
+from trimtab.export.trace import Example
+from trimtab.program import TensorSpec
+
+
+def clip(
+    parts: PipelineParts,
+    suffix: str,
+    hidden: str | None,
+    pooled: str | None,
+    *,
+    masks: bool = False,
+    length_of: str | None = None,
+) -> None:
+    """A CLIP encoder with its tokenizer: tokens -> hidden{suffix}, pooled{suffix}.
+
+    ``masks``: the pipeline hands over an attention mask where the encoder's configuration says so.
+    ``length_of``: the tokenizer that says how many tokens a prompt has, where that is another one.
+    """
+    model = parts.source.load("text_encoder" + suffix)
+    masks = masks and bool(getattr(model.config, "use_attention_mask", False))
+    tokens = "tokens" + suffix
+    length = int(model.config.max_position_embeddings)
+    tokenizer = "tokenizer" + suffix
+    parts.tokens(tokens, tokenizer, length, mask=masks, length_of=length_of or tokenizer)
+    outputs = [n for n, wanted in (("hidden", hidden), ("pooled", pooled)) if wanted]
+    inputs = {"tokens": tokens_example()}
+    wires = {"tokens": tokens}
+    if masks:
+        inputs["attention_mask"] = Example(example_mask(), ("prompts", "tokens"))
+        wires["attention_mask"] = f"{tokens}_mask"
+    parts.add("text_encoder" + suffix, encoders.ClipText(model, hidden, pooled), inputs, outputs)
+    parts.call("text_encoder" + suffix, wires, {n: n + suffix for n in outputs})
+
+
+def t5(parts: PipelineParts, suffix: str, length: int) -> None:
+    """A T5 encoder with its tokenizer: tokens -> hidden{suffix}."""
+    parts.tokens("tokens" + suffix, "tokenizer" + suffix, length)
+    model = parts.source.load("text_encoder" + suffix)
+    parts.add("text_encoder" + suffix, encoders.T5Text(model), {"tokens": tokens_example()}, ["hidden"])
+    parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
+
+
+def masked_t5(parts: PipelineParts, length: int) -> None:
+    """A T5 encoder that is told which tokens are padding, as the denoiser is: tokens -> hidden, hidden_mask."""
+    parts.tokens("tokens", "tokenizer", length, mask=True, lowercase=True)
+    parts.add(
+        "text_encoder",
+        encoders.MaskedT5Text(parts.source.load("text_encoder")),
+        {"tokens": tokens_example(), "attention_mask": Example(example_mask(), ("prompts", "tokens"))},
+        ["hidden", "mask"],
+    )
+    parts.call(
+        "text_encoder",
+        {"tokens": "tokens", "attention_mask": "tokens_mask"},
+        {"hidden": "hidden", "mask": "hidden_mask"},
+    )
+
+
+def instructed(parts: PipelineParts, kept: int, instruction: str) -> None:
+    """A language model that is given an instruction before each prompt: tokens -> hidden, hidden_mask.
+
+    Its tokens are all of the instruction's and ``kept`` of the prompt's, less one at either end: the first of all, and
+    the space that the instruction ends with, which becomes part of the prompt's first word.
+    """
+    length = len(parts.source.load("tokenizer").encode(instruction)) + kept - 2
+    parts.tokens(
+        "tokens", "tokenizer", length, mask=True, padding_side="right", lowercase=True, prefix=instruction
+    )
+    parts.inputs.append(TensorSpec("positive", "float32", ("rows*batch", 1), {"kind": "positive"}))
+    tokens = torch.randint(3, 10, (ROWS, length))
+    words = torch.ones_like(tokens)
+    words[0, length // 2 :] = 0
+    parts.add(
+        "text_encoder",
+        encoders.InstructedText(parts.source.load("text_encoder"), kept),
+        {
+            "tokens": Example(tokens, ("prompts", None)),
+            "attention_mask": Example(words, ("prompts", None)),
+            "positive": Example(torch.ones(ROWS, 1), ("prompts", None)),
+        },
+        ["hidden", "mask"],
+    )
+    parts.call(
+        "text_encoder",
+        {"tokens": "tokens", "attention_mask": "tokens_mask", "positive": "positive"},
+        {"hidden": "hidden", "mask": "hidden_mask"},
+    )
+
+
+def example_mask() -> torch.Tensor:
+    """Which tokens of `tokens_example` are words: (rows * batch, tokens) int64."""
+    mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
+    mask[0, TOKENS // 2 :] = 0
+    return mask
