@@ -66,6 +66,23 @@ def test_the_search_for_pairs_of_slices_is_left_out_of_a_trace_alone() -> None:
     assert vars(slice_split_rule) == whole
 
 
+class Turning(nn.Module):
+    """Queries (rows, heads, tokens, 4) turned by their positions, which are the same in all rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = torch.arange(x.shape[2])[None, :, None] * torch.tensor([1.0, 0.1])
+        twice = torch.cat([angles, angles], dim=-1)
+        cos, sin = twice.cos()[:, None], twice.sin()[:, None]
+        return x * cos + torch.cat([-x[..., 2:], x[..., :2]], dim=-1) * sin
+
+
+def test_positions_that_rows_share_turn_all_of_them() -> None:
+    x = torch.randn(3, 2, 5, 4)
+    graph = trace(Turning(), {"x": Example(x, ("rows", None, "tokens", None))}, ["y"])
+    expected = Turning()(x).numpy()
+    np.testing.assert_allclose(run(graph, {"x": x.numpy()})["y"], expected, atol=1e-6)
+
+
 class Halves(nn.Module):
     """Halves sides rounded up, then down, and doubles them back: torch.export finds no end among such floors."""
 

@@ -16,6 +16,7 @@ import onnx_ir as ir
 import torch
 from onnxscript import TracedOnnxFunction
 from onnxscript.rewriter.rules.common import slice_split_rule
+from onnxscript.rewriter.rules.fusion._rotary_embedding import rotary_embedding_rules
 
 from trimtab.errors import ExportError, first_line
 from trimtab.export.decomposition import TRANSLATIONS, decompose_only_if_needed
@@ -68,7 +69,7 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     try:
         with (
             _quiet(),
-            _without_pairs_of_slices(),
+            _without_rules(),
             exact_neutral_elements(),
             _with_translations_read_once(),
             torch.no_grad(),
@@ -130,17 +131,21 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _without_pairs_of_slices() -> Iterator[None]:
-    """Has the exporter not look for two Slices that one Split would do for.
+def _without_rules() -> Iterator[None]:
+    """Has the exporter leave out two rules of its rewriter.
 
-    Its rewriter walks the whole graph for each node to find the second of them: the square of the nodes, and three
-    quarters of its time on a U-Net of four million parameters.
+    One looks for two Slices that one Split would do for, and walks the whole graph for each node to find the second of
+    them: the square of the nodes, and three quarters of its time on a U-Net of four million parameters. The other makes
+    RotaryEmbedding of positions that all rows share, as language models have them; the operator wants one for each.
     """
-    slice_split_rule.try_rewrite = lambda *_, **__: None
+    rules = [slice_split_rule, *rotary_embedding_rules]
+    for rule in rules:
+        rule.try_rewrite = lambda *_, **__: None
     try:
         yield
     finally:
-        del slice_split_rule.try_rewrite  # the method of its class is back
+        for rule in rules:
+            del rule.try_rewrite  # the method of its class is back
 
 
 _read_translation = functools.cache(TracedOnnxFunction.function_ir.fget)
