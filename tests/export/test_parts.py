@@ -26,13 +26,6 @@ from tiny import clip_text, clip_tokenizer, unet
 
 from trimtab.errors import ExportError
 from trimtab.export.denoisers import latent_space
-from trimtab.export.families import (
-    class_labels,
-    stable_diffusion,
-    stable_diffusion_3,
-    stable_diffusion_xl,
-    unconditional,
-)
 from trimtab.export.modules import ConditionalUNet
 from trimtab.export.parts import (
     Parts,
@@ -48,6 +41,8 @@ from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sizes import measure
 from trimtab.export.source import Source
 from trimtab.export.trace import Example, trace
+from trimtab.export.transformer_pipelines import class_labels, stable_diffusion_3
+from trimtab.export.unet_pipelines import stable_diffusion, stable_diffusion_xl, unconditional
 from trimtab.runtime.inputs import Noise, Request, make_input
 
 SCALING = {"lms", "euler", "euler-ancestral", "heun", "kdpm2", "kdpm2-ancestral"}

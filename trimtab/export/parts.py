@@ -182,6 +182,13 @@ class PipelineParts(Parts):
         if mask:
             self.inputs.append(TensorSpec(name + "_mask", "int64", shape, {"kind": "token_mask", **source}))
 
+    def read_guidance(self, inputs: dict[str, Example]) -> None:
+        """Of a denoiser that reads the guidance scale itself (LCM, Flux, Sana-Sprint): no second, negative row."""
+        inputs["guidance"] = Example(torch.tensor(7.5))
+        self.inputs.append(TensorSpec("guidance", "float32", (), {"kind": "guidance"}))
+        self.conditioning["guidance"] = "guidance"
+        self.classifier_free = False
+
     def vae(self) -> None:
         """Adds the decoder, and the encoder and mask graphs that pictures as inputs need where they can be given."""
         vae = self.source.load("vae")

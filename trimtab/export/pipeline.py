@@ -8,7 +8,7 @@ from typing import Any
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export.denoisers import check_denoiser, denoiser_name
-from trimtab.export.families import FAMILIES, dit, has_guidance, stable_diffusion, unconditional
+from trimtab.export.families import FAMILIES, has_guidance
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks, timesteps_options
@@ -16,6 +16,8 @@ from trimtab.export.sampler.shift import follow_size
 from trimtab.export.sampler.walk import can_add_noise
 from trimtab.export.sizes import measure
 from trimtab.export.source import Source
+from trimtab.export.transformer_pipelines import dit
+from trimtab.export.unet_pipelines import stable_diffusion, unconditional
 from trimtab.passes.sampler import FuseSampler
 from trimtab.program import (
     DENOISER,

@@ -1,0 +1,139 @@
+"""Pipelines whose denoiser is a U-Net: which graphs each has, and how text becomes its conditioning.
+
+Each function fills a `PipelineParts` with everything but sampler and tasks, and adds the denoiser last.
+Components are loaded, traced and let go one after another.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from trimtab.errors import ExportError
+from trimtab.export import encoders, modules, texts
+from trimtab.export.denoisers import SIZE_CONDITIONS, check_conditions, denoiser_module, denoiser_name
+from trimtab.export.parts import (
+    ROWS,
+    PipelineParts,
+    halving_example,
+    hidden_example,
+    odd_latent,
+    pooled_example,
+    sample_example,
+    timestep_example,
+)
+from trimtab.export.trace import Example
+from trimtab.program import TensorSpec
+
+
+def stable_diffusion(parts: PipelineParts) -> None:
+    """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
+    source = parts.source
+    texts.clip(parts, "", "last", None, masks=True)
+    wrapper = denoiser_module(source)
+    inputs = {
+        "sample": _unet_sample(parts),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(parts.output_width("text_encoder", "hidden")),
+    }
+    parts.conditioning = {"encoder_hidden_states": "hidden"}
+    strength = {"image-to-image": 0.8, "inpainting": 1.0}
+    parts.own_posteriors = True
+    if isinstance(wrapper, modules.GuidedUNet):
+        parts.read_guidance(inputs)
+        strength = {}  # an LCM's time steps depend on the strength, not only on where a schedule starts
+        if source.pipeline_class == "LatentConsistencyModelPipeline":
+            parts.guidance = 8.5
+    elif isinstance(wrapper, modules.InpaintingUNet):
+        inputs |= _known_examples(parts)
+        parts.inpainting_channels = True
+    parts.start_from_pictures(strength)
+    parts.denoiser(wrapper, inputs)
+    del wrapper
+    parts.vae()
+
+
+def stable_diffusion_xl(parts: PipelineParts) -> None:
+    """SDXL: two CLIPs side by side, added time ids."""
+    source = parts.source
+    if not source.has("text_encoder"):
+        raise ExportError(
+            "this SDXL pipeline has one text encoder (a refiner), and trimtab takes the base model: give that"
+        )
+    check_conditions(source)
+    # The pooled text is that of the first encoder which projects it.
+    first = source.class_name("text_encoder") == source.class_name("text_encoder_2")
+    texts.clip(parts, "", "penultimate", "projected" if first else None)
+    texts.clip(parts, "_2", "penultimate", None if first else "projected")
+    zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
+    parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
+    wrapper = denoiser_module(source)
+    config = wrapper.model.config
+    pooled = int(config.projection_class_embeddings_input_dim) - SIZE_CONDITIONS * int(
+        config.addition_time_embed_dim
+    )
+    parts.add(
+        "text_join",
+        encoders.JoinXLText(),
+        _join_xl_examples(parts, pooled),
+        ["encoder_hidden_states", "text_embeds"],
+    )
+    text = {"hidden": "hidden", "hidden_2": "hidden_2", "pooled_2": "pooled" if first else "pooled_2"}
+    parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
+    parts.call("text_join", {**text, "given": "given"}, parts.conditioning)
+    inputs = {
+        "sample": _unet_sample(parts),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(parts.output_width("text_join", "encoder_hidden_states")),
+        "text_embeds": pooled_example(pooled),
+    }
+    parts.guidance = 5.0
+    strength = {"image-to-image": 0.3, "inpainting": 0.9999}
+    parts.own_posteriors = True
+    parts.task_guidance = {"inpainting": 7.5}
+    if config.time_cond_proj_dim is not None:
+        parts.read_guidance(inputs)
+    elif isinstance(wrapper, modules.XLInpaintingUNet):
+        inputs |= _known_examples(parts)
+        parts.inpainting_channels = True
+    parts.start_from_pictures(strength)
+    parts.denoiser(wrapper, inputs)
+    del wrapper
+    parts.vae()
+
+
+def unconditional(parts: PipelineParts) -> None:
+    """DDPM and DDIM pipelines: a U-Net over pixels, no condition."""
+    parts.step_options = {}  # DDPM's leaves eta to its scheduler, and TCD's own is not 0
+    parts.guidance = None
+    parts.classifier_free = False
+    sample = halving_example(parts) if parts.multiple > 1 else sample_example(parts.channels, (6, 4))
+    parts.denoiser(denoiser_module(parts.source), {"sample": sample, "timestep": timestep_example()})
+    latents = Example(sample.tensor, ("batch", *sample.dims[1:]))
+    parts.add("pixels", encoders.PixelDecoder(), {"latents": latents}, ["image"])
+
+
+def _unet_sample(parts: PipelineParts) -> Example:
+    if parts.multiple > parts.factor:
+        return halving_example(parts)
+    levels = parts.source.config(denoiser_name(parts.source)).get("block_out_channels") or ()
+    return sample_example(parts.channels, odd_latent(len(levels) - 1))
+
+
+def _known_examples(parts: PipelineParts) -> dict[str, Example]:
+    """What a denoiser with inpainting channels reads beside the sample."""
+    sample = _unet_sample(parts)
+    sizes = ("latent_height", "latent_width")
+    mask = torch.rand(1, 1, *sample.tensor.shape[2:])
+    return {
+        "mask": Example(mask, (None, None, *sizes), sample.multiples),
+        "masked_latents": Example(torch.randn_like(sample.tensor), ("batch", None, *sizes), sample.multiples),
+    }
+
+
+def _join_xl_examples(parts: PipelineParts, pooled: int) -> dict[str, Example]:
+    return {
+        "hidden": hidden_example(parts.output_width("text_encoder", "hidden")),
+        "hidden_2": hidden_example(parts.output_width("text_encoder_2", "hidden")),
+        "pooled_2": pooled_example(pooled),
+        "given": Example(torch.ones(ROWS, 1), ("prompts", None)),
+    }
