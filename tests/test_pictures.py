@@ -252,6 +252,66 @@ def test_inpainting_equals_diffusers(
     assert_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("family", ["controlnet", "controlnet_xl"])
+@pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "inpainting"])
+def test_a_picture_drawn_along_another_equals_diffusers(
+    task: str, family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting
+
+    pipeline, control = diffusers_pipeline(family), Image.fromarray(np.asarray(picture())[::-1])
+    given: dict[str, Any] = {}
+    theirs: dict[str, Any] = {"image": control}
+    if task != "text-to-image":
+        other = AutoPipelineForImage2Image if task == "image-to-image" else AutoPipelineForInpainting
+        pipeline, given = other.from_pipe(pipeline), {"image": picture()}
+        pipeline.set_progress_bar_config(disable=True)
+        theirs = {**given, "control_image": control}
+    if task == "inpainting":
+        given["mask"] = theirs["mask_image"] = mask()
+    asked: dict[str, Any] = {"seed": 4, "count": 2, "size": (80, 64), "schedule": 3, **given}
+    expected = pipeline(
+        PROMPT,
+        **theirs,
+        controlnet_conditioning_scale=0.5,
+        num_images_per_prompt=2,
+        width=80,
+        height=64,
+        num_inference_steps=3,
+        generator=torch.Generator("cpu").manual_seed(4),
+        output_type="np",
+    ).images
+    ours = load(family)(PROMPT, control=control, control_scale=0.5, **asked)
+    np.testing.assert_allclose(ours.pixels, expected, atol=1e-5)
+    assert ours.settings["control_scale"] == 0.5
+    for changed in ({"control": picture()}, {"control": control, "control_scale": 1.0}):
+        assert np.abs(load(family)(PROMPT, **changed, **asked).pixels - expected).max() > 1e-4
+
+
+@pytest.mark.parametrize("family", ["controlnet"])
+def test_what_is_drawn_along_is_needed_where_it_counts_and_refused_elsewhere(
+    family: str, load: Load, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
+) -> None:
+    pipe = load(family)
+    with pytest.raises(
+        trimtab.TrimtabError, match=r"draws along a picture .* give control= \(--control FILE\)"
+    ):
+        pipe(PROMPT, seed=1)
+    with pytest.raises(trimtab.TrimtabError, match="the control scale inf is not a finite number"):
+        pipe(PROMPT, seed=1, control=picture(), control_scale=float("inf"))
+    with pytest.raises(trimtab.TrimtabError, match="diffusers runs them one after the other"):
+        trimtab.Denoiser(bundle_folder(family), diffusers_pipeline(family).unet)
+
+
+@pytest.mark.parametrize("family", ["dit"])
+@pytest.mark.parametrize("given", [{"control": "edges.png"}, {"control_scale": 0.5}])
+def test_a_picture_to_draw_along_is_refused_by_a_model_without_a_controlnet(
+    family: str, given: dict[str, Any], load: Load
+) -> None:
+    with pytest.raises(trimtab.TrimtabError, match="this model draws along none"):
+        load(family)(label=1, **given)
+
+
 @pytest.mark.parametrize("family", ["dit"])
 def test_threads_that_share_a_pipeline_draw_their_own_pictures(family: str, load: Load) -> None:
     pipe, seeds = load(family), (1, 2, 3, 4)

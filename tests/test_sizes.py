@@ -83,9 +83,9 @@ def test_a_compiled_denoiser_in_diffusers_hands_refuses_it_too(
 ) -> None:
     denoiser = trimtab.Denoiser(bundle_folder("sd3"), diffusers_pipeline("sd3").transformer)
     given = {"encoder_hidden_states": torch.zeros(1, 5, 32), "pooled_projections": torch.zeros(1, 32)}
-    assert denoiser(torch.zeros(1, 4, 4, 64), timestep=5, **given).sample.shape == (1, 4, 4, 64)
+    assert denoiser(torch.zeros(1, 16, 4, 64), timestep=5, **given).sample.shape == (1, 16, 4, 64)
     with pytest.raises(InputError, match=r"latents of 66x4 were given .* ends at 64 a side"):
-        denoiser(torch.zeros(1, 4, 4, 66), timestep=5, **given)
+        denoiser(torch.zeros(1, 16, 4, 66), timestep=5, **given)
 
 
 def test_the_largest_side_is_in_the_bundle_and_older_bundles_have_none(

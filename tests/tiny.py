@@ -13,6 +13,7 @@ from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
     AutoencoderTiny,
+    ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -35,8 +36,10 @@ from diffusers import (
     SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -241,6 +244,49 @@ def sd21_v(folder: Path) -> Any:
 def inpaint9(folder: Path) -> Any:
     return _stable_diffusion(
         folder, DDIMScheduler(**SD_BETAS), cls=StableDiffusionInpaintPipeline, in_channels=9, **ONE_LEVEL
+    )
+
+
+def _controlnet(**config: Any) -> ControlNetModel:
+    """What it adds to the skips counts, as after training: its last convolutions are zeros before."""
+    model = ControlNetModel(
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        conditioning_embedding_out_channels=(4, 4, 8, 8),
+        controlnet_conditioning_channel_order="bgr",
+        **config,
+    )
+    ends = [
+        *model.controlnet_down_blocks,
+        model.controlnet_mid_block,
+        model.controlnet_cond_embedding.conv_out,
+    ]
+    for convolution in ends:
+        torch.nn.init.normal_(convolution.weight)
+    return model.eval()
+
+
+def controlnet(folder: Path) -> Any:
+    levels = {name: TWO_LEVELS[name] for name in ("block_out_channels", "down_block_types")}
+    parts = _stable_diffusion(folder, DDIMScheduler(**SD_BETAS), **TWO_LEVELS).components
+    return StableDiffusionControlNetPipeline(
+        **{name: part for name, part in parts.items() if name != "image_encoder"},
+        controlnet=_controlnet(cross_attention_dim=16, **levels),
+        requires_safety_checker=False,
+    )
+
+
+def controlnet_xl(folder: Path) -> Any:
+    parts = sdxl(folder).components
+    config = parts["unet"].config
+    names = ("block_out_channels", "down_block_types", "transformer_layers_per_block", "cross_attention_dim")
+    names += ("addition_embed_type", "addition_time_embed_dim", "projection_class_embeddings_input_dim")
+    names += ("use_linear_projection",)
+    return StableDiffusionXLControlNetPipeline(
+        **{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")},
+        controlnet=_controlnet(**{name: config[name] for name in names}),
+        add_watermarker=False,
     )
 
 
@@ -478,6 +524,8 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
         sd_below,
         sd21_v,
         inpaint9,
+        controlnet,
+        controlnet_xl,
         lcm,
         sdxl,
         sd3,

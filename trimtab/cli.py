@@ -298,6 +298,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             image=arguments.image,
             mask=arguments.mask,
             strength=arguments.strength,
+            control=arguments.control,
+            control_scale=arguments.control_scale,
             on_step=on_step,
         )
     paths = save(result.pixels, result.settings, arguments.output)

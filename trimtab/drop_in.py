@@ -71,6 +71,11 @@ class Denoiser(torch.nn.Module):
                 f"{bundle} reads the guidance scale, which diffusers hands to a U-Net as an embedding: "
                 "run the bundle itself"
             )
+        if any(spec.name == "control" for spec in segments[DENOISER].inputs):
+            raise InputError(
+                f"{bundle} holds its ControlNet with its U-Net, and diffusers runs them one after the other: run the "
+                "bundle itself"
+            )
         if opened.contents.metadata.get("pipeline") == "SanaSprintPipeline":
             raise InputError(
                 f"{bundle} is run as TrigFlow, which diffusers' pipeline makes of the model around it: run the bundle "

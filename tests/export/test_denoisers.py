@@ -28,9 +28,11 @@ from trimtab.export.denoisers import (
     latent_space,
 )
 from trimtab.export.families import FAMILIES
-from trimtab.export.modules import GuidedUNet, PixArtTransformer, PixelUNet
+from trimtab.export.pipeline import check_options
 from trimtab.export.source import Source
 from trimtab.export.trace import Example, trace
+from trimtab.export.transformer_modules import PixArtTransformer
+from trimtab.export.unet_modules import GuidedUNet, PixelUNet
 
 PipelineFolder = Callable[[str], Path]
 
@@ -255,7 +257,7 @@ def pixart_transformer(**config: Any) -> PixArtTransformer2DModel:
         (
             "index",
             {"vae": ["diffusers", "AutoencoderKL"]},
-            "AutoencoderKL, and of SanaPipeline AutoencoderDC can be",
+            "AutoencoderKL, and AutoencoderDC is needed",
         ),
         ("transformer", {"guidance_embeds": True}, "guidance_embeds True, and SanaPipeline runs one without"),
         ("transformer", {"cross_attention_dim": None}, "reads no text, and Sana's pipeline draws from one"),
@@ -270,11 +272,55 @@ def pixart_transformer(**config: Any) -> PixArtTransformer2DModel:
 def test_a_sana_that_its_pipeline_does_not_run_is_refused_by_name(
     part: str, change: dict[str, Any], reason: str, pipeline_folder: PipelineFolder, tmp_path: Path
 ) -> None:
-    folder = Path(shutil.copytree(pipeline_folder("sana"), tmp_path / "sana"))
-    file = folder / "model_index.json" if part == "index" else folder / part / "config.json"
+    refused_after(pipeline_folder("sana"), part, change, reason, tmp_path)
+
+
+@pytest.mark.xdist_group("controlnet")
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("index", {"controlnet": ["diffusers", "ControlNetUnionModel"]}, "a ControlNetUnionModel, and one"),
+        (
+            "controlnet",
+            {"global_pool_conditions": True},
+            "for which diffusers runs it on the prompt's rows alone",
+        ),
+        (
+            "controlnet",
+            {"conditioning_embedding_out_channels": [4, 8]},
+            "2 times smaller, and the vae of this",
+        ),
+        (
+            "unet",
+            {"in_channels": 9},
+            "reads a mask or the guidance scale, and a ControlNet is supported beside a",
+        ),
+        (
+            "unet",
+            {"time_cond_proj_dim": 8},
+            "reads a mask or the guidance scale, and a ControlNet is supported",
+        ),
+    ],
+)
+def test_a_controlnet_that_does_more_than_add_to_the_skips_is_refused_by_name(
+    part: str, change: dict[str, Any], reason: str, pipeline_folder: PipelineFolder, tmp_path: Path
+) -> None:
+    refused_after(pipeline_folder("controlnet"), part, change, reason, tmp_path)
+
+
+@pytest.mark.xdist_group("controlnet")
+def test_hidiffusion_is_refused_beside_a_controlnet(pipeline_folder: PipelineFolder) -> None:
+    with pytest.raises(InputError, match="to which a ControlNet adds its own"):
+        check_options(Source(pipeline_folder("controlnet")), guidance=None, hidiffusion=True)
+
+
+def refused_after(folder: Path, part: str, change: dict[str, Any], reason: str, work: Path) -> None:
+    """A copy of a pipeline, whose index or a model's configuration is changed, is refused before it is loaded."""
+    copy = Path(shutil.copytree(folder, work / "changed"))
+    file = copy / "model_index.json" if part == "index" else copy / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises((ExportError, InputError), match=re.escape(reason)):
-        check_denoiser(Source(folder))
+        check_denoiser(Source(copy))
 
 
 def test_a_denoiser_that_was_left_out_is_missed_by_its_name(pipeline_folder: PipelineFolder) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trimtab.errors import ExportError, InputError, TrimtabError
-from trimtab.export import modules
+from trimtab.export import transformer_modules, unet_modules
+from trimtab.export.modules import Denoiser
 from trimtab.export.source import Source
 
 logger = logging.getLogger(__name__)
@@ -15,9 +16,12 @@ logger = logging.getLogger(__name__)
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 """Of the others, ConsistencyDecoderVAE samples, and AsymmetricAutoencoderKL reads the picture beside the latents."""
 
-_LEVELS = ("block_out_channels", "encoder_block_out_channels", "decoder_block_out_channels")
-"""Where an autoencoder's configuration has an entry for each level. AutoencoderTiny has two lists, of which diffusers
-writes one once more under the name of others'."""
+_LEVELS = ("block_out_channels", "decoder_block_out_channels")
+"""Where an autoencoder's configuration has an entry for each level. AutoencoderTiny and AutoencoderDC have two lists,
+of which diffusers writes the former's once more under the name of others'."""
+
+CONTROLNET = "controlnet"
+"""The component of a pipeline that draws along a picture."""
 
 
 def denoiser_name(source: Source) -> str:
@@ -38,8 +42,8 @@ def latent_space(source: Source) -> tuple[int, int]:
     supported = ("AutoencoderDC",) if _WRAPPERS.get(source.pipeline_class) is _sana else _AUTOENCODERS
     if name == "vae" and source.class_name(name) not in supported:
         raise ExportError(
-            f"the pipeline's vae is {source.class_name(name)}, and of {source.pipeline_class} "
-            f"{' and '.join(supported)} can be compiled: save the pipeline with it"
+            f"the pipeline's vae is {source.class_name(name)}, and {' or '.join(supported)} is needed: "
+            "save the pipeline with that"
         )
     try:
         if name == "vae":
@@ -63,16 +67,16 @@ def check_denoiser(source: Source) -> None:
     """
     wrap = _wrapper(source)
     try:
-        model = source.hollow(denoiser_name(source))
+        models = [source.hollow(name) for name in _models(source)]
     except TrimtabError:
         raise
     except Exception as error:  # loading it says what is wrong, if something is
         logger.debug("the denoiser is not checked before it is loaded: %s", error)
         return
-    wrap(source, model)
+    wrap(source, *models)
 
 
-def denoiser_module(source: Source) -> modules.Denoiser:
+def denoiser_module(source: Source) -> Denoiser:
     """Loads a pipeline's denoiser, in float32 and eval mode, behind its graph's own interface.
 
     It takes the denoiser graph's inputs by keyword (before `FuseSampler`: ``sample``, ``timestep``, ...) and
@@ -86,10 +90,22 @@ def denoiser_module(source: Source) -> modules.Denoiser:
         InputError: The component is missing or damaged.
         ExportError: The pipeline's class is not supported, or its U-Net takes other channels or reads classes.
     """
-    return _wrapper(source)(source, source.load(denoiser_name(source)))
+    return _wrapper(source)(source, *(source.load(name) for name in _models(source)))
 
 
-def _wrapper(source: Source) -> Callable[[Source, Any], modules.Denoiser]:
+def _models(source: Source) -> list[str]:
+    """The components that are run step after step (Raises ExportError for several ControlNets, or a joint one)."""
+    if "ControlNet" not in source.pipeline_class:
+        return [denoiser_name(source)]
+    if source.class_name(CONTROLNET) != "ControlNetModel":
+        raise ExportError(
+            f"the controlnet is a {source.class_name(CONTROLNET)}, and one ControlNetModel is supported: save the "
+            "pipeline with one"
+        )
+    return [denoiser_name(source), CONTROLNET]
+
+
+def _wrapper(source: Source) -> Callable[..., Denoiser]:
     """Raises ExportError for a pipeline's class that has none."""
     wrap = _WRAPPERS.get(source.pipeline_class)
     if wrap is None:
@@ -115,9 +131,9 @@ def caption_width(transformer: Any) -> int:
     return int(width)
 
 
-def _pixel_unet(source: Source, unet: Any) -> modules.Denoiser:
+def _pixel_unet(source: Source, unet: Any) -> Denoiser:
     _check_classes(unet)
-    return modules.PixelUNet(unet)
+    return unet_modules.PixelUNet(unet)
 
 
 def _check_classes(unet: Any) -> None:
@@ -150,17 +166,17 @@ def _check_told(unet: Any, **told: str) -> None:
             )
 
 
-def _unet(source: Source, unet: Any) -> modules.Denoiser:
+def _unet(source: Source, unet: Any) -> Denoiser:
     _check_told(unet, addition_embed_type="text")
     inpainting = _reads_mask(source, unet)
     if unet.config.time_cond_proj_dim is not None:
-        return modules.GuidedUNet(unet)
-    return modules.InpaintingUNet(unet) if inpainting else modules.ConditionalUNet(unet)
+        return unet_modules.GuidedUNet(unet)
+    return unet_modules.InpaintingUNet(unet) if inpainting else unet_modules.ConditionalUNet(unet)
 
 
-def _xl_unet(source: Source, unet: Any) -> modules.Denoiser:
+def _xl_unet(source: Source, unet: Any) -> Denoiser:
     _check_told(unet)
-    wrapper = modules.XLInpaintingUNet if _reads_mask(source, unet) else modules.XLUNet
+    wrapper = unet_modules.XLInpaintingUNet if _reads_mask(source, unet) else unet_modules.XLUNet
     return wrapper(unet, latent_space(source)[1])
 
 
@@ -186,34 +202,34 @@ def _check_channels(source: Source, transformer: Any, packed: int = 1, variance:
         )
 
 
-def _sd3(source: Source, transformer: Any) -> modules.Denoiser:
+def _sd3(source: Source, transformer: Any) -> Denoiser:
     _check_channels(source, transformer)
-    return modules.SD3Transformer(transformer)
+    return transformer_modules.SD3Transformer(transformer)
 
 
-def _flux(source: Source, transformer: Any) -> modules.Denoiser:
+def _flux(source: Source, transformer: Any) -> Denoiser:
     _check_channels(source, transformer, packed=4)
-    return modules.FluxTransformer(transformer)
+    return transformer_modules.FluxTransformer(transformer)
 
 
-def _dit(source: Source, transformer: Any) -> modules.Denoiser:
+def _dit(source: Source, transformer: Any) -> Denoiser:
     _check_channels(source, transformer, variance=True)
-    return modules.ClassTransformer(transformer)
+    return transformer_modules.ClassTransformer(transformer)
 
 
-def _pixart(source: Source, transformer: Any) -> modules.Denoiser:
+def _pixart(source: Source, transformer: Any) -> Denoiser:
     sample_size = transformer.config.sample_size
-    if transformer.use_additional_conditions and sample_size != modules.CONDITIONED_SIZE:
+    if transformer.use_additional_conditions and sample_size != transformer_modules.CONDITIONED_SIZE:
         raise ExportError(
             f"the transformer reads the picture's size (use_additional_conditions) and has sample_size {sample_size}, "
-            f"and PixArt's pipeline tells it to models of {modules.CONDITIONED_SIZE}: save it with the right one"
+            f"and PixArt's pipeline tells it to models of {transformer_modules.CONDITIONED_SIZE}: save it with the right one"
         )
     _check_channels(source, transformer, variance=True)
     caption_width(transformer)  # refuses one that reads no text
-    return modules.PixArtTransformer(transformer, latent_space(source)[1])
+    return transformer_modules.PixArtTransformer(transformer, latent_space(source)[1])
 
 
-def _sana(source: Source, transformer: Any) -> modules.Denoiser:
+def _sana(source: Source, transformer: Any) -> Denoiser:
     sprint = source.pipeline_class == "SanaSprintPipeline"
     _check_channels(source, transformer, variance=not sprint)
     if bool(transformer.config.guidance_embeds) != sprint:
@@ -226,7 +242,49 @@ def _sana(source: Source, transformer: Any) -> modules.Denoiser:
             "the transformer has no cross_attention_dim, so that it reads no text, and Sana's pipeline draws from one: "
             "give another pipeline"
         )
-    return modules.SanaSprintTransformer(transformer) if sprint else modules.SanaTransformer(transformer)
+    return (
+        transformer_modules.SanaSprintTransformer(transformer)
+        if sprint
+        else transformer_modules.SanaTransformer(transformer)
+    )
+
+
+def _controlled_unet(source: Source, unet: Any, controlnet: Any) -> Denoiser:
+    plain = _unet(source, unet)
+    _check_controlled(source, plain, controlnet)
+    return unet_modules.ControlledUNet(unet, controlnet)
+
+
+def _controlled_xl_unet(source: Source, unet: Any, controlnet: Any) -> Denoiser:
+    plain = _xl_unet(source, unet)
+    _check_controlled(source, plain, controlnet)
+    return unet_modules.ControlledXLUNet(unet, controlnet, latent_space(source)[1])
+
+
+def _check_controlled(source: Source, unet: Denoiser, controlnet: Any) -> None:
+    """Refuses a ControlNet that does more than add to the skips of a plain U-Net.
+
+    Raises:
+        ExportError: With the reason.
+    """
+    if (
+        type(unet) not in (unet_modules.ConditionalUNet, unet_modules.XLUNet)
+        or unet.model.config.time_cond_proj_dim
+    ):
+        raise ExportError(
+            "the U-Net reads a mask or the guidance scale, and a ControlNet is supported beside a plain one: give that"
+        )
+    if controlnet.config.global_pool_conditions:
+        raise ExportError(
+            "the controlnet has global_pool_conditions, for which diffusers runs it on the prompt's rows alone, and "
+            "ControlNets of all rows are supported: give another"
+        )
+    strides = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
+    if strides != latent_space(source)[1]:
+        raise ExportError(
+            f"the controlnet makes its picture {strides} times smaller, and the vae of this pipeline "
+            f"{latent_space(source)[1]} times: give one that was trained with this vae"
+        )
 
 
 def _reads_mask(source: Source, unet: Any) -> bool:
@@ -272,7 +330,7 @@ def check_conditions(source: Source) -> None:
         )
 
 
-_WRAPPERS: Mapping[str, Callable[[Source, Any], modules.Denoiser]] = {
+_WRAPPERS: Mapping[str, Callable[..., Denoiser]] = {
     "StableDiffusionPipeline": _unet,
     "StableDiffusionImg2ImgPipeline": _unet,
     "StableDiffusionInpaintPipeline": _unet,
@@ -280,6 +338,12 @@ _WRAPPERS: Mapping[str, Callable[[Source, Any], modules.Denoiser]] = {
     "StableDiffusionXLPipeline": _xl_unet,
     "StableDiffusionXLImg2ImgPipeline": _xl_unet,
     "StableDiffusionXLInpaintPipeline": _xl_unet,
+    "StableDiffusionControlNetPipeline": _controlled_unet,
+    "StableDiffusionControlNetImg2ImgPipeline": _controlled_unet,
+    "StableDiffusionControlNetInpaintPipeline": _controlled_unet,
+    "StableDiffusionXLControlNetPipeline": _controlled_xl_unet,
+    "StableDiffusionXLControlNetImg2ImgPipeline": _controlled_xl_unet,
+    "StableDiffusionXLControlNetInpaintPipeline": _controlled_xl_unet,
     "StableDiffusion3Pipeline": _sd3,
     "StableDiffusion3Img2ImgPipeline": _sd3,
     "StableDiffusion3InpaintPipeline": _sd3,

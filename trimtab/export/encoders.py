@@ -210,6 +210,23 @@ class VaeEncoder(nn.Module):
         return (latents - self.shift) * self.scale
 
 
+class ControlEncoder(nn.Module):
+    """A ControlNet's picture (1, H, W, 3) in 0..1 -> what it adds to the sample, (1, C, h, w).
+
+    Args:
+        controlnet: A ControlNetModel, of which the embedding of the picture is taken.
+    """
+
+    def __init__(self, controlnet: Any) -> None:
+        super().__init__()
+        self.model = controlnet.controlnet_cond_embedding
+        self.reversed = controlnet.config.controlnet_conditioning_channel_order == "bgr"
+
+    def forward(self, image: Tensor) -> Tensor:
+        channels = image.permute(0, 3, 1, 2)
+        return self.model(channels.flip(1) if self.reversed else channels)
+
+
 class PixelDecoder(nn.Module):
     """What stands in the VAE's place for a model that draws pixels: -1..1 (batch, 3, H, W) -> 0..1."""
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.denoisers import check_denoiser, denoiser_name
+from trimtab.export.denoisers import CONTROLNET, check_denoiser, denoiser_name
 from trimtab.export.families import FAMILIES, has_guidance
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler, probe
@@ -101,6 +101,10 @@ def check_options(source: Source, *, guidance: float | None, hidiffusion: bool =
     """
     check_guidance(guidance, has_guidance(source))
     denoiser = source.class_name(denoiser_name(source))
+    if hidiffusion and source.has(CONTROLNET):
+        raise InputError(
+            "HiDiffusion changes the sizes inside a U-Net, to which a ControlNet adds its own: leave out one of them"
+        )
     if hidiffusion and denoiser != "UNet2DConditionModel":
         raise InputError(
             f"HiDiffusion rewrites a UNet2DConditionModel, and this pipeline's denoiser is {denoiser}: leave it out"

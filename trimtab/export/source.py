@@ -18,7 +18,7 @@ from trimtab.export.checkpoint import STEMS, check_room, find_checkpoint, unread
 logger = logging.getLogger(__name__)
 
 
-_EXPORTED = ("text_encoder", "transformer", "unet", "vae")
+_EXPORTED = ("controlnet", "text_encoder", "transformer", "unet", "vae")
 """What the names of the models that are exported begin with: safety checkers and image encoders are not."""
 
 _RENAMED = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from trimtab.export import encoders, modules, texts
+from trimtab.export import encoders, texts, transformer_modules
 from trimtab.export.denoisers import caption_width, denoiser_module
 from trimtab.export.parts import (
     ROWS,
@@ -141,7 +141,7 @@ def sana(parts: PipelineParts) -> None:
         "encoder_hidden_states": hidden_example(wrapper.model.config.caption_channels),
         "encoder_attention_mask": Example(texts.example_mask().float(), ("prompts", "tokens")),
     }
-    if isinstance(wrapper, modules.SanaSprintTransformer):
+    if isinstance(wrapper, transformer_modules.SanaSprintTransformer):
         parts.read_guidance(inputs)
     parts.denoiser(wrapper, inputs)
     del wrapper

@@ -9,8 +9,14 @@ from __future__ import annotations
 import torch
 
 from trimtab.errors import ExportError
-from trimtab.export import encoders, modules, texts
-from trimtab.export.denoisers import SIZE_CONDITIONS, check_conditions, denoiser_module, denoiser_name
+from trimtab.export import encoders, texts, unet_modules
+from trimtab.export.denoisers import (
+    CONTROLNET,
+    SIZE_CONDITIONS,
+    check_conditions,
+    denoiser_module,
+    denoiser_name,
+)
 from trimtab.export.parts import (
     ROWS,
     PipelineParts,
@@ -23,6 +29,8 @@ from trimtab.export.parts import (
 )
 from trimtab.export.trace import Example
 from trimtab.program import TensorSpec
+
+CONTROL_ENCODER = "control_encoder"
 
 
 def stable_diffusion(parts: PipelineParts) -> None:
@@ -38,12 +46,14 @@ def stable_diffusion(parts: PipelineParts) -> None:
     parts.conditioning = {"encoder_hidden_states": "hidden"}
     strength = {"image-to-image": 0.8, "inpainting": 1.0}
     parts.own_posteriors = True
-    if isinstance(wrapper, modules.GuidedUNet):
+    if isinstance(wrapper, unet_modules.GuidedUNet):
         parts.read_guidance(inputs)
         strength = {}  # an LCM's time steps depend on the strength, not only on where a schedule starts
         if source.pipeline_class == "LatentConsistencyModelPipeline":
             parts.guidance = 8.5
-    elif isinstance(wrapper, modules.InpaintingUNet):
+    elif isinstance(wrapper, unet_modules.ControlledUNet):
+        _read_control(parts, inputs)
+    elif isinstance(wrapper, unet_modules.InpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
     parts.start_from_pictures(strength)
@@ -92,7 +102,11 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.task_guidance = {"inpainting": 7.5}
     if config.time_cond_proj_dim is not None:
         parts.read_guidance(inputs)
-    elif isinstance(wrapper, modules.XLInpaintingUNet):
+    elif isinstance(wrapper, unet_modules.ControlledXLUNet):
+        _read_control(parts, inputs)
+        strength["image-to-image"] = 0.8
+        parts.task_guidance = {}
+    elif isinstance(wrapper, unet_modules.XLInpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
     parts.start_from_pictures(strength)
@@ -128,6 +142,25 @@ def _known_examples(parts: PipelineParts) -> dict[str, Example]:
         "mask": Example(mask, (None, None, *sizes), sample.multiples),
         "masked_latents": Example(torch.randn_like(sample.tensor), ("batch", None, *sizes), sample.multiples),
     }
+
+
+def _read_control(parts: PipelineParts, inputs: dict[str, Example]) -> None:
+    """Of a denoiser with a ControlNet: the picture that it draws along, which is embedded once."""
+    controlnet = parts.source.load(CONTROLNET)
+    sample, unit = inputs["sample"], parts.factor
+    height, width = (side * unit for side in sample.tensor.shape[2:])
+    sizes = Example(
+        torch.rand(1, height, width, 3), (None, "height", "width", None), {"height": unit, "width": unit}
+    )
+    parts.add(CONTROL_ENCODER, encoders.ControlEncoder(controlnet), {"image": sizes}, ["control"])
+    shape = (1, "height", "width", 3)
+    parts.inputs.append(TensorSpec("control_image", "float32", shape, {"kind": "control"}))
+    parts.inputs.append(TensorSpec("control_scale", "float32", (), {"kind": "control_scale"}))
+    parts.call(CONTROL_ENCODER, {"image": "control_image"}, {"control": "control"})
+    parts.conditioning |= {"control": "control", "control_scale": "control_scale"}
+    features = torch.randn(1, controlnet.config.block_out_channels[0], *sample.tensor.shape[2:])
+    inputs["control"] = Example(features, (None, None, "latent_height", "latent_width"), sample.multiples)
+    inputs["control_scale"] = Example(torch.tensor(1.0))
 
 
 def _join_xl_examples(parts: PipelineParts, pooled: int) -> dict[str, Example]:

@@ -42,6 +42,8 @@ class Asked:
     image: str | Path | Image | Pixels | None
     mask: str | Path | Image | Pixels | None
     strength: float | None
+    control: str | Path | Image | Pixels | None
+    control_scale: float | None
 
 
 def check_count(count: int, size: tuple[int, int]) -> None:
@@ -252,6 +254,22 @@ def all_labels(
     labels: list[Any] = [label] if several is None else several
     names = class_names(kinds["label"])
     return tuple(number for value in labels for number in [_class_number(names, value)] * count)
+
+
+def control_scale(kinds: Mapping[str, TensorSpec], picture: object, scale: float | None) -> float:
+    """How much a ControlNet's picture counts, 1 by default; whether there is such a picture where one is needed."""
+    if "control" not in kinds:
+        if picture is not None or scale is not None:
+            raise InputError("a control picture was given and this model draws along none: leave it out")
+        return 1.0
+    if picture is None:
+        raise InputError(
+            "this model draws along a picture and none was given: give control= (--control FILE)"
+        )
+    found = 1.0 if scale is None else number("control scale", scale)
+    if not np.isfinite(np.float32(found)):
+        raise InputError(f"the control scale {found} is not a finite number of 32 bits: give a smaller one")
+    return found
 
 
 def _class_number(names: Mapping[str, int], label: int | str) -> int:

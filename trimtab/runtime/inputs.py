@@ -37,6 +37,8 @@ class Request:
         guidance: The guidance scale.
         image: (1, height, width, 3) in 0..1, or None.
         mask: (1, height, width, 1) in 0..1, or None.
+        control: (1, height, width, 3) in 0..1, what a ControlNet draws along, or None.
+        control_scale: How much it does.
         noise: Where all random numbers come from, in the order of the task's inputs and steps.
     """
 
@@ -50,6 +52,8 @@ class Request:
     guidance: float = 1.0
     image: Array | None = None
     mask: Array | None = None
+    control: Array | None = None
+    control_scale: float = 1.0
     tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
 
     @property
@@ -265,6 +269,18 @@ def _mask(spec: TensorSpec, request: Request) -> Array:
     return request.mask
 
 
+def _control(spec: TensorSpec, request: Request) -> Array:
+    if request.control is None:
+        raise InputError(
+            "this task needs a control picture and none was given: give control= (--control FILE)"
+        )
+    return request.control
+
+
+def _control_scale(spec: TensorSpec, request: Request) -> Array:
+    return np.array(request.control_scale, np.float32)
+
+
 def stand_ins(inputs: Iterable[TensorSpec], size: tuple[int, int]) -> dict[str, Any]:
     """What stands in for a user's wishes in the tasks that need them: any picture; a grey one, to be drawn anew whole.
 
@@ -273,16 +289,18 @@ def stand_ins(inputs: Iterable[TensorSpec], size: tuple[int, int]) -> dict[str, 
         size: (width, height) in pixels.
 
     Returns:
-        ``prompt``, ``label``, ``image`` and ``mask`` as `trimtab.runtime.load.Pipeline.prepare` takes them, as far as
-        the task has them.
+        ``prompt``, ``label``, ``image``, ``mask`` and ``control`` as `trimtab.runtime.load.Pipeline.prepare` takes
+        them, as far as the task has them.
     """
     kinds = {spec.source.get("kind") for spec in inputs}
     width, height = size
+    grey = np.full((height, width, 3), 0.5, np.float32)
     made = {
         "tokens": ("prompt", "a picture"),
         "label": ("label", 0),
-        "image": ("image", np.full((height, width, 3), 0.5, np.float32)),
+        "image": ("image", grey),
         "mask": ("mask", np.ones((height, width, 1), np.float32)),
+        "control": ("control", grey),
     }
     return dict(made[kind] for kind in made if kind in kinds)
 
@@ -305,6 +323,8 @@ SOURCES: Mapping[str, Callable[[TensorSpec, Request], Array]] = {
     "posterior_noise": _posterior_noise,
     "image": _image,
     "mask": _mask,
+    "control": _control,
+    "control_scale": _control_scale,
     "window_shifts": _window_shifts,
 }
 """Kind of input -> what makes it."""

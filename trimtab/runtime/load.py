@@ -22,6 +22,7 @@ from trimtab.runtime.arguments import (
     all_texts,
     check_count,
     choose_schedule,
+    control_scale,
     for_size,
     guidance_scale,
     number,
@@ -160,6 +161,8 @@ class Pipeline:
         image: str | Path | Image | Pixels | None = None,
         mask: str | Path | Image | Pixels | None = None,
         strength: float | None = None,
+        control: str | Path | Image | Pixels | None = None,
+        control_scale: float | None = None,
         on_step: OnStep | None = None,
     ) -> Result:
         """Makes pictures. Threads that share a pipeline take turns.
@@ -177,6 +180,9 @@ class Pipeline:
             image: A picture to start from (a file, PIL, or (height, width, 3) in 0..1).
             mask: Where to draw anew (white), as a file, PIL, or (height, width, 1) in 0..1.
             strength: How much of ``image`` is lost, in 0..1; None for the model's default.
+            control: What a model with a ControlNet draws along, as a file, PIL, or (height, width, 3) in 0..1:
+                edges, depth or a pose, whatever the ControlNet was trained on.
+            control_scale: How much it counts; None for 1.
             on_step: Told (steps done, steps in all). It may raise to end the call, and may not draw with this pipeline.
 
         Raises:
@@ -185,7 +191,19 @@ class Pipeline:
             TargetError: An engine failed, or gave numbers that are not finite.
         """
         asked = Asked(
-            prompt, negative_prompt, label, guidance, seed, count, size, schedule, image, mask, strength
+            prompt,
+            negative_prompt,
+            label,
+            guidance,
+            seed,
+            count,
+            size,
+            schedule,
+            image,
+            mask,
+            strength,
+            control,
+            control_scale,
         )
         with self._turn:
             if self._drawing:  # this thread, from within on_step
@@ -224,6 +242,8 @@ class Pipeline:
         image: str | Path | Image | Pixels | None = None,
         mask: str | Path | Image | Pixels | None = None,
         strength: float | None = None,
+        control: str | Path | Image | Pixels | None = None,
+        control_scale: float | None = None,
     ) -> tuple[Request, Plan, dict[str, Any]]:
         """What `__call__` runs: the request, the plan for it, and the settings that make the picture again.
 
@@ -234,7 +254,19 @@ class Pipeline:
         """
         requests, plan, settings = self._prepare(
             Asked(
-                prompt, negative_prompt, label, guidance, seed, count, size, schedule, image, mask, strength
+                prompt,
+                negative_prompt,
+                label,
+                guidance,
+                seed,
+                count,
+                size,
+                schedule,
+                image,
+                mask,
+                strength,
+                control,
+                control_scale,
             )
         )
         if settings.pop("count") != requests[0].batch:
@@ -256,6 +288,7 @@ class Pipeline:
         labels = all_labels(kinds, asked.label, asked.count)
         batch = len(prompts) or len(labels) or asked.count
         scale, rows = guidance_scale(task, kinds, asked.guidance)
+        control = control_scale(kinds, asked.control, asked.control_scale)
         seeds = all_seeds(asked.seed, batch)
         negative = asked.negative_prompt
         whole = Request(
@@ -269,6 +302,8 @@ class Pipeline:
             guidance=scale,
             image=None if asked.image is None else read_image(asked.image, size),
             mask=None if asked.mask is None else read_image(asked.mask, size, gray=True),
+            control=None if asked.control is None else read_image(asked.control, size),
+            control_scale=control,
             tokenizers=self._load_tokenizers(),
         )
         requests = fit(whole, self._sizes, contents)
@@ -292,6 +327,7 @@ class Pipeline:
             "size": f"{size[0]}x{size[1]}",
             "tile": self._tile,
             "strength": task.strength if asked.strength is None else number("strength", asked.strength),
+            "control_scale": control if "control" in kinds else None,
             "model": contents.metadata.get("pipeline"),
             "trimtab": contents.version,
             "count": batch,

@@ -1,0 +1,218 @@
+"""The U-Nets that are traced, each behind its graph's interface (`trimtab.export.modules`)."""
+
+# The wrapped models are untyped, and forwards differ by design.
+# mypy: disable-error-code="no-any-return, override"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab.export.modules import Denoiser, pixels
+
+
+def _with_known(sample: Tensor, mask: Tensor, masked_latents: Tensor) -> Tensor:
+    """What an inpainting U-Net reads: the sample, the mask and the masked picture, stacked along channels.
+
+    One mask (1, 1, h, w) serves the batch; the batch of masked_latents (batch, C, h, w) serves every guidance
+    row of the sample (rows * batch, C, h, w).
+    """
+    known = torch.cat([mask.expand(masked_latents.shape[0], -1, -1, -1), masked_latents], dim=1)
+    return torch.cat([sample, known.repeat(sample.shape[0] // known.shape[0], 1, 1, 1)], dim=1)
+
+
+class ConditionalUNet(Denoiser):
+    """UNet2DConditionModel of Stable Diffusion 1.x and 2.x."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+class InpaintingUNet(Denoiser):
+    """A U-Net that reads the mask and the masked picture's latents beside the sample (4 + 1 + 4 channels)."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        mask: Tensor,
+        masked_latents: Tensor,
+    ) -> Tensor:
+        sample = _with_known(sample, mask, masked_latents)
+        return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
+
+
+def _guidance_frequencies(width: int) -> Tensor:
+    """The frequencies of a guidance scale's embedding, (width // 2,).
+
+    They are made before the trace: the scale is multiplied by 1000, so that the last bit of an exponential, which
+    ONNX Runtime and torch round differently, is 2e-4 in the embedding of 7.5.
+    """
+    half = width // 2
+    exponent = torch.arange(half, dtype=torch.float32) * -(torch.full((), 10000.0).log() / (half - 1))
+    return torch.exp(exponent)
+
+
+def _guidance_embedding(guidance: Tensor, sample: Tensor, frequencies: Tensor, width: int) -> Tensor:
+    """A scalar guidance scale as sines and cosines, (rows, width) (Luo et al. 2023, sec. 4.2)."""
+    angle = (guidance - 1.0) * 1000.0 * frequencies[None]
+    embedding = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+    embedding = nn.functional.pad(embedding, (0, width - 2 * len(frequencies)))
+    return embedding.expand(sample.shape[0], -1)
+
+
+class GuidedUNet(Denoiser):
+    """An LCM's U-Net, which reads the guidance scale."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self.width = self.model.config.time_cond_proj_dim
+        self.frequencies = _guidance_frequencies(self.width)
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, guidance: Tensor
+    ) -> Tensor:
+        embedding = _guidance_embedding(guidance, sample, self.frequencies, self.width)
+        return self.model(
+            sample, timestep, encoder_hidden_states, timestep_cond=embedding, return_dict=False
+        )[0]
+
+
+def _time_ids(sample: Tensor, factor: int) -> Tensor:
+    """SDXL's size conditioning, (rows, 6): the picture is drawn whole, at the size asked for."""
+    height, width = pixels(sample, factor)
+    crop = torch.zeros_like(height)
+    return torch.cat([height, width, crop, crop, height, width], dim=1)
+
+
+class XLUNet(Denoiser):
+    """SDXL's U-Net.
+
+    Distilled into an LCM, it reads the guidance scale too.
+    """
+
+    def __init__(self, model: nn.Module, factor: int) -> None:
+        super().__init__(model)
+        self.factor = factor
+        self.width = self.model.config.time_cond_proj_dim
+        self.frequencies = None if self.width is None else _guidance_frequencies(self.width)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        embedding = None
+        if guidance is not None and self.frequencies is not None:
+            embedding = _guidance_embedding(guidance, sample, self.frequencies, self.width)
+        return self.model(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            timestep_cond=embedding,
+            added_cond_kwargs={"text_embeds": text_embeds, "time_ids": _time_ids(sample, self.factor)},
+            return_dict=False,
+        )[0]
+
+
+class XLInpaintingUNet(XLUNet):
+    """SDXL's U-Net with 9 input channels."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        mask: Tensor,
+        masked_latents: Tensor,
+    ) -> Tensor:
+        sample = _with_known(sample, mask, masked_latents)
+        return super().forward(sample, timestep, encoder_hidden_states, text_embeds)
+
+
+def _without_embedding(controlnet: Any) -> Any:
+    """A ControlNet that is given its picture embedded already: that is computed once, and not in every step."""
+    controlnet.controlnet_cond_embedding = nn.Identity()
+    controlnet.register_to_config(controlnet_conditioning_channel_order="rgb")
+    return controlnet
+
+
+class ControlledUNet(Denoiser):
+    """A U-Net of Stable Diffusion 1.x or 2.x, and a ControlNet whose features are added to its skips.
+
+    control: (1, C, h, w), of `trimtab.export.encoders.ControlEncoder`; control_scale: a scalar.
+    """
+
+    def __init__(self, model: nn.Module, controlnet: nn.Module) -> None:
+        super().__init__(model)
+        self.controlnet = _without_embedding(controlnet)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        control: Tensor,
+        control_scale: Tensor,
+    ) -> Tensor:
+        return self._controlled(sample, timestep, encoder_hidden_states, control, control_scale)
+
+    def _controlled(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        control: Tensor,
+        control_scale: Tensor,
+        **conditions: Any,
+    ) -> Tensor:
+        down, middle = self.controlnet(
+            sample, timestep, encoder_hidden_states, control, control_scale, **conditions, return_dict=False
+        )
+        return self.model(
+            sample,
+            timestep,
+            encoder_hidden_states,
+            **conditions,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            return_dict=False,
+        )[0]
+
+
+class ControlledXLUNet(ControlledUNet):
+    """The same of SDXL; both models are told the picture's size."""
+
+    def __init__(self, model: nn.Module, controlnet: nn.Module, factor: int) -> None:
+        super().__init__(model, controlnet)
+        self.factor = factor
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        control: Tensor,
+        control_scale: Tensor,
+    ) -> Tensor:
+        told = {"text_embeds": text_embeds, "time_ids": _time_ids(sample, self.factor)}
+        return self._controlled(
+            sample, timestep, encoder_hidden_states, control, control_scale, added_cond_kwargs=told
+        )
+
+
+class PixelUNet(Denoiser):
+    """An unconditional UNet2DModel."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        if self.model.config.time_embedding_type == "learned":  # a row of a table
+            timestep = timestep.to(torch.int64)
+        return self.model(sample, timestep, return_dict=False)[0]
