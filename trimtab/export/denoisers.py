@@ -7,9 +7,27 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from trimtab.errors import ExportError, InputError, TrimtabError
-from trimtab.export import transformer_modules, unet_modules
 from trimtab.export.modules import Denoiser
 from trimtab.export.source import Source
+from trimtab.export.transformer_modules import (
+    CONDITIONED_SIZE,
+    ClassTransformer,
+    FluxTransformer,
+    PixArtTransformer,
+    SanaSprintTransformer,
+    SanaTransformer,
+    SD3Transformer,
+)
+from trimtab.export.unet_modules import (
+    ConditionalUNet,
+    ControlledUNet,
+    ControlledXLUNet,
+    GuidedUNet,
+    InpaintingUNet,
+    PixelUNet,
+    XLInpaintingUNet,
+    XLUNet,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +151,7 @@ def caption_width(transformer: Any) -> int:
 
 def _pixel_unet(source: Source, unet: Any) -> Denoiser:
     _check_classes(unet)
-    return unet_modules.PixelUNet(unet)
+    return PixelUNet(unet)
 
 
 def _check_classes(unet: Any) -> None:
@@ -170,13 +188,13 @@ def _unet(source: Source, unet: Any) -> Denoiser:
     _check_told(unet, addition_embed_type="text")
     inpainting = _reads_mask(source, unet)
     if unet.config.time_cond_proj_dim is not None:
-        return unet_modules.GuidedUNet(unet)
-    return unet_modules.InpaintingUNet(unet) if inpainting else unet_modules.ConditionalUNet(unet)
+        return GuidedUNet(unet)
+    return InpaintingUNet(unet) if inpainting else ConditionalUNet(unet)
 
 
 def _xl_unet(source: Source, unet: Any) -> Denoiser:
     _check_told(unet)
-    wrapper = unet_modules.XLInpaintingUNet if _reads_mask(source, unet) else unet_modules.XLUNet
+    wrapper = XLInpaintingUNet if _reads_mask(source, unet) else XLUNet
     return wrapper(unet, latent_space(source)[1])
 
 
@@ -204,29 +222,29 @@ def _check_channels(source: Source, transformer: Any, packed: int = 1, variance:
 
 def _sd3(source: Source, transformer: Any) -> Denoiser:
     _check_channels(source, transformer)
-    return transformer_modules.SD3Transformer(transformer)
+    return SD3Transformer(transformer)
 
 
 def _flux(source: Source, transformer: Any) -> Denoiser:
     _check_channels(source, transformer, packed=4)
-    return transformer_modules.FluxTransformer(transformer)
+    return FluxTransformer(transformer)
 
 
 def _dit(source: Source, transformer: Any) -> Denoiser:
     _check_channels(source, transformer, variance=True)
-    return transformer_modules.ClassTransformer(transformer)
+    return ClassTransformer(transformer)
 
 
 def _pixart(source: Source, transformer: Any) -> Denoiser:
     sample_size = transformer.config.sample_size
-    if transformer.use_additional_conditions and sample_size != transformer_modules.CONDITIONED_SIZE:
+    if transformer.use_additional_conditions and sample_size != CONDITIONED_SIZE:
         raise ExportError(
             f"the transformer reads the picture's size (use_additional_conditions) and has sample_size {sample_size}, "
-            f"and PixArt's pipeline tells it to models of {transformer_modules.CONDITIONED_SIZE}: save it with the right one"
+            f"and PixArt's pipeline tells it to models of {CONDITIONED_SIZE}: save it with the right one"
         )
     _check_channels(source, transformer, variance=True)
     caption_width(transformer)  # refuses one that reads no text
-    return transformer_modules.PixArtTransformer(transformer, latent_space(source)[1])
+    return PixArtTransformer(transformer, latent_space(source)[1])
 
 
 def _sana(source: Source, transformer: Any) -> Denoiser:
@@ -242,23 +260,19 @@ def _sana(source: Source, transformer: Any) -> Denoiser:
             "the transformer has no cross_attention_dim, so that it reads no text, and Sana's pipeline draws from one: "
             "give another pipeline"
         )
-    return (
-        transformer_modules.SanaSprintTransformer(transformer)
-        if sprint
-        else transformer_modules.SanaTransformer(transformer)
-    )
+    return SanaSprintTransformer(transformer) if sprint else SanaTransformer(transformer)
 
 
 def _controlled_unet(source: Source, unet: Any, controlnet: Any) -> Denoiser:
     plain = _unet(source, unet)
     _check_controlled(source, plain, controlnet)
-    return unet_modules.ControlledUNet(unet, controlnet)
+    return ControlledUNet(unet, controlnet)
 
 
 def _controlled_xl_unet(source: Source, unet: Any, controlnet: Any) -> Denoiser:
     plain = _xl_unet(source, unet)
     _check_controlled(source, plain, controlnet)
-    return unet_modules.ControlledXLUNet(unet, controlnet, latent_space(source)[1])
+    return ControlledXLUNet(unet, controlnet, latent_space(source)[1])
 
 
 def _check_controlled(source: Source, unet: Denoiser, controlnet: Any) -> None:
@@ -267,10 +281,7 @@ def _check_controlled(source: Source, unet: Denoiser, controlnet: Any) -> None:
     Raises:
         ExportError: With the reason.
     """
-    if (
-        type(unet) not in (unet_modules.ConditionalUNet, unet_modules.XLUNet)
-        or unet.model.config.time_cond_proj_dim
-    ):
+    if type(unet) not in (ConditionalUNet, XLUNet) or unet.model.config.time_cond_proj_dim:
         raise ExportError(
             "the U-Net reads a mask or the guidance scale, and a ControlNet is supported beside a plain one: give that"
         )

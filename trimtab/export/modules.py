@@ -27,7 +27,7 @@ class Denoiser(nn.Module):
         self.model = model
 
 
-def rows(timestep: Tensor, sample: Tensor) -> Tensor:
+def timestep_rows(timestep: Tensor, sample: Tensor) -> Tensor:
     """The scalar time step as one value a row: (rows,)."""
     return timestep.reshape(1).expand(sample.shape[0])
 

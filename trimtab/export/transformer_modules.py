@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.export.modules import Denoiser, pixels, rows
+from trimtab.export.modules import Denoiser, pixels, timestep_rows
 
 
 class ClassTransformer(Denoiser):
@@ -18,7 +18,7 @@ class ClassTransformer(Denoiser):
 
     def forward(self, sample: Tensor, timestep: Tensor, class_labels: Tensor) -> Tensor:
         prediction = self.model(
-            sample, timestep=rows(timestep, sample), class_labels=class_labels, return_dict=False
+            sample, timestep=timestep_rows(timestep, sample), class_labels=class_labels, return_dict=False
         )[0]
         return prediction[:, : sample.shape[1]]
 
@@ -86,7 +86,7 @@ class PixArtTransformer(Denoiser):
             sample,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=_text_bias(sample, encoder_attention_mask, self.model.config.patch_size),
-            timestep=rows(timestep, sample),
+            timestep=timestep_rows(timestep, sample),
             added_cond_kwargs=conditions,
             return_dict=False,
         )[0]
@@ -113,7 +113,7 @@ class SanaTransformer(Denoiser):
             sample,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=_text_bias(sample, encoder_attention_mask, config.patch_size),
-            timestep=rows(timestep, sample) * config.timestep_scale,
+            timestep=timestep_rows(timestep, sample) * config.timestep_scale,
             return_dict=False,
         )[0]
         return prediction[:, : sample.shape[1]]
@@ -142,7 +142,7 @@ class SanaSprintTransformer(SanaTransformer):
             sample,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=_text_bias(sample, encoder_attention_mask, config.patch_size),
-            timestep=rows(time, sample),
+            timestep=timestep_rows(time, sample),
             guidance=(guidance * config.guidance_embeds_scale).reshape(1).expand(sample.shape[0]),
             return_dict=False,
         )[0]
@@ -157,7 +157,7 @@ class SD3Transformer(Denoiser):
     ) -> Tensor:
         return self.model(
             hidden_states=sample,
-            timestep=rows(timestep, sample),
+            timestep=timestep_rows(timestep, sample),
             encoder_hidden_states=encoder_hidden_states,
             pooled_projections=pooled_projections,
             return_dict=False,
@@ -185,7 +185,7 @@ class FluxTransformer(Denoiser):
         prediction = self.model(
             hidden_states=packed,
             # The model multiplies by 1000 again.
-            timestep=rows(timestep, sample) / 1000,
+            timestep=timestep_rows(timestep, sample) / 1000,
             guidance=None if guidance is None else guidance.reshape(1).expand(rows),
             pooled_projections=pooled_projections,
             encoder_hidden_states=encoder_hidden_states,
