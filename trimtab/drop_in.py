@@ -110,9 +110,8 @@ class Denoiser(torch.nn.Module):
         given |= given.pop("added_cond_kwargs", None) or {}
         sample: Tensor = given.pop("sample", None) if "sample" in given else given.pop("hidden_states")
         timesteps = torch.as_tensor(given.pop("timestep"), dtype=torch.float32).reshape(-1)
-        timestep = timesteps[0] / (
-            getattr(self.config, "timestep_scale", None) or 1
-        )  # Sana's graph scales it
+        # Sana's pipeline scales the time step for its model, and the graph does so itself.
+        timestep = timesteps[0] / (getattr(self.config, "timestep_scale", None) or 1)
         if (timesteps != timesteps[0]).any():
             raise InputError(
                 f"{len(timesteps)} different time steps were given and the graph reads one: give one"

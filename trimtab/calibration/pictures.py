@@ -136,7 +136,7 @@ def check_takes_pictures(pipeline: Pipeline) -> None:
             "own trajectories"
         )
     kinds = {spec.source.get("kind") for spec in contents.tasks[pipeline.tasks[0]].inputs}
-    if "tokens" not in kinds or kinds & {"image", "mask"}:
+    if "tokens" not in kinds or kinds & {"image", "mask", "control"}:
         raise InputError(
             "this model does not draw from a caption alone: train without data, on its trajectories"
         )
