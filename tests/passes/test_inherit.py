@@ -253,7 +253,7 @@ def test_branches_of_the_published_architectures_are_deepcaches(name: str, block
     import tiny
     import torch
 
-    from trimtab.export.modules import ConditionalUNet
+    from trimtab.export.unet_modules import ConditionalUNet
     from trimtab.export.parts import hidden_example, sample_example, timestep_example
     from trimtab.export.trace import trace
 
