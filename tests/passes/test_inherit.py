@@ -253,9 +253,9 @@ def test_branches_of_the_published_architectures_are_deepcaches(name: str, block
     import tiny
     import torch
 
-    from trimtab.export.unet_modules import ConditionalUNet
     from trimtab.export.parts import hidden_example, sample_example, timestep_example
     from trimtab.export.trace import trace
+    from trimtab.export.unet_modules import ConditionalUNet
 
     inputs = {
         "sample": sample_example(4),
@@ -344,9 +344,10 @@ def test_regions_that_share_blocks_skip_the_blocks_that_they_name(regions: tuple
         ("sd15", "cross-attention"),
         ("dit", "layers"),
         ("dit", "feed-forward"),
+        ("controlnet", "branch 0"),
         *(
             (family, skip)
-            for family in ("sd3", "flux", "pixart_sigma")
+            for family in ("sd3", "flux", "pixart_sigma", "sana")
             for skip in ("layers", "self-attention", "blocks 0-0")
         ),
     ],
@@ -381,6 +382,8 @@ def test_inheriting_from_the_same_step_equals_the_full_pass(
     options: dict[str, Any] = {"label": 1} if family == "dit" else {"prompt": "a"}
     if family == "flux":
         options["size"] = (64, 64)
+    if family == "controlnet":
+        options["control"] = np.full((64, 64, 3), 0.5, np.float32)
     with draft(program, tmp_path) as pipe:
         request, plan, _ = pipe.prepare(seed=0, **options)
         plan.run(request)
