@@ -1,6 +1,6 @@
-"""Pipelines of the size of Stable Diffusion 1.5, DiT-XL/2 or PixArt, with random weights: benchmarks need no download.
+"""Pipelines of the size of Stable Diffusion 1.5, DiT-XL/2, PixArt or Sana, with random weights: nothing is downloaded.
 
-    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|dit|pixart|none] [--half]
+    python benchmarks/models.py FOLDER [--part unet|vae|whole|narrow|dit|pixart|sana|none] [--half]
 
 A part that is not wanted at its real size is made tiny, so that the folder is a whole pipeline all the same.
 Random weights cost the same time and memory as trained ones.
@@ -45,7 +45,7 @@ def make(folder: Path, part: str, *, half: bool = False) -> None:
         folder: Where to.
         part: What is made at its real size: "unet", "vae", "whole" or "none"; "narrow" is a U-Net of the real one's
             depth and levels, a tenth of its width and half its side. "dit" is DiT-XL/2 for 256x256 pixels instead,
-            "pixart" PixArt-Sigma's transformer for the same.
+            "pixart" PixArt-Sigma's transformer for the same, "sana" that of Sana of 0.6 billion for 512x512.
         half: In FP16.
 
     Raises:
@@ -63,8 +63,8 @@ def _write(folder: Path, part: str, half: bool) -> None:
 
     logging.set_verbosity_error()
     torch.manual_seed(0)
-    if part in ("dit", "pixart"):
-        pipeline = _dit() if part == "dit" else _pixart()
+    if part in ("dit", "pixart", "sana"):
+        pipeline = {"dit": _dit, "pixart": _pixart, "sana": _sana}[part]()
         pipeline.to(torch.float16 if half else torch.float32).save_pretrained(folder)
         return
     whole, real, real_vae = part == "whole", part in ("whole", "unet"), part in ("whole", "vae")
@@ -169,6 +169,47 @@ def _pixart() -> Any:
     )
 
 
+def _sana() -> Any:
+    """Sana of 0.6 billion for 512x512 pixels, with a Gemma of one thin layer and a tiny decoder."""
+    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
+    from transformers import Gemma2Config, Gemma2Model
+
+    transformer = SanaTransformer2DModel(
+        num_layers=28,
+        num_attention_heads=36,
+        attention_head_dim=32,
+        num_cross_attention_heads=16,
+        cross_attention_head_dim=72,
+        cross_attention_dim=1152,
+        caption_channels=2304,
+        sample_size=16,
+    )
+    text = Gemma2Config(
+        vocab_size=100,
+        hidden_size=2304,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    levels: dict[str, Any] = {}
+    for side in ("encoder", "decoder"):
+        levels[f"{side}_block_types"] = ("ResBlock",) * 5 + ("EfficientViTBlock",)
+        levels[f"{side}_block_out_channels"] = (8, 8, 16, 16, 32, 32)
+        levels[f"{side}_layers_per_block"] = (1,) * 6
+        levels[f"{side}_qkv_multiscales"] = ((),) * 5 + ((5,),)
+    return SanaPipeline(
+        transformer=transformer,
+        vae=AutoencoderDC(attention_head_dim=8, **levels),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        text_encoder=Gemma2Model(text),
+        tokenizer=_gemma_tokenizer(),
+    )
+
+
 def _vae(real: bool, size: int) -> Any:
     from diffusers import AutoencoderKL
 
@@ -210,13 +251,28 @@ def _t5_tokenizer() -> Any:
     )
 
 
+def _gemma_tokenizer() -> Any:
+    """One shaped like Gemma's: a token a letter, <bos> at the start, <pad> behind."""
+    from tokenizers import Tokenizer, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<pad>", "<bos>", "<unk>", *string.ascii_letters, *string.digits, *" .,:-"]
+    words = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, [], unk_token="<unk>"))
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, bos_token="<bos>", unk_token="<unk>", pad_token="<pad>"
+    )
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--part", choices=("unet", "vae", "whole", "narrow", "dit", "pixart", "none"), default="none"
+        "--part",
+        choices=("unet", "vae", "whole", "narrow", "dit", "pixart", "sana", "none"),
+        default="none",
     )
     parser.add_argument("--half", action="store_true", help="in FP16")
     arguments = parser.parse_args()
