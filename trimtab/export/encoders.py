@@ -74,8 +74,9 @@ class InstructedText(nn.Module):
     """A language model that reads an instruction before the prompt: tokens -> ``kept`` hidden states, and their mask.
 
     Of rows with the instruction the first token and the last are kept, which leaves the instruction out; of others the
-    first (Sana, sec. 3.1; diffusers' ``select_index``). Negative prompts come without it and are encoded here at the
-    same length: a token of a causal model sees none behind it, so that what is kept is what diffusers has.
+    first (Xie et al. 2024, https://arxiv.org/abs/2410.10629, as in diffusers). Negative prompts come without it and are
+    encoded here at the same length: a token of a causal model sees none behind it, so that what is kept is what
+    diffusers has.
 
     Args:
         model: A decoder of transformers, without its head.

@@ -122,7 +122,7 @@ class SanaTransformer(Denoiser):
 class SanaSprintTransformer(SanaTransformer):
     """A Sana of few steps. Trained on flow matching, it is run as TrigFlow, in whose angles its time steps are.
 
-    As diffusers' pipeline does around it (Chen et al. 2025, https://arxiv.org/abs/2503.09641, sec. 3.1): a sample of
+    As diffusers' pipeline does around it (Chen et al. 2025, https://arxiv.org/abs/2503.09641): a sample of
     cos(t) picture and sin(t) noise is scaled to one of (1 - s) picture and s noise, and the answer back.
     """
 

@@ -34,7 +34,7 @@ CONTROL_ENCODER = "control_encoder"
 
 
 def stable_diffusion(parts: PipelineParts) -> None:
-    """Stable Diffusion 1.x and 2.x, and LCM: one CLIP, a U-Net, a VAE."""
+    """Stable Diffusion 1.x and 2.x, with a ControlNet or without, and LCM: one CLIP, a U-Net, a VAE."""
     source = parts.source
     texts.clip(parts, "", "last", None, masks=True)
     wrapper = denoiser_module(source)
@@ -104,8 +104,7 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
         parts.read_guidance(inputs)
     elif isinstance(wrapper, unet_modules.ControlledXLUNet):
         _read_control(parts, inputs)
-        strength["image-to-image"] = 0.8
-        parts.task_guidance = {}
+        strength["image-to-image"], parts.task_guidance = 0.8, {}  # as its own pipelines have it
     elif isinstance(wrapper, unet_modules.XLInpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
@@ -149,10 +148,10 @@ def _read_control(parts: PipelineParts, inputs: dict[str, Example]) -> None:
     controlnet = parts.source.load(CONTROLNET)
     sample, unit = inputs["sample"], parts.factor
     height, width = (side * unit for side in sample.tensor.shape[2:])
-    sizes = Example(
+    image = Example(
         torch.rand(1, height, width, 3), (None, "height", "width", None), {"height": unit, "width": unit}
     )
-    parts.add(CONTROL_ENCODER, encoders.ControlEncoder(controlnet), {"image": sizes}, ["control"])
+    parts.add(CONTROL_ENCODER, encoders.ControlEncoder(controlnet), {"image": image}, ["control"])
     shape = (1, "height", "width", 3)
     parts.inputs.append(TensorSpec("control_image", "float32", shape, {"kind": "control"}))
     parts.inputs.append(TensorSpec("control_scale", "float32", (), {"kind": "control_scale"}))
