@@ -46,6 +46,15 @@ def test_prompts_are_written_as_the_model_reads_them_and_negative_ones_without_a
     assert make_input(mask, asked).sum(1).tolist() == [len(row) for row in rows]
 
 
+@pytest.mark.parametrize(("length", "warned"), [(1, True), (2, False), (LENGTH, False)])
+def test_a_negative_prompt_of_which_less_is_read_than_of_others_is_cut_with_a_warning(
+    length: int, warned: bool, asked: Request, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = {"kind": "tokens", "tokenizer": "letters", "prefix": "A: ", "negative_length": length}
+    make_input(TensorSpec("tokens", "int64", ("rows*batch", LENGTH), source), asked)
+    assert (f"the negative prompt is longer than the {length} tokens" in caplog.text) == warned
+
+
 @pytest.mark.parametrize(("rows", "positive"), [(2, [0, 0, 1, 1]), (1, [1, 1])])
 def test_rows_of_negative_prompts_are_told_from_the_others(rows: int, positive: list[int]) -> None:
     spec = TensorSpec("positive", "float32", ("rows*batch", 1), {"kind": "positive"})

@@ -163,13 +163,14 @@ class PipelineParts(Parts):
         mask: bool = False,
         length_of: str | None = None,
         padding_side: str | None = None,
-        **prompt: str | bool,
+        **prompt: str | bool | int,
     ) -> None:
         """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted.
 
         ``length_of``: a tokenizer whose own length is kept to where it is smaller.
         ``padding_side``: "right" or "left", where the pipeline says another than the tokenizer.
-        ``prompt``: What is made of prompts first: in ``lowercase``, a ``prefix`` before those that are not negative.
+        ``prompt``: What is made of prompts first: in ``lowercase``, a ``prefix`` before those that are not negative, of
+        which ``negative_length`` tokens are read.
         """
         loaded = self.source.load(tokenizer)
         if length_of is not None:

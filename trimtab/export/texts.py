@@ -75,7 +75,14 @@ def instructed(parts: PipelineParts, kept: int, instruction: str) -> None:
     """
     length = len(parts.source.load("tokenizer").encode(instruction)) + kept - 2
     parts.tokens(
-        "tokens", "tokenizer", length, mask=True, padding_side="right", lowercase=True, prefix=instruction
+        "tokens",
+        "tokenizer",
+        length,
+        mask=True,
+        padding_side="right",
+        lowercase=True,
+        prefix=instruction,
+        negative_length=kept,
     )
     parts.inputs.append(TensorSpec("positive", "float32", ("rows*batch", 1), {"kind": "positive"}))
     tokens = torch.randint(3, 10, (ROWS, length))

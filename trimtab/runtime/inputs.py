@@ -7,6 +7,7 @@ is in the options beside the kind.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from trimtab.program import TensorSpec
 from trimtab.runtime.noise import NoiseGenerator
 from trimtab.runtime.tokenizer import Tokenizer
 from trimtab.shapes import shape
+
+logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 
@@ -175,7 +178,14 @@ def _tokenizer(spec: TensorSpec, request: Request) -> Tokenizer:
 
 
 def _tokens(spec: TensorSpec, request: Request) -> Array:
-    return _tokenizer(spec, request).encode(_texts(spec, request))[0]
+    ids, mask = _tokenizer(spec, request).encode(_texts(spec, request))
+    if request.rows == 2 and "negative_length" in spec.source:  # they have less room than what has a prefix
+        kept = _whole(spec, "negative_length")
+        if mask[: request.batch, kept:].any():
+            logger.warning(
+                "the negative prompt is longer than the %d tokens that are read of it and was cut", kept
+            )
+    return ids
 
 
 def _token_mask(spec: TensorSpec, request: Request) -> Array:
