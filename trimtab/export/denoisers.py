@@ -34,10 +34,6 @@ logger = logging.getLogger(__name__)
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 """Of the others, ConsistencyDecoderVAE samples, and AsymmetricAutoencoderKL reads the picture beside the latents."""
 
-_LEVELS = ("block_out_channels", "decoder_block_out_channels")
-"""Where an autoencoder's configuration has an entry for each level. AutoencoderTiny and AutoencoderDC have two lists,
-of which diffusers writes the former's once more under the name of others'."""
-
 CONTROLNET = "controlnet"
 """The component of a pipeline that draws along a picture."""
 
@@ -65,9 +61,10 @@ def latent_space(source: Source) -> tuple[int, int]:
         )
     try:
         if name == "vae":
-            levels = next(filter(None, map(config.get, _LEVELS)), None)
-            if levels is None:
-                raise KeyError(_LEVELS[0])
+            # AutoencoderTiny and AutoencoderDC have two lists; the former's is written once more under others' name.
+            levels = config.get("block_out_channels") or config.get("decoder_block_out_channels")
+            if not levels:
+                raise KeyError("block_out_channels")
             return int(config["latent_channels"]), 2 ** (len(levels) - 1)
         return int(config["in_channels"]), 1
     except (KeyError, TypeError, ValueError) as error:
@@ -139,14 +136,18 @@ def caption_width(transformer: Any) -> int:
     Raises:
         ExportError: It reads no text.
     """
+    _check_reads_text(transformer, "PixArt")
     config = transformer.config
-    width = config.cross_attention_dim if config.caption_channels is None else config.caption_channels
-    if width is None or config.cross_attention_dim is None:
+    return int(config.cross_attention_dim if config.caption_channels is None else config.caption_channels)
+
+
+def _check_reads_text(transformer: Any, name: str) -> None:
+    """Raises ExportError for a transformer without attention to the text, which its pipeline draws from."""
+    if transformer.config.cross_attention_dim is None:
         raise ExportError(
-            "the transformer has no cross_attention_dim, so that it reads no text, and PixArt's pipeline draws from "
-            "one: give another pipeline"
+            "the transformer has no cross_attention_dim, so that it reads no text, and "
+            f"{name}'s pipeline draws from one: give another pipeline"
         )
-    return int(width)
 
 
 def _pixel_unet(source: Source, unet: Any) -> Denoiser:
@@ -255,11 +256,7 @@ def _sana(source: Source, transformer: Any) -> Denoiser:
             f"the transformer has guidance_embeds {transformer.config.guidance_embeds}, and {source.pipeline_class} "
             f"runs one {'with' if sprint else 'without'} it: give another pipeline"
         )
-    if transformer.config.cross_attention_dim is None:
-        raise ExportError(
-            "the transformer has no cross_attention_dim, so that it reads no text, and Sana's pipeline draws from one: "
-            "give another pipeline"
-        )
+    _check_reads_text(transformer, "Sana")
     return SanaSprintTransformer(transformer) if sprint else SanaTransformer(transformer)
 
 

@@ -108,15 +108,19 @@ class SanaTransformer(Denoiser):
         encoder_hidden_states: Tensor,
         encoder_attention_mask: Tensor,
     ) -> Tensor:
-        config = self.model.config
-        prediction = self.model(
+        time = timestep * self.model.config.timestep_scale
+        prediction = self._predict(sample, time, encoder_hidden_states, encoder_attention_mask)
+        return prediction[:, : sample.shape[1]]
+
+    def _predict(self, sample: Tensor, time: Tensor, text: Tensor, mask: Tensor, **told: Tensor) -> Tensor:
+        return self.model(
             sample,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=_text_bias(sample, encoder_attention_mask, config.patch_size),
-            timestep=timestep_rows(timestep, sample) * config.timestep_scale,
+            encoder_hidden_states=text,
+            encoder_attention_mask=_text_bias(sample, mask, self.model.config.patch_size),
+            timestep=timestep_rows(time, sample),
+            **told,
             return_dict=False,
         )[0]
-        return prediction[:, : sample.shape[1]]
 
 
 class SanaSprintTransformer(SanaTransformer):
@@ -137,15 +141,8 @@ class SanaSprintTransformer(SanaTransformer):
         time = torch.sin(timestep) / (torch.cos(timestep) + torch.sin(timestep))
         scale = torch.sqrt(time**2 + (1 - time) ** 2)
         sample = sample * scale
-        config = self.model.config
-        velocity = self.model(
-            sample,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=_text_bias(sample, encoder_attention_mask, config.patch_size),
-            timestep=timestep_rows(time, sample),
-            guidance=(guidance * config.guidance_embeds_scale).reshape(1).expand(sample.shape[0]),
-            return_dict=False,
-        )[0]
+        told = (guidance * self.model.config.guidance_embeds_scale).reshape(1).expand(sample.shape[0])
+        velocity = self._predict(sample, time, encoder_hidden_states, encoder_attention_mask, guidance=told)
         return ((1 - 2 * time) * sample + (1 - 2 * time + 2 * time**2) * velocity) / scale
 
 

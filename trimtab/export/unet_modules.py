@@ -161,16 +161,6 @@ class ControlledUNet(Denoiser):
         encoder_hidden_states: Tensor,
         control: Tensor,
         control_scale: Tensor,
-    ) -> Tensor:
-        return self._controlled(sample, timestep, encoder_hidden_states, control, control_scale)
-
-    def _controlled(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        control: Tensor,
-        control_scale: Tensor,
         **conditions: Any,
     ) -> Tensor:
         down, middle = self.controlnet(
@@ -204,7 +194,7 @@ class ControlledXLUNet(ControlledUNet):
         control_scale: Tensor,
     ) -> Tensor:
         told = {"text_embeds": text_embeds, "time_ids": _time_ids(sample, self.factor)}
-        return self._controlled(
+        return super().forward(
             sample, timestep, encoder_hidden_states, control, control_scale, added_cond_kwargs=told
         )
 

@@ -14,6 +14,9 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter.rules.common import _no_op
 
+_NEUTRAL = {"Add": 0, "Sub": 0, "Mul": 1, "Div": 1}
+"""Operator -> the constant with which it does nothing."""
+
 
 @contextlib.contextmanager
 def exact_neutral_elements() -> Iterator[None]:
@@ -28,8 +31,8 @@ def exact_neutral_elements() -> Iterator[None]:
 
 
 def _if_exact(try_rewrite: Any, model: ir.Model, graph: Any, node: ir.Node, **options: Any) -> Any:
-    for value in node.inputs:
+    for value in node.inputs if node.op_type in _NEUTRAL else ():
         constant = None if value is None else ir.convenience.get_const_tensor(value)
-        if constant is not None and constant.size == 1 and constant.numpy().item() not in (0, 1):
+        if constant is not None and constant.size == 1 and constant.numpy().item() != _NEUTRAL[node.op_type]:
             return None
     return try_rewrite(model, graph, node, **options)
