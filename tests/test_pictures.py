@@ -29,11 +29,15 @@ TEXT = (
     "sana",
     "sana_sprint",
     "flux",
+    "flux2",
+    "z_image",
     "lcm",
 )
-WITH_NEGATIVE = ("sd15", "sdxl", "sd3", "pixart_sigma", "sana")
-FROM_PICTURE = ("sd15", "taesd", "sdxl", "sd3", "flux")
-INPAINTING = ("sd15", "taesd", "sdxl", "inpaint9", "sd3", "flux")
+WITH_NEGATIVE = ("sd15", "sdxl", "sd3", "pixart_sigma", "sana", "z_image")
+UNGUIDED = {"z_image": 0.0}
+"""Guidance scale that changes nothing, where it is not 1."""
+FROM_PICTURE = ("sd15", "taesd", "sdxl", "sd3", "flux", "z_image")
+INPAINTING = ("sd15", "taesd", "sdxl", "inpaint9", "sd3", "flux", "z_image")
 PROMPT = "a red cat"
 
 Load = Callable[[str], trimtab.Pipeline]
@@ -122,18 +126,20 @@ def test_an_empty_negative_prompt_is_not_an_absent_one(
 
 
 @pytest.mark.parametrize("family", TEXT)
-def test_guidance_of_one_runs_one_row_and_equals_diffusers(
+def test_a_guidance_that_changes_nothing_runs_one_row_and_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
-    pipe = load(family)
-    ours = pipe(PROMPT, seed=2, guidance=1.0, size=(64, 64))
-    _, plan, _ = pipe.prepare(PROMPT, seed=2, guidance=1.0, size=(64, 64))
+    pipe, scale = load(family), UNGUIDED.get(family, 1.0)
+    ours = pipe(PROMPT, seed=2, guidance=scale, size=(64, 64))
+    _, plan, _ = pipe.prepare(PROMPT, seed=2, guidance=scale, size=(64, 64))
     assert plan.buffers["mix"].shape == (1,)
-    theirs = reference(diffusers_pipeline(family), 2, prompt=PROMPT, guidance_scale=1.0, width=64, height=64)
+    theirs = reference(
+        diffusers_pipeline(family), 2, prompt=PROMPT, guidance_scale=scale, width=64, height=64
+    )
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux"])
+@pytest.mark.parametrize("family", ["sd15", "flux", "z_image"])
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning_and_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -190,7 +196,7 @@ def test_image_to_image_equals_diffusers(
     pipeline = AutoPipelineForImage2Image.from_pipe(diffusers_pipeline(family))
     pipeline.set_progress_bar_config(disable=True)
     options: dict[str, Any] = {} if strength is None else {"strength": strength}
-    sizes = {"width": 64, "height": 64} if family in ("sd3", "flux") else {}
+    sizes = {"width": 64, "height": 64} if family in ("sd3", "flux", "z_image") else {}
     ours = load(family)(PROMPT, seed=4, image=picture(), size=(64, 64), **options)
     assert_equal(ours, reference(pipeline, 4, prompt=PROMPT, image=picture(), **options, **sizes))
 
@@ -351,7 +357,9 @@ def test_a_pixel_model_at_another_size_runs(family: str, load: Load) -> None:
     assert load(family)(seed=1, size=(24, 32)).pixels.shape == (1, 32, 24, 3)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl", "sd3", "flux", "dit", "ddpm", "pixart_sigma", "sana"])
+@pytest.mark.parametrize(
+    "family", ["sd15", "sdxl", "sd3", "flux", "flux2", "dit", "ddpm", "pixart_sigma", "sana"]
+)
 def test_the_compiled_denoiser_takes_the_torch_one_s_place(
     family: str, bundle_folder: Callable[[str], Path], pipeline_folder: Callable[[str], Path]
 ) -> None:
@@ -400,11 +408,11 @@ def test_what_a_compiled_denoiser_cannot_heed_is_refused(
         denoiser(sample, 5, hidden, added_cond_kwargs={"time_ids": ids})
 
 
-@pytest.mark.parametrize("family", ["sana_sprint"])
-def test_a_denoiser_that_is_run_as_another_kind_of_model_is_no_drop_in(
-    family: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
+@pytest.mark.parametrize(("family", "reason"), [("sana_sprint", "TrigFlow"), ("z_image", "a list of them")])
+def test_a_denoiser_that_its_pipeline_drives_otherwise_is_no_drop_in(
+    family: str, reason: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
 ) -> None:
-    with pytest.raises(trimtab.TrimtabError, match="TrigFlow"):
+    with pytest.raises(trimtab.TrimtabError, match=reason):
         trimtab.Denoiser(bundle_folder(family), diffusers_pipeline(family).transformer)
 
 

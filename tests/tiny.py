@@ -12,6 +12,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     AutoencoderTiny,
     ControlNetModel,
     DDIMPipeline,
@@ -23,6 +24,8 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
@@ -43,6 +46,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -53,6 +58,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -476,6 +483,96 @@ def sana_sprint(folder: Path) -> Any:
     return _sana(SanaSprintPipeline, SCMScheduler(), guidance_embeds=True, qk_norm="rms_norm_across_heads")
 
 
+CHAT = """{%- for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}<|im_end|>
+{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% if not enable_thinking %}<think>
+
+</think>
+
+{% endif %}{% endif %}"""
+"""Qwen3's chat template, as far as one message of a user goes."""
+
+
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer shaped like Qwen3's: bytes, nothing at either end, padding at the right, a chat template."""
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
+    vocab = {token: number for number, token in enumerate(special)}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[letter] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        additional_special_tokens=list(special),
+        padding_side="right",
+        chat_template=CHAT,
+    )
+
+
+def qwen(layers: int, width: int = 32) -> Qwen3Model:
+    config = Qwen3Config(
+        vocab_size=272,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return drawn(8, lambda: Qwen3Model(config))
+
+
+def z_image(folder: Path) -> Any:
+    return ZImagePipeline(
+        transformer=ZImageTransformer2DModel(
+            in_channels=16,
+            dim=32,
+            n_layers=2,
+            n_refiner_layers=1,
+            n_heads=2,
+            n_kv_heads=2,
+            cap_feat_dim=32,
+            axes_dims=[4, 6, 6],
+            axes_lens=[600, 64, 64],
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=shifted_vae(),
+        text_encoder=qwen(3),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
+def flux2(folder: Path) -> Any:
+    autoencoder = drawn(
+        9,
+        lambda: AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 16, 16), layers_per_block=1, norm_num_groups=4, latent_channels=4
+        ),
+    )
+    autoencoder.bn.running_mean.copy_(torch.linspace(-0.5, 0.5, 16))
+    autoencoder.bn.running_var.copy_(torch.linspace(0.5, 2.0, 16))
+    return Flux2KleinPipeline(
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 8,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ).eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=autoencoder,
+        text_encoder=qwen(28, width=8),
+        tokenizer=qwen_tokenizer(),
+    )
+
+
 def dit(folder: Path) -> Any:
     return DiTPipeline(
         transformer=DiTTransformer2DModel(
@@ -534,6 +631,8 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
         pixart_alpha,
         sana,
         sana_sprint,
+        z_image,
+        flux2,
         dit,
         ddpm,
         ddim,

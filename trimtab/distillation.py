@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.calibration.batches import Batches, Trajectories
-from trimtab.calibration.draft import draft
+from trimtab.calibration.draft import draft, with_whole_texts
 from trimtab.calibration.noising import noising_of
 from trimtab.calibration.pictures import Pictures, captioned, check_takes_pictures
 from trimtab.calibration.trajectories import own_requests, record
@@ -106,7 +106,7 @@ def distill(
             chosen = RemovalPlan(Candidates(teacher).fingerprint, (), "none")
         candidates = check_plan(program, chosen)
         batches: Batches
-        with draft(program, folder) as pipeline:
+        with draft(with_whole_texts(program), folder) as pipeline:
             if pairs is not None:
                 check_takes_pictures(
                     pipeline

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,13 @@ _OF_THE_SHAPE = {"time_ids", "resolution", "aspect_ratio", "img_ids", "txt_ids"}
 
 _OF_THE_TEXT = {"encoder_hidden_states", "encoder_attention_mask"}
 """What a denoiser need not heed that lost every layer which read it, and has no input for it any more."""
+
+
+_DRIVEN_OTHERWISE = {
+    "SanaSprint": "is run as TrigFlow, which diffusers' pipeline makes of the model around it",
+    "ZImage": "reads one array of texts, and diffusers' pipeline hands over a list of them, each of its own length",
+}
+"""Begin of a pipeline's class -> why what it calls is not what was compiled."""
 
 
 class Denoiser(torch.nn.Module):
@@ -76,11 +84,9 @@ class Denoiser(torch.nn.Module):
                 f"{bundle} holds its ControlNet with its U-Net, and diffusers runs them one after the other: run the "
                 "bundle itself"
             )
-        if opened.contents.metadata.get("pipeline") == "SanaSprintPipeline":
-            raise InputError(
-                f"{bundle} is run as TrigFlow, which diffusers' pipeline makes of the model around it: run the bundle "
-                "itself"
-            )
+        pipeline = str(opened.contents.metadata.get("pipeline"))
+        if reasons := [why for begin, why in _DRIVEN_OTHERWISE.items() if pipeline.startswith(begin)]:
+            raise InputError(f"{bundle} {reasons[0]}: run the bundle itself")
         self._segment: SegmentEntry = segments[DENOISER]
         if not any(spec.name == "timestep" for spec in self._segment.inputs):
             raise InputError(
@@ -116,21 +122,28 @@ class Denoiser(torch.nn.Module):
             raise InputError(
                 f"{len(timesteps)} different time steps were given and the graph reads one: give one"
             )
-        packed = given.get("img_ids") is not None
-        if packed:
-            # Flux hands over 2x2 patches as channels and a time step from 0 to 1.
-            height, width = (int(side) + 1 for side in given["img_ids"][:, 1:].amax(0))
-            sample = _unpack(sample, height, width)
-            timestep = timestep * 1000
         channels = self._channels
+        places = given.get("img_ids")
+        side = 1
+        if places is not None:
+            # Flux hands over tokens, which are 2x2 patches or single latents, and a time step from 0 to 1.
+            places = places[0] if places.ndim == 3 else places
+            if places[:, 0].any():
+                raise InputError(
+                    "pictures to look at were given and the compiled denoiser reads none: leave them out"
+                )
+            height, width = (int(last) + 1 for last in places[:, 1:3].amax(0))
+            side = math.isqrt(sample.shape[2] // channels)
+            sample = _unpack(sample, height, width, side)
+            timestep = timestep * 1000
         if sample.shape[1] > channels:  # an inpainting U-Net's sample, with mask and masked picture behind
             given["mask"] = sample[:1, channels : channels + 1]
             given["masked_latents"] = sample[:, channels + 1 :]
             sample = sample[:, :channels]
         self._check(sample, given)
         prediction = torch.from_numpy(self._predict(sample, float(timestep), given))
-        if packed:
-            prediction = _pack(prediction)
+        if places is not None:
+            prediction = _pack(prediction, side)
         else:
             missing = (getattr(self.config, "out_channels", None) or channels) - prediction.shape[1]
             if missing > 0:  # a learned variance, which no pipeline reads
@@ -205,15 +218,12 @@ class Denoiser(torch.nn.Module):
         return np.array(outputs["model_output"])
 
 
-def _unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """(rows, height * width, 4 * channels) -> (rows, channels, 2 * height, 2 * width)."""
-    channels = tokens.shape[2] // 4
-    grid = tokens.reshape(-1, height, width, channels, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return grid.reshape(-1, channels, 2 * height, 2 * width)
+def _unpack(tokens: Tensor, height: int, width: int, side: int) -> Tensor:
+    """(rows, height * width, side**2 * channels) -> (rows, channels, side * height, side * width)."""
+    grid = tokens.reshape(len(tokens), height, width, -1).permute(0, 3, 1, 2)
+    return torch.nn.functional.pixel_shuffle(grid, side)
 
 
-def _pack(latents: Tensor) -> Tensor:
+def _pack(latents: Tensor, side: int) -> Tensor:
     """The way back from `_unpack`."""
-    rows, channels, height, width = latents.shape
-    grid = latents.reshape(rows, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return grid.reshape(rows, (height // 2) * (width // 2), channels * 4)
+    return torch.nn.functional.pixel_unshuffle(latents, side).flatten(2).transpose(1, 2)

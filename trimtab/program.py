@@ -33,6 +33,9 @@ DENOISER = "denoiser"
 STATE = "state"
 """The sampler's state: (slots, batch, *latent) float32. Slot 0 holds the start noise, slot 1 an image's latents."""
 
+TEXT = "tokens"
+"""The symbol for the number of tokens of a text whose padding nothing reads."""
+
 SLICE = re.compile(r"^(\w+)\[(\d+)\]$")
 """The name of a slice: the whole tensor's, and which."""
 
@@ -44,8 +47,8 @@ class TensorSpec:
     Attributes:
         name: The name that calls use.
         dtype: A numpy dtype name ("float32", "int64", ...).
-        shape: Sizes or expressions over "batch", "height", "width" (pixels) and "rows" (1, or 2 with
-            classifier-free guidance: row 0 is the negative one).
+        shape: Sizes or expressions over "batch", "height", "width" (pixels), "rows" (1, or 2 with
+            classifier-free guidance: row 0 is the negative one) and `TEXT`.
         source: Where the value comes from: a key of `trimtab.runtime.inputs.SOURCES` with its options,
             for instance ``{"kind": "tokens", "tokenizer": "tokenizer"}``. Empty for outputs.
     """

@@ -18,20 +18,15 @@ from graphs import run
 from tiny import TWO_LEVELS, clip_text, unet, vae
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.denoisers import (
-    _WRAPPERS,
-    caption_width,
-    check_conditions,
-    check_denoiser,
-    denoiser_module,
-    denoiser_name,
-    latent_space,
-)
+from trimtab.export.denoisers import _WRAPPERS, check_denoiser, denoiser_module
 from trimtab.export.families import FAMILIES
 from trimtab.export.pipeline import check_options
+from trimtab.export.sizes import latent_space
 from trimtab.export.source import Source
 from trimtab.export.trace import Example, trace
+from trimtab.export.transformer_denoisers import caption_width
 from trimtab.export.transformer_modules import PixArtTransformer
+from trimtab.export.unet_denoisers import check_conditions
 from trimtab.export.unet_modules import GuidedUNet, PixelUNet
 
 PipelineFolder = Callable[[str], Path]
@@ -354,7 +349,7 @@ def test_a_denoiser_is_checked_by_its_configuration_before_any_weights_are_read(
         copy.parent.mkdir(parents=True, exist_ok=True)
         copy.write_bytes(path.read_bytes())
     source = Source(tmp_path)
-    name = denoiser_name(source)
+    name = source.denoiser
     assert {p.device.type for p in source.hollow(name).parameters()} == {"meta"}
     check_denoiser(source)
     if family == "ddpm":  # whose sample is whatever its U-Net takes

@@ -75,7 +75,7 @@ def test_latents_are_scaled_by_what_the_pipeline_reads_and_by_nothing_else(name:
         generator = torch.Generator().manual_seed(0)
         return pipe("a cat", num_inference_steps=2, generator=generator, output_type=kind).images
 
-    decode = VaeDecoder(pipe.vae, *latent_scale(type(pipe).__name__, pipe.vae.config))
+    decode = VaeDecoder(pipe.vae, *latent_scale(type(pipe).__name__, pipe.vae))
     with torch.no_grad():
         ours = decode(drawn("latent")).numpy()
     assert np.abs(ours - drawn("np")).max() <= 1e-5
@@ -86,7 +86,7 @@ def test_a_picture_s_latents_are_scaled_as_the_pipeline_scales_them(name: str, t
     pipe = AutoPipelineForImage2Image.from_pipe(pipeline(name, tmp_path))
     picture = torch.rand(1, 16, 24, 3)
     noise = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(0))
-    encode = VaeEncoder(pipe.vae, *latent_scale(type(pipe).__name__, pipe.vae.config))
+    encode = VaeEncoder(pipe.vae, *latent_scale(type(pipe).__name__, pipe.vae))
     pipe.scheduler.alphas_cumprod[0] = 1.0  # so that no noise is added to them
     with torch.no_grad():
         theirs = pipe.prepare_latents(
@@ -143,6 +143,6 @@ def test_an_instruction_is_left_out_of_what_is_encoded_behind_it() -> None:
 
     tokens = torch.arange(10).expand(2, -1)
     words = (tokens < 8).to(torch.int64)
-    hidden, mask = InstructedText(Telling(), kept=4)(tokens, words, torch.tensor([[0.0], [1.0]]))
+    hidden, mask = InstructedText(Telling(), left_out=6)(tokens, words, torch.tensor([[0.0], [1.0]]))
     assert hidden[..., 0].tolist() == [[0, 1, 2, 3], [0, 7, 8, 9]]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]

@@ -25,7 +25,6 @@ from graphs import run
 from tiny import clip_text, clip_tokenizer, unet
 
 from trimtab.errors import ExportError
-from trimtab.export.denoisers import latent_space
 from trimtab.export.parts import (
     Parts,
     PipelineParts,
@@ -37,7 +36,7 @@ from trimtab.export.parts import (
 )
 from trimtab.export.pipeline import _no_pictures, _own_scheduler, _warn_of_scaling
 from trimtab.export.sampler import make_scheduler, probe
-from trimtab.export.sizes import measure
+from trimtab.export.sizes import latent_space, measure
 from trimtab.export.source import Source
 from trimtab.export.trace import Example, trace
 from trimtab.export.transformer_pipelines import class_labels, stable_diffusion_3

@@ -95,7 +95,9 @@ def test_tables_follow_the_scheduler_at_every_size(pipeline: str, config: dict[s
         other = _parts(pipeline, (width, height))
         for steps in STEPS:
             options = timesteps_options(scheduler, steps, other)
-            assert options["mu"] == time_shift(scheduler.config, image_tokens(other, (width, height)))
+            assert options["mu"] == time_shift(
+                pipeline, scheduler.config, steps, image_tokens(other, (width, height))
+            )
             for start in (None, *_starts(steps)):
                 table = probe(
                     scheduler,

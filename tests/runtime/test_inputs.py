@@ -31,8 +31,8 @@ def asked(tmp_path: Path) -> Request:
     [
         ({}, ["A ", "a", " A a ", "a"]),
         ({"lowercase": True}, ["a", "a", "a a", "a"]),
-        ({"prefix": "A: "}, ["A ", "a", "A:  A a ", "A: a"]),
-        ({"lowercase": True, "prefix": "A: "}, ["a", "a", "A: a a", "A: a"]),
+        ({"instruction": "A: "}, ["A ", "a", "A:  A a ", "A: a"]),
+        ({"lowercase": True, "instruction": "A: "}, ["a", "a", "A: a a", "A: a"]),
     ],
 )
 def test_prompts_are_written_as_the_model_reads_them_and_negative_ones_without_an_instruction(
@@ -50,7 +50,7 @@ def test_prompts_are_written_as_the_model_reads_them_and_negative_ones_without_a
 def test_a_negative_prompt_of_which_less_is_read_than_of_others_is_cut_with_a_warning(
     length: int, warned: bool, asked: Request, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = {"kind": "tokens", "tokenizer": "letters", "prefix": "A: ", "negative_length": length}
+    source = {"kind": "tokens", "tokenizer": "letters", "instruction": "A: ", "negative_length": length}
     make_input(TensorSpec("tokens", "int64", ("rows*batch", LENGTH), source), asked)
     assert (f"the negative prompt is longer than the {length} tokens" in caplog.text) == warned
 

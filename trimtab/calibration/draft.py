@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 
 from trimtab.bundle import open_bundle, write_manifest
-from trimtab.program import Program
+from trimtab.program import TEXT, Program, TensorSpec
 from trimtab.runtime.load import Pipeline
 from trimtab.runtime.sessions.onnxruntime import OnnxRuntimeCpu
 from trimtab.storage import GRAPHS, with_engines, write_contents, write_graphs
@@ -44,3 +45,22 @@ def draft(program: Program, folder: Path, *, threads: int = 0, lean: bool = Fals
     if lean:
         pipeline.engines.backend = OnnxRuntimeCpu(threads, lean=True)
     return pipeline
+
+
+def with_whole_texts(program: Program) -> Program:
+    """A program that fills every text up to the most tokens: what it makes of several can be stacked."""
+
+    def whole(spec: TensorSpec) -> TensorSpec:
+        if TEXT not in spec.shape:
+            return spec
+        source = dict(spec.source)
+        length = int(source.pop("length"))
+        return dataclasses.replace(
+            spec, shape=tuple(length if size == TEXT else size for size in spec.shape), source=source
+        )
+
+    tasks = {
+        name: dataclasses.replace(task, inputs=tuple(map(whole, task.inputs)))
+        for name, task in program.tasks.items()
+    }
+    return dataclasses.replace(program, tasks=tasks)

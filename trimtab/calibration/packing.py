@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from trimtab.calibration.codebook_plan import Settings
 from trimtab.calibration.codebook_store import CodebookStore
-from trimtab.calibration.draft import draft
+from trimtab.calibration.draft import draft, with_whole_texts
 from trimtab.calibration.gates import OUTPUT
 from trimtab.calibration.kmeans import make_codebooks
 from trimtab.calibration.trajectories import own_requests, record
@@ -125,7 +125,7 @@ def _calibrated(
             layers = {name: files.get(name) for name in books.layers}
             return dataclasses.replace(books, layers=layers, parameters=files.get_parameters())
     progress("recording trajectories")
-    with draft(program, folder) as pipeline:
+    with draft(with_whole_texts(program), folder) as pipeline:
         samples = record(pipeline, _together(own_requests(pipeline, TRAJECTORIES)))
     whole = sum(layer.codes.size for layer in books.layers.values())
     for name, model in models.items():

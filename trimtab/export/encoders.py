@@ -8,6 +8,7 @@ As in `trimtab.export.modules`, the wrapped model is the attribute ``model``.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -71,24 +72,24 @@ class MaskedT5Text(T5Text):
 
 
 class InstructedText(nn.Module):
-    """A language model that reads an instruction before the prompt: tokens -> ``kept`` hidden states, and their mask.
+    """A language model that reads an instruction before the prompt: tokens -> hidden states, and their mask.
 
-    Of rows with the instruction the first token and the last are kept, which leaves the instruction out; of others the
-    first (Xie et al. 2024, https://arxiv.org/abs/2410.10629, as in diffusers). Negative prompts come without it and are
+    Of rows with the instruction all tokens behind it are kept, and the very first; of others as many, from the first
+    (Xie et al. 2024, https://arxiv.org/abs/2410.10629, as in diffusers). Negative prompts come without it and are
     encoded here at the same length: a token of a causal model sees none behind it, so that what is kept is what
     diffusers has.
 
     Args:
         model: A decoder of transformers, without its head.
-        kept: Tokens of the denoiser's text.
+        left_out: Tokens of every row that are not kept.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module, kept: int) -> None:
+    def __init__(self, model: nn.Module, left_out: int) -> None:
         super().__init__()
         self.model = model
-        self.kept = kept
+        self.left_out = left_out
 
     def forward(self, tokens: Tensor, attention_mask: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
         # positive (rows, 1): 1 for rows with the instruction, else 0.
@@ -98,8 +99,33 @@ class InstructedText(nn.Module):
         return self._keep(hidden, chosen[..., None]), self._keep(words, chosen)
 
     def _keep(self, values: Tensor, chosen: Tensor) -> Tensor:
-        without_instruction = torch.cat([values[:, :1], values[:, 1 - self.kept :]], dim=1)
-        return torch.where(chosen, without_instruction, values[:, : self.kept])
+        without_instruction = torch.cat([values[:, :1], values[:, self.left_out + 1 :]], dim=1)
+        return torch.where(chosen, without_instruction, values[:, : values.shape[1] - self.left_out])
+
+
+class ChatText(nn.Module):
+    """A language model that is asked as in a chat: tokens -> hidden states of some of its layers, and their mask.
+
+    Args:
+        model: A decoder of transformers.
+        layers: Which hidden states, side by side along the width: 0 is the embedding, -1 behind the last norm.
+        masks: Whether the denoiser is told which tokens are words too.
+    """
+
+    model: Any
+
+    def __init__(self, model: nn.Module, layers: tuple[int, ...], masks: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.layers = layers
+        self.masks = masks
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        states: Any = self.model(
+            tokens, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
+        ).hidden_states
+        hidden = torch.cat([states[layer] for layer in self.layers], dim=-1)
+        return (hidden, attention_mask.to(torch.float32)) if self.masks else (hidden,)
 
 
 class JoinXLText(nn.Module):
@@ -150,23 +176,27 @@ def to_picture(values: Tensor) -> Tensor:
     return torch.where(scaled.abs() < torch.inf, scaled.clamp(0, 1), scaled).permute(0, 2, 3, 1)
 
 
-def latent_scale(pipeline: str, config: Any) -> tuple[float | Tensor, float | Tensor]:
+def latent_scale(pipeline: str, vae: Any) -> tuple[float | Tensor, float | Tensor]:
     """(scale, shift) between a pipeline's latents and its autoencoder's: ``latents / scale + shift`` is decoded.
 
-    A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's and Flux's alone, and
-    the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting pipeline forgets
+    A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's, Flux's and Z-Image's alone,
+    and the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting pipeline forgets
     them when it encodes, and blends latents of two scales; SD3's forgets the shift when it decodes. Here one scale
-    serves all tasks.
+    serves all tasks. Flux.2's are what its autoencoder's batch norm has seen.
 
     Args:
         pipeline: A pipeline's class.
-        config: Its autoencoder's configuration.
+        vae: Its autoencoder.
 
     Returns:
         Numbers, or float32 (1, C, 1, 1) where every channel has its own.
     """
+    config = vae.config
+    if pipeline.startswith("Flux2"):
+        inverse = torch.rsqrt(vae.bn.running_var + config.batch_norm_eps)
+        return inverse.reshape(1, -1, 1, 1), vae.bn.running_mean.reshape(1, -1, 1, 1)
     scale = float(config.scaling_factor)
-    if pipeline.startswith(("StableDiffusion3", "Flux")):
+    if pipeline.startswith(("StableDiffusion3", "Flux", "ZImage")):
         return scale, float(getattr(config, "shift_factor", None) or 0.0)
     mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if not pipeline.startswith("StableDiffusionXL") or mean is None or deviation is None:
@@ -175,7 +205,10 @@ def latent_scale(pipeline: str, config: Any) -> tuple[float | Tensor, float | Te
 
 
 class VaeDecoder(nn.Module):
-    """Latents (batch, C, h, w) -> picture (batch, H, W, 3) float32 in 0..1; scaled as by `latent_scale`."""
+    """Latents (batch, C, h, w) -> picture (batch, H, W, 3) float32 in 0..1; scaled as by `latent_scale`.
+
+    Where a latent stands for several of the autoencoder's (Flux.2), they are stacked along its channels.
+    """
 
     model: Any
 
@@ -185,7 +218,10 @@ class VaeDecoder(nn.Module):
         self.scale, self.shift = scale, shift
 
     def forward(self, latents: Tensor) -> Tensor:
-        return to_picture(self.model.decode(latents / self.scale + self.shift, return_dict=False)[0])
+        latents = latents / self.scale + self.shift
+        if (stacked := latents.shape[1] // self.model.config.latent_channels) > 1:
+            latents = nn.functional.pixel_shuffle(latents, math.isqrt(stacked))
+        return to_picture(self.model.decode(latents, return_dict=False)[0])
 
 
 class VaeEncoder(nn.Module):

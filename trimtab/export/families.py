@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from trimtab.export.denoisers import denoiser_name
 from trimtab.export.parts import PipelineParts
 from trimtab.export.source import Source
-from trimtab.export.transformer_pipelines import dit, flux, pixart, sana, stable_diffusion_3
+from trimtab.export.transformer_pipelines import dit, flux, flux2, pixart, sana, stable_diffusion_3, z_image
 from trimtab.export.unet_pipelines import stable_diffusion, stable_diffusion_xl, unconditional
 
 
@@ -19,7 +18,9 @@ def has_guidance(source: Source) -> bool:
     """
     family = FAMILIES.get(source.pipeline_class)
     if family is flux:
-        return bool(source.config(denoiser_name(source)).get("guidance_embeds"))
+        return bool(source.config(source.denoiser).get("guidance_embeds"))
+    if family is flux2:
+        return not source.index.get("is_distilled")
     return family is not unconditional
 
 
@@ -43,10 +44,14 @@ FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {
     "FluxPipeline": flux,
     "FluxImg2ImgPipeline": flux,
     "FluxInpaintPipeline": flux,
+    "Flux2KleinPipeline": flux2,
     "PixArtAlphaPipeline": pixart,
     "PixArtSigmaPipeline": pixart,
     "SanaPipeline": sana,
     "SanaSprintPipeline": sana,
+    "ZImagePipeline": z_image,
+    "ZImageImg2ImgPipeline": z_image,
+    "ZImageInpaintPipeline": z_image,
     "DiTPipeline": dit,
     "DDPMPipeline": unconditional,
     "DDIMPipeline": unconditional,

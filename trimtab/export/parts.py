@@ -13,7 +13,7 @@ from trimtab.errors import ExportError
 from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.export.trace import Example, trace
-from trimtab.program import DENOISER, Call, TensorSpec
+from trimtab.program import DENOISER, TEXT, Call, TensorSpec
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class Parts:
         largest_side: What no side of a picture can exceed, in pixels, or None.
         guidance: Default guidance scale, None without guidance.
         classifier_free: Guidance by a second, negative row.
+        unguided: The guidance scale that changes nothing, from which down there is none: 1, or 0 where the pipeline
+            counts from there.
         task_guidance: Task -> default guidance scale where it is another.
         no_pictures: Why no picture can be given to start from, or None.
         strength: Task that starts from a picture -> its default strength; what is not here cannot be done.
@@ -81,6 +83,7 @@ class Parts:
     largest_side: int | None = None
     guidance: float | None = 7.5
     classifier_free: bool = True
+    unguided: int = 1
     task_guidance: dict[str, float] = field(default_factory=dict)
     no_pictures: str | None = None
     strength: dict[str, float] = field(default_factory=dict)
@@ -161,24 +164,27 @@ class PipelineParts(Parts):
         length: int,
         *,
         mask: bool = False,
+        open_length: bool = False,
         length_of: str | None = None,
-        padding_side: str | None = None,
         **prompt: str | bool | int,
     ) -> None:
         """Adds the program input ``name`` (rows*batch, length) int64, and its attention mask where wanted.
 
+        ``open_length``: nothing reads the padding, which is at the right and left out: the axis is as long as the
+        longest prompt needs.
         ``length_of``: a tokenizer whose own length is kept to where it is smaller.
-        ``padding_side``: "right" or "left", where the pipeline says another than the tokenizer.
-        ``prompt``: What is made of prompts first: in ``lowercase``, a ``prefix`` before those that are not negative, of
-        which ``negative_length`` tokens are read.
+        ``prompt``: What is made of prompts first: in ``lowercase``; a ``prefix`` before and a ``suffix`` behind; an
+        ``instruction`` before those that are not negative, of which ``negative_length`` tokens are read.
         """
         loaded = self.source.load(tokenizer)
         if length_of is not None:
             own = loaded if length_of == tokenizer else self.source.load(length_of)
             length = min(length, own.model_max_length)
-        loaded.padding_side = padding_side or loaded.padding_side
+        if open_length:
+            loaded.padding_side = "right"
         self.tokenizers[tokenizer] = tokenizer_json(loaded, length)
-        shape, source = ("rows*batch", length), {"tokenizer": tokenizer, **prompt}
+        shape = ("rows*batch", TEXT if open_length else length)
+        source = {"tokenizer": tokenizer, **prompt, **({"length": length} if open_length else {})}
         self.inputs.append(TensorSpec(name, "int64", shape, {"kind": "tokens", **source}))
         if mask:
             self.inputs.append(TensorSpec(name + "_mask", "int64", shape, {"kind": "token_mask", **source}))
@@ -193,7 +199,7 @@ class PipelineParts(Parts):
     def vae(self) -> None:
         """Adds the decoder, and the encoder and mask graphs that pictures as inputs need where they can be given."""
         vae = self.source.load("vae")
-        scale, shift = latent_scale(self.pipeline, vae.config)
+        scale, shift = latent_scale(self.pipeline, vae)
         height, width = EVEN_LATENT
         latents = Example(
             torch.randn(ROWS, self.channels, height, width), ("batch", None, "latent_height", "latent_width")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.denoisers import CONTROLNET, check_denoiser, denoiser_name
+from trimtab.export.denoisers import CONTROLNET, check_denoiser
 from trimtab.export.families import FAMILIES, has_guidance
 from trimtab.export.parts import Keep, Parts, PipelineParts
 from trimtab.export.sampler import make_scheduler, probe
@@ -100,7 +100,7 @@ def check_options(source: Source, *, guidance: float | None, hidiffusion: bool =
         InputError: A configuration is missing or cannot be read, or an option does not fit.
     """
     check_guidance(guidance, has_guidance(source))
-    denoiser = source.class_name(denoiser_name(source))
+    denoiser = source.class_name(source.denoiser)
     if hidiffusion and source.has(CONTROLNET):
         raise InputError(
             "HiDiffusion changes the sizes inside a U-Net, to which a ControlNet adds its own: leave out one of them"

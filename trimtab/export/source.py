@@ -67,6 +67,11 @@ class Source:
         entry = self.index.get(name)
         return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
 
+    @property
+    def denoiser(self) -> str:
+        """The component that is run step after step: "unet" or "transformer"."""
+        return "transformer" if "transformer" in self.index else "unet"
+
     def class_name(self, name: str) -> str:
         """The class of a component, such as "UNet2DConditionModel"."""
         return str(self._entry(name)[1])
@@ -261,7 +266,7 @@ def _download(model: str) -> Path:
 
     name, _, version = model.partition("@")
     revision = version or None
-    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model"]
+    patterns = ["*.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja"]
     # Single-file checkpoints of the same weights, and what other frameworks would load.
     ignored = ["*.bin", "*.ckpt", "*.msgpack", "*.onnx*", "openvino*", "flax*", "safety_checker/*"]
     with contextlib.suppress(Exception):  # without a network the cache is looked into below

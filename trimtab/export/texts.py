@@ -5,8 +5,11 @@ Each function adds the program's inputs, the encoder's graph and its call. The m
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from trimtab.errors import ExportError, first_line
 from trimtab.export import encoders
 from trimtab.export.parts import ROWS, TOKENS, PipelineParts, tokens_example
 from trimtab.export.trace import Example
@@ -53,7 +56,7 @@ def t5(parts: PipelineParts, suffix: str, length: int) -> None:
 
 def masked_t5(parts: PipelineParts, length: int) -> None:
     """A T5 encoder that is told which tokens are padding, as the denoiser is: tokens -> hidden, hidden_mask."""
-    parts.tokens("tokens", "tokenizer", length, mask=True, lowercase=True)
+    parts.tokens("tokens", "tokenizer", length, mask=True, open_length=True, lowercase=True)
     parts.add(
         "text_encoder",
         encoders.MaskedT5Text(parts.source.load("text_encoder")),
@@ -79,21 +82,22 @@ def instructed(parts: PipelineParts, kept: int, instruction: str) -> None:
         "tokenizer",
         length,
         mask=True,
-        padding_side="right",
+        open_length=True,
         lowercase=True,
-        prefix=instruction,
+        instruction=instruction,
         negative_length=kept,
     )
     parts.inputs.append(TensorSpec("positive", "float32", ("rows*batch", 1), {"kind": "positive"}))
-    tokens = torch.randint(3, 10, (ROWS, length))
+    left_out = length - kept
+    tokens = torch.randint(3, 10, (ROWS, left_out + TOKENS))
     words = torch.ones_like(tokens)
-    words[0, length // 2 :] = 0
+    words[0, left_out:] = 0
     parts.add(
         "text_encoder",
-        encoders.InstructedText(parts.source.load("text_encoder"), kept),
+        encoders.InstructedText(parts.source.load("text_encoder"), left_out),
         {
-            "tokens": Example(tokens, ("prompts", None)),
-            "attention_mask": Example(words, ("prompts", None)),
+            "tokens": Example(tokens, ("prompts", "tokens")),
+            "attention_mask": Example(words, ("prompts", "tokens")),
             "positive": Example(torch.ones(ROWS, 1), ("prompts", None)),
         },
         ["hidden", "mask"],
@@ -103,6 +107,74 @@ def instructed(parts: PipelineParts, kept: int, instruction: str) -> None:
         {"tokens": "tokens", "attention_mask": "tokens_mask", "positive": "positive"},
         {"hidden": "hidden", "mask": "hidden_mask"},
     )
+
+
+def chat(
+    parts: PipelineParts,
+    length: int,
+    layers: tuple[int, ...],
+    *,
+    thinking: bool,
+    masks: bool,
+) -> None:
+    """A language model that is asked in its chat template: tokens -> hidden, hidden_mask.
+
+    ``layers``: whose hidden states are taken.
+    ``thinking``: what the pipeline asks the template for.
+    ``masks``: whether the denoiser is told which tokens are words, and reads no others.
+
+    Raises:
+        ExportError: It has fewer layers, or no template that can be written around a prompt.
+    """
+    before, after = _around(parts.source.load("tokenizer"), thinking)
+    model = parts.source.load("text_encoder")
+    if model.config.num_hidden_layers < max(layers):
+        raise ExportError(
+            f"the text encoder has {model.config.num_hidden_layers} layers, and the pipeline reads behind the "
+            f"{max(layers)}th: give another"
+        )
+    parts.tokens("tokens", "tokenizer", length, mask=True, open_length=masks, prefix=before, suffix=after)
+    parts.add(
+        "text_encoder",
+        encoders.ChatText(model, layers, masks),
+        {"tokens": tokens_example(), "attention_mask": Example(example_mask(), ("prompts", "tokens"))},
+        ["hidden", "mask"] if masks else ["hidden"],
+    )
+    parts.call(
+        "text_encoder",
+        {"tokens": "tokens", "attention_mask": "tokens_mask"},
+        {"hidden": "hidden", **({"mask": "hidden_mask"} if masks else {})},
+    )
+
+
+def _around(tokenizer: Any, thinking: bool) -> tuple[str, str]:
+    """What a tokenizer's chat template writes before a prompt and behind it.
+
+    Raises:
+        ExportError: It has none, or one that changes prompts.
+    """
+
+    def asked(prompt: str) -> str:
+        messages = [{"role": "user", "content": prompt}]
+        try:
+            return str(
+                tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+                )
+            )
+        except Exception as error:  # jinja's and transformers' share no base
+            raise ExportError(
+                f"the tokenizer's chat template cannot be used ({first_line(error)}): copy the tokenizer again"
+            ) from error
+
+    mark = "\ue000"  # for private use: in no template
+    before, _, after = asked(mark).partition(mark)
+    prompt = " a Prompt\n"
+    if asked(prompt) != before + prompt + after:
+        raise ExportError(
+            "the tokenizer's chat template changes the prompt, and one that writes around it is supported: give another"
+        )
+    return before, after
 
 
 def example_mask() -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from trimtab.export.modules import Denoiser, pixels, timestep_rows
@@ -50,12 +51,11 @@ class _Attention:
         return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def _text_bias(sample: Tensor, mask: Tensor, patch: int) -> Tensor:
-    """What attention to the text adds to its scores, (rows, 1, queries, tokens): -10000 where there is no word.
+def _bias(mask: Tensor, queries: int) -> Tensor:
+    """What attention adds to its scores, (rows, 1, queries, keys): -10000 where a mask (rows, keys) is 0.
 
-    PixArt and Sana make the same of a mask (rows, tokens).
+    PixArt and Sana make the same of their text's.
     """
-    queries = (sample.shape[2] // patch) * (sample.shape[3] // patch)
     return ((1 - mask) * -10000.0)[:, None, None].expand(-1, -1, queries, -1)
 
 
@@ -63,7 +63,15 @@ CONDITIONED_SIZE = 128
 """The ``sample_size`` of the PixArt models (1024 px) that diffusers' pipeline tells the picture's size and shape."""
 
 
-class PixArtTransformer(Denoiser):
+class _PatchTransformer(Denoiser):
+    """One whose configuration says how many latents a side of a patch has."""
+
+    def _tokens(self, sample: Tensor) -> int:
+        patch = self.model.config.patch_size
+        return (sample.shape[2] // patch) * (sample.shape[3] // patch)
+
+
+class PixArtTransformer(_PatchTransformer):
     """PixArt; with its size conditions (1024 px models) read off the latents' shape."""
 
     def __init__(self, model: nn.Module, factor: int) -> None:
@@ -85,7 +93,7 @@ class PixArtTransformer(Denoiser):
         prediction = self.model(
             sample,
             encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=_text_bias(sample, encoder_attention_mask, self.model.config.patch_size),
+            encoder_attention_mask=_bias(encoder_attention_mask, self._tokens(sample)),
             timestep=timestep_rows(timestep, sample),
             added_cond_kwargs=conditions,
             return_dict=False,
@@ -93,7 +101,7 @@ class PixArtTransformer(Denoiser):
         return prediction[:, : sample.shape[1]]
 
 
-class SanaTransformer(Denoiser):
+class SanaTransformer(_PatchTransformer):
     """Sana: linear attention among the picture's tokens, and attention to the text."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -116,7 +124,7 @@ class SanaTransformer(Denoiser):
         return self.model(
             sample,
             encoder_hidden_states=text,
-            encoder_attention_mask=_text_bias(sample, mask, self.model.config.patch_size),
+            encoder_attention_mask=_bias(mask, self._tokens(sample)),
             timestep=timestep_rows(time, sample),
             **told,
             return_dict=False,
@@ -192,3 +200,139 @@ class FluxTransformer(Denoiser):
         )[0]
         prediction = prediction.reshape(rows, height // 2, width // 2, channels, 2, 2)
         return prediction.permute(0, 3, 1, 4, 2, 5).reshape(rows, channels, height, width)
+
+
+class Flux2Transformer(Denoiser):
+    """Flux.2: latents come packed, so that each is a token; words have places in a row of their own."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        rows, channels, height, width = sample.shape
+        down, across = torch.meshgrid(
+            torch.arange(height, dtype=sample.dtype), torch.arange(width, dtype=sample.dtype), indexing="ij"
+        )
+        nowhere = torch.zeros_like(down)
+        image_ids = torch.stack([nowhere, down, across, nowhere], dim=-1).reshape(-1, 4)
+        words = torch.arange(encoder_hidden_states.shape[1], dtype=sample.dtype)
+        text_ids = torch.stack([*[torch.zeros_like(words)] * 3, words], dim=-1)
+        prediction = self.model(
+            hidden_states=sample.flatten(2).transpose(1, 2),
+            timestep=timestep_rows(timestep, sample) / 1000,  # the model multiplies by 1000 again
+            encoder_hidden_states=encoder_hidden_states,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        return prediction.transpose(1, 2).reshape(rows, channels, height, width)
+
+
+class _RotaryAttention:
+    """`_Attention` to itself, with positions as angles (rows, tokens, pairs, 2): cosines and sines."""
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        freqs_cis: Tensor | None = None,
+    ) -> Tensor:
+        query, key, value = (
+            project(hidden_states).unflatten(-1, (attention.heads, -1))
+            for project in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        if attention.norm_q is not None:  # in each head
+            query, key = attention.norm_q(query), attention.norm_k(key)
+        assert freqs_cis is not None
+        query, key, value = (
+            part.transpose(1, 2) for part in (_turn(query, freqs_cis), _turn(key, freqs_cis), value)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def _turn(heads: Tensor, angles: Tensor) -> Tensor:
+    """Neighbouring pairs of numbers, (rows, tokens, heads, 2 * pairs), each turned by its angle."""
+    first, second = heads.reshape(*heads.shape[:-1], -1, 2).unbind(-1)
+    cosine, sine = angles[:, :, None].unbind(-1)
+    return torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1).flatten(-2)
+
+
+class ZImageTransformer(Denoiser):
+    """Z-Image: text and picture in one stream, each filled up to whole groups of tokens.
+
+    diffusers' forward takes lists and cuts every text to its words. Here a text keeps its length, and what is behind
+    its last group is masked out of all attention, which comes to the same.
+    """
+
+    PATCH = "2-1"
+    """Name of the patches that the pipeline draws with, of the sizes that a model may have: 2x2, one frame."""
+
+    GROUP = 32
+    """Text and picture have a multiple of so many tokens, as their last ones a learned one (SEQ_MULTI_OF)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        for block in (*self.model.noise_refiner, *self.model.context_refiner, *self.model.layers):
+            block.attention.set_processor(_RotaryAttention())
+        config = self.model.config
+        tables = self.model.rope_embedder.precompute_freqs_cis(
+            config.axes_dims, config.axes_lens, config.rope_theta
+        )
+        for axis, table in enumerate(tables):  # (positions, pairs, 2)
+            self.register_buffer(f"axis_{axis}", torch.view_as_real(table), persistent=False)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+    ) -> Tensor:
+        model = self.model
+        rows, channels, height, width = sample.shape
+        down, across = height // 2, width // 2
+        # The pipeline counts from noise, the scheduler to it. Its embedder's own forward switches autocast off, which
+        # has no translation to ONNX.
+        time = timestep_rows((1000 - timestep) / 1000, sample) * model.t_scale
+        waves = get_timestep_embedding(
+            time, model.t_embedder.frequency_embedding_size, flip_sin_to_cos=True, downscale_freq_shift=0
+        )
+        time = model.t_embedder.mlp(waves)
+
+        packed = sample.reshape(rows, channels, down, 2, across, 2).permute(0, 2, 4, 3, 5, 1)
+        picture = model.all_x_embedder[self.PATCH](packed.reshape(rows, down * across, 4 * channels))
+        padding = -(down * across) % self.GROUP
+        picture = torch.cat([picture, model.x_pad_token.expand(rows, padding, -1)], dim=1)
+
+        words = encoder_attention_mask.sum(1, keepdim=True).to(torch.int64)
+        kept = (words + self.GROUP - 1) // self.GROUP * self.GROUP
+        places = torch.arange(encoder_hidden_states.shape[1])[None]
+        text = model.cap_embedder(encoder_hidden_states)
+        text = torch.where((places < words)[..., None], text, model.cap_pad_token)
+        mask = (places < kept).to(sample.dtype)
+
+        nowhere = torch.zeros_like(places)
+        text_angles = self._angles(places + 1, nowhere, nowhere).expand(rows, -1, -1, -1)
+        grid = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
+        here = [axis.reshape(1, -1).expand(rows, -1) for axis in grid]
+        picture_angles = self._angles((kept + 1).expand(-1, down * across), *here)
+        nowhere = torch.zeros(rows, padding, dtype=torch.int64)
+        picture_angles = torch.cat([picture_angles, self._angles(nowhere, nowhere, nowhere)], dim=1)
+
+        for block in model.noise_refiner:
+            picture = block(picture, None, picture_angles, time)
+        for block in model.context_refiner:
+            text = block(text, _bias(mask, text.shape[1]), text_angles)
+        stream = torch.cat([picture, text], dim=1)
+        angles = torch.cat([picture_angles, text_angles], dim=1)
+        mask = torch.cat([torch.ones_like(picture[..., 0]), mask], dim=1)
+        for block in model.layers:
+            stream = block(stream, _bias(mask, stream.shape[1]), angles, time)
+        velocity = model.all_final_layer[self.PATCH](stream[:, : down * across], c=time)
+        velocity = velocity.reshape(rows, down, across, 2, 2, channels).permute(0, 5, 1, 3, 2, 4)
+        return -velocity.reshape(rows, channels, height, width)
+
+    def _angles(self, *places: Tensor) -> Tensor:
+        """Of positions (rows, tokens) on each axis: (rows, tokens, pairs, 2)."""
+        parts = [self.get_buffer(f"axis_{axis}")[place] for axis, place in enumerate(places)]
+        return torch.cat(parts, dim=-2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trimtab.export import encoders, texts, transformer_modules
-from trimtab.export.denoisers import caption_width, denoiser_module
+from trimtab.export.denoisers import denoiser_module
 from trimtab.export.parts import (
     ROWS,
     TOKENS,
@@ -24,6 +24,7 @@ from trimtab.export.parts import (
     timestep_example,
 )
 from trimtab.export.trace import Example
+from trimtab.export.transformer_denoisers import Z_IMAGE_LENGTH, caption_width
 from trimtab.program import TensorSpec
 
 T5_LENGTH_SD3 = 256
@@ -31,6 +32,8 @@ T5_LENGTH_FLUX = 512
 T5_LENGTH_PIXART_ALPHA = 120
 T5_LENGTH_PIXART_SIGMA = 300
 GEMMA_LENGTH_SANA = 300
+QWEN_LENGTH_FLUX2 = 512
+QWEN_LAYERS_FLUX2 = (9, 18, 27)
 
 
 def stable_diffusion_3(parts: PipelineParts) -> None:
@@ -103,6 +106,25 @@ def flux(parts: PipelineParts) -> None:
     parts.vae()
 
 
+def flux2(parts: PipelineParts) -> None:
+    """Flux.2 klein: three layers of a language model, its padding among the text, guidance unless it is distilled."""
+    texts.chat(parts, QWEN_LENGTH_FLUX2, QWEN_LAYERS_FLUX2, thinking=False, masks=False)
+    wrapper = denoiser_module(parts.source)
+    parts.conditioning = {"encoder_hidden_states": "hidden"}
+    parts.classifier_free = not parts.source.index.get("is_distilled")
+    parts.guidance = 4.0 if parts.classifier_free else None
+    parts.denoiser(
+        wrapper,
+        {
+            "sample": patched_example(parts),
+            "timestep": timestep_example(),
+            "encoder_hidden_states": hidden_example(wrapper.model.config.joint_attention_dim),
+        },
+    )
+    del wrapper
+    parts.vae()
+
+
 def pixart(parts: PipelineParts) -> None:
     """PixArt alpha and sigma: T5 with a mask, a class-free DiT."""
     source = parts.source
@@ -144,6 +166,29 @@ def sana(parts: PipelineParts) -> None:
     if isinstance(wrapper, transformer_modules.SanaSprintTransformer):
         parts.read_guidance(inputs)
     parts.denoiser(wrapper, inputs)
+    del wrapper
+    parts.vae()
+
+
+def z_image(parts: PipelineParts) -> None:
+    """Z-Image: a language model's last layer but one, text and picture in one stream."""
+    texts.chat(parts, Z_IMAGE_LENGTH, (-2,), thinking=True, masks=True)
+    wrapper = denoiser_module(parts.source)
+    parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
+    parts.guidance = 5.0
+    parts.unguided = 0
+    parts.start_from_pictures({"image-to-image": 0.6, "inpainting": 1.0})
+    parts.inpaints_from_noise = False
+    parts.strength_rounds_up = True
+    parts.denoiser(
+        wrapper,
+        {
+            "sample": patched_example(parts),
+            "timestep": timestep_example(),
+            "encoder_hidden_states": hidden_example(wrapper.model.config.cap_feat_dim),
+            "encoder_attention_mask": Example(texts.example_mask().float(), ("prompts", "tokens")),
+        },
+    )
     del wrapper
     parts.vae()
 

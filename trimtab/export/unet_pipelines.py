@@ -10,13 +10,7 @@ import torch
 
 from trimtab.errors import ExportError
 from trimtab.export import encoders, texts, unet_modules
-from trimtab.export.denoisers import (
-    CONTROLNET,
-    SIZE_CONDITIONS,
-    check_conditions,
-    denoiser_module,
-    denoiser_name,
-)
+from trimtab.export.denoisers import CONTROLNET, denoiser_module
 from trimtab.export.parts import (
     ROWS,
     PipelineParts,
@@ -28,6 +22,7 @@ from trimtab.export.parts import (
     timestep_example,
 )
 from trimtab.export.trace import Example
+from trimtab.export.unet_denoisers import SIZE_CONDITIONS, check_conditions
 from trimtab.program import TensorSpec
 
 CONTROL_ENCODER = "control_encoder"
@@ -128,7 +123,7 @@ def unconditional(parts: PipelineParts) -> None:
 def _unet_sample(parts: PipelineParts) -> Example:
     if parts.multiple > parts.factor:
         return halving_example(parts)
-    levels = parts.source.config(denoiser_name(parts.source)).get("block_out_channels") or ()
+    levels = parts.source.config(parts.source.denoiser).get("block_out_channels") or ()
     return sample_example(parts.channels, odd_latent(len(levels) - 1))
 
 

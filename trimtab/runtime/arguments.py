@@ -19,7 +19,7 @@ import numpy as np
 from trimtab.errors import BundleError, InputError
 from trimtab.program import Schedule, Task, TensorSpec, check_guidance, first_step
 from trimtab.runtime.images import Pixels
-from trimtab.runtime.inputs import class_names
+from trimtab.runtime.inputs import class_names, unguided
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -85,9 +85,9 @@ def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float 
     scale = number("guidance scale", task.guidance if guidance is None else guidance)
     if not abs(scale) <= float(np.finfo(np.float32).max):  # NaN neither
         raise InputError(f"the guidance scale {scale} is not a finite number of 32 bits: give a smaller one")
-    # As in diffusers, a scale of 1 or less turns classifier-free guidance off.
+    # As in diffusers, a scale of 1 or less, or of 0 for some, turns classifier-free guidance off.
     mix = kinds.get("mix")
-    rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > 1 else 1
+    rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > unguided(mix) else 1
     return scale, rows
 
 

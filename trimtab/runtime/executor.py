@@ -164,7 +164,7 @@ def make_plan(
         contents: The bundle's.
         task: What to do.
         schedule: One of the task's.
-        symbols: "batch", "rows", "width" and "height".
+        symbols: "batch", "rows", "width", "height" and `TEXT`.
         session: Gives the loaded engine of a segment for what it will read.
         backend: Whose engines they are: buffers lie in its memory.
         tile: What makes the pictures is run on tiles of so many pixels along a side; None for the whole.

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trimtab.errors import BundleError, InputError
-from trimtab.program import TensorSpec
+from trimtab.program import TEXT, TensorSpec
 from trimtab.runtime.noise import NoiseGenerator
 from trimtab.runtime.tokenizer import Tokenizer
 from trimtab.shapes import shape
@@ -24,6 +24,9 @@ from trimtab.shapes import shape
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
+
+TEXT_GROUP = 32
+"""Texts of open length have a multiple of so many tokens: Z-Image needs it, and plans are kept for most prompts."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,8 @@ class Request:
         control: (1, height, width, 3) in 0..1, what a ControlNet draws along, or None.
         control_scale: How much it does.
         noise: Where all random numbers come from, in the order of the task's inputs and steps.
+        tokenizers: The bundle's, by name.
+        tokens: Of every text, where inputs leave their number open (`text_length`).
     """
 
     batch: int
@@ -58,12 +63,19 @@ class Request:
     control: Array | None = None
     control_scale: float = 1.0
     tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
+    tokens: int = 0
 
     @property
     def symbols(self) -> dict[str, int]:
         """Values of the names in the shapes of a task's inputs."""
         width, height = self.size
-        return {"batch": self.batch, "rows": self.rows, "width": width, "height": height}
+        return {
+            "batch": self.batch,
+            "rows": self.rows,
+            "width": width,
+            "height": height,
+            TEXT: self.tokens,
+        }
 
 
 class Noise:
@@ -160,14 +172,14 @@ def make_input(spec: TensorSpec, request: Request) -> Array:
 def _texts(spec: TensorSpec, request: Request) -> list[str]:
     """The prompts as rows: all negative ones first, as diffusers stacks them.
 
-    A model may want them stripped and in lower case, and an instruction before the others.
+    A model may want them stripped and in lower case, in a template, and an instruction before the others.
     """
     negatives = request.negatives if request.negatives is not None else ("",) * request.batch
     negatives, prompts = negatives if request.rows == 2 else (), request.prompts
     if spec.source.get("lowercase"):
         negatives, prompts = (tuple(text.lower().strip() for text in texts) for texts in (negatives, prompts))
-    prefix = str(spec.source.get("prefix", ""))
-    return [*negatives, *(prefix + text for text in prompts)]
+    instruction, prefix, suffix = (str(spec.source.get(k, "")) for k in ("instruction", "prefix", "suffix"))
+    return [prefix + text + suffix for text in (*negatives, *(instruction + text for text in prompts))]
 
 
 def _tokenizer(spec: TensorSpec, request: Request) -> Tokenizer:
@@ -177,19 +189,51 @@ def _tokenizer(spec: TensorSpec, request: Request) -> Tokenizer:
     return request.tokenizers[name]
 
 
+def text_length(inputs: Iterable[TensorSpec], request: Request | None) -> int:
+    """How many tokens texts have where inputs leave that open: as many as the longest of a request needs.
+
+    Args:
+        inputs: A task's.
+        request: None for the most that any can have.
+
+    Returns:
+        A multiple of `TEXT_GROUP` or the most that there can be; 0 where nothing is left open.
+    """
+    lengths = [0]
+    for spec in inputs:
+        if spec.source.get("kind") != "tokens" or "length" not in spec.source:
+            continue
+        most = _whole(spec, "length")
+        if request is None:
+            lengths.append(most)
+            continue
+        words = _tokenizer(spec, request).encode(_texts(spec, request), warn=False)[1].sum(1)
+        if request.rows == 2 and "negative_length" in spec.source:  # what is kept of them begins earlier
+            words[: request.batch] += most - _whole(spec, "negative_length")
+        lengths.append(min(-(-int(words.max()) // TEXT_GROUP) * TEXT_GROUP, most))
+    return max(lengths)
+
+
+def _cut(spec: TensorSpec, request: Request, tokens: Array) -> Array:
+    """Without the padding that nothing reads, where a text's length is open."""
+    return tokens[:, : request.tokens] if "length" in spec.source else tokens
+
+
 def _tokens(spec: TensorSpec, request: Request) -> Array:
     ids, mask = _tokenizer(spec, request).encode(_texts(spec, request))
-    if request.rows == 2 and "negative_length" in spec.source:  # they have less room than what has a prefix
+    if (
+        request.rows == 2 and "negative_length" in spec.source
+    ):  # they have less room than what has an instruction
         kept = _whole(spec, "negative_length")
         if mask[: request.batch, kept:].any():
             logger.warning(
                 "the negative prompt is longer than the %d tokens that are read of it and was cut", kept
             )
-    return ids
+    return _cut(spec, request, ids)
 
 
 def _token_mask(spec: TensorSpec, request: Request) -> Array:
-    return _tokenizer(spec, request).encode(_texts(spec, request), warn=False)[1]
+    return _cut(spec, request, _tokenizer(spec, request).encode(_texts(spec, request), warn=False)[1])
 
 
 def _given(spec: TensorSpec, request: Request) -> Array:
@@ -245,9 +289,15 @@ def _whole(spec: TensorSpec, key: str, least: int = 0) -> int:
 
 
 def _mix(spec: TensorSpec, request: Request) -> Array:
-    """The weights of the guidance rows: (1 - w, w), or 1 without guidance."""
-    weights = [1 - request.guidance, request.guidance] if request.rows == 2 else [1.0]
+    """The weights of the guidance rows: (1 - w, w) for the scale w where 1 guides nothing, or 1 without guidance."""
+    weight = request.guidance + 1 - unguided(spec)
+    weights = [1 - weight, weight] if request.rows == 2 else [1.0]
     return np.array(weights, np.float32)
+
+
+def unguided(spec: TensorSpec) -> int:
+    """The guidance scale that changes nothing, from which down there is none."""
+    return _whole(spec, "unguided") if "unguided" in spec.source else 1
 
 
 def _guidance(spec: TensorSpec, request: Request) -> Array:

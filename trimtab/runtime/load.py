@@ -34,7 +34,7 @@ from trimtab.runtime.executor import OnStep, Plan, make_plan
 from trimtab.runtime.fixed import fit, fixed_sizes
 from trimtab.runtime.guard import first_not_finite
 from trimtab.runtime.images import Pixels, read_image, to_images
-from trimtab.runtime.inputs import Noise, Request
+from trimtab.runtime.inputs import Noise, Request, text_length
 from trimtab.runtime.sessions import Session
 from trimtab.runtime.tokenizer import Tokenizer
 
@@ -306,7 +306,9 @@ class Pipeline:
             control_scale=control,
             tokenizers=self._load_tokenizers(),
         )
-        requests = fit(whole, self._sizes, contents)
+        # Engines of fixed sizes take the longest text.
+        tokens = text_length(task.inputs, None if self._sizes else whole)
+        requests = fit(replace(whole, tokens=tokens), self._sizes, contents)
         loop_name = choose_schedule(self.schedules, task, asked.schedule, asked.strength)
         chosen, loop = for_size(task, loop_name, size)
         symbols = requests[0].symbols

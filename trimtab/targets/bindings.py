@@ -14,9 +14,10 @@ from typing import Any
 
 from trimtab.errors import TargetError
 from trimtab.manifest import Contents
-from trimtab.program import Call, Schedule, Step, Task
-from trimtab.runtime.arguments import for_size
+from trimtab.program import TEXT, Call, Schedule, Step, Task
+from trimtab.runtime.arguments import for_size, guidance_scale
 from trimtab.runtime.executor import make_plan
+from trimtab.runtime.inputs import text_length
 from trimtab.runtime.sessions import Buffer, Run, Session, open_backend
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,7 +41,13 @@ def segment_shapes(contents: Contents, size: tuple[int, int]) -> dict[str, tuple
     """
     found: dict[str, dict[Any, Shapes]] = {name: {} for name in contents.segments}
     for task in contents.tasks.values():
-        symbols = {"batch": 1, "rows": _rows(task), "width": size[0], "height": size[1]}
+        symbols = {
+            "batch": 1,
+            "rows": _rows(task),
+            "width": size[0],
+            "height": size[1],
+            TEXT: text_length(task.inputs, None),
+        }
         seen = set()
         for schedule in _walked(task, size):
             short = _shortened(schedule)
@@ -94,10 +101,7 @@ class _Notes:
 
 
 def _rows(task: Task) -> int:
-    guided = any(
-        spec.source.get("kind") == "mix" and spec.source.get("classifier_free") for spec in task.inputs
-    )
-    return 2 if guided and task.guidance is not None and task.guidance > 1 else 1
+    return guidance_scale(task, {str(spec.source.get("kind")): spec for spec in task.inputs}, None)[1]
 
 
 def _shortened(schedule: Schedule) -> Schedule:

@@ -151,15 +151,13 @@ def _first_task(parts: Parts) -> str:
 def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
     """What the family's pipeline hands to ``set_timesteps`` beside the number of steps."""
     options: dict[str, Any] = {}
-    if parts.pipeline.startswith("Flux") and not scheduler.config.get("use_flow_sigmas"):
+    if parts.pipeline.startswith(("Flux", "ZImage")) and not scheduler.config.get("use_flow_sigmas"):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if parts.pipeline == "SanaSprintPipeline":
         # Of two steps the second has a time of its own; of other numbers the pipeline takes none.
         options |= {"max_timesteps": 1.57080, "intermediate_timesteps": 1.3 if steps == 2 else None}
     if scheduler.config.get("use_dynamic_shifting"):
-        # What SD3's pipeline takes for the larger shift of a scheduler that says none: not Flow matching's own, 1.15.
-        said = {"max_shift": 1.16} if parts.pipeline.startswith("StableDiffusion3") else {}
-        options["mu"] = time_shift(said | dict(scheduler.config), image_tokens(parts, parts.size))
+        options["mu"] = time_shift(parts.pipeline, scheduler.config, steps, image_tokens(parts, parts.size))
     return options
 
 
@@ -169,10 +167,29 @@ def image_tokens(parts: Parts, size: tuple[int, int]) -> int:
     return (width // parts.multiple) * (height // parts.multiple)
 
 
-def time_shift(config: Mapping[str, Any], tokens: int) -> float:
-    """mu of flow matching's time shift: linear in the image tokens (SD3 paper, sec. 5.3.2; Flux)."""
+MANY_TOKENS = 4300
+"""Up to so many image tokens Flux.2's shift is on one line, and on another behind."""
+
+
+def time_shift(pipeline: str, config: Mapping[str, Any], steps: int, tokens: int) -> float:
+    """mu of flow matching's time shift: linear in the image tokens (SD3 paper, sec. 5.3.2; Flux).
+
+    Flux.2's are two lines, of which the first depends on the number of steps too.
+
+    Args:
+        pipeline: A pipeline's class.
+        config: The scheduler's.
+        steps: Of the schedule.
+        tokens: From `image_tokens`.
+    """
+    if pipeline.startswith("Flux2"):
+        from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+        return float(compute_empirical_mu(tokens, steps))
+    # What SD3's pipeline takes for the larger shift of a scheduler that says none: not Flow matching's own, 1.15.
+    most = 1.16 if pipeline.startswith("StableDiffusion3") else 1.15
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", most)
     slope = (high - low) / (many - few)
     return float(tokens * slope + low - slope * few)
 
@@ -182,7 +199,10 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
     factor = parts.factor
     latent = (parts.channels, f"height//{factor}", f"width//{factor}")
     noise = TensorSpec(START_NOISE, "float32", ("batch", *latent), {"kind": "noise"})
-    mix = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "classifier_free": parts.classifier_free})
+    guided: dict[str, str | int] = {"kind": "mix", "classifier_free": parts.classifier_free}
+    if parts.unguided != 1:
+        guided["unguided"] = parts.unguided
+    mix = TensorSpec("mix", "float32", ("rows",), guided)
     inputs, prologue = [*parts.inputs, mix], list(parts.prologue)
     conditioning = dict(parts.conditioning)
     if name not in ("image-to-image", "inpainting"):

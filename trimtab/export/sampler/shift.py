@@ -1,8 +1,8 @@
 """Schedules that follow the size of the picture.
 
 Flow matching shifts its sigmas by an amount mu that is linear in the number of image tokens (Esser et al.
-2024, https://arxiv.org/abs/2403.03206, sec. 5.3.2; Flux), so what is a constant of a step at one size is
-another number at the next. A program has no code in it, so the numbers become a tensor: the segment "shift"
+2024, https://arxiv.org/abs/2403.03206, sec. 5.3.2; Flux; two lines for Flux.2), so what is a constant of a step at
+one size is another number at the next. A program has no code in it, so the numbers become a tensor: the segment "shift"
 reads the shape of the start noise, makes the sigmas, and from them tables whose rows the steps read
 (``next_weights_table[3]``).
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from trimtab.errors import TrimtabError
 from trimtab.export.parts import EVEN_LATENT, ROWS, Parts
 from trimtab.export.sampler.schedules import (
+    MANY_TOKENS,
     Sampling,
     image_tokens,
     plan_tasks,
@@ -80,6 +81,10 @@ class Sigmas:
             [np.full(steps, offset + steps - 1) for steps, offset in self.offsets.items()]
         ).astype(np.int64)
 
+    def of_steps(self, value: Callable[[int], float]) -> Floats:
+        """(K,) For every sigma what the number of its schedule's steps comes to."""
+        return np.concatenate([np.full(steps, value(steps)) for steps in self.offsets])
+
 
 class ShiftedTables(nn.Module):
     """Start noise (batch, C, h, w), of which only the shape is read -> the tables, one result each, float32.
@@ -89,22 +94,26 @@ class ShiftedTables(nn.Module):
     `ABSOLUTE` of it: it mixes float64 and float32, this is float32 throughout.
 
     Args:
+        parts: The exported pipeline.
         config: The scheduler's.
-        patch: Latents to a token, along a side.
         sigmas: Before the shift.
         tables: Name -> rows.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], patch: int, sigmas: Sigmas, tables: Mapping[str, Sequence[Row]]
+        self, parts: Parts, config: Mapping[str, Any], sigmas: Sigmas, tables: Mapping[str, Sequence[Row]]
     ) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch = parts.multiple // parts.factor
         self.exponential = config.get("time_shift_type", "exponential") == "exponential"
         self.terminal = config.get("shift_terminal")
-        # mu = offset + slope * tokens
-        self.offset = time_shift(config, 0)
-        self.slope = time_shift(config, 1) - self.offset
+        self.bends = parts.pipeline.startswith("Flux2")
+        # mu = slope * tokens + offset, on each line
+        for line, start in (("few", 0), *([("many", MANY_TOKENS + 1)] if self.bends else [])):
+            first, second = (_mu(parts, config, sigmas, start + more) for more in (0, 1))
+            slope = second - first
+            self.register_buffer(f"{line}_slope", torch.tensor(slope, dtype=torch.float32))
+            self.register_buffer(f"{line}_offset", torch.tensor(first - slope * start, dtype=torch.float32))
         self.names = tuple(tables)
         self.register_buffer("odds", torch.tensor(1 / sigmas.unshifted - 1, dtype=torch.float32))
         self.register_buffer("last", torch.from_numpy(sigmas.last))
@@ -122,13 +131,19 @@ class ShiftedTables(nn.Module):
 
     def forward(self, noise: Tensor) -> tuple[Tensor, ...]:
         tokens = (noise.shape[2] // self.patch) * (noise.shape[3] // self.patch)
-        mu = torch.ones(1) * tokens * self.slope + self.offset
+        count = torch.ones(1) * tokens
+        mu = self._line("few", count)
+        if self.bends:
+            mu = torch.where(count > MANY_TOKENS, self._line("many", count), mu)
         shift = torch.exp(mu) if self.exponential else mu
         sigmas = shift / (shift + self.get_buffer("odds"))
         if self.terminal:
             rest = 1 - sigmas
             sigmas = 1 - rest * (1 - self.terminal) / rest.index_select(0, self.get_buffer("last"))
         return tuple(self._table(name, sigmas) for name in self.names)
+
+    def _line(self, line: str, count: Tensor) -> Tensor:
+        return count * self.get_buffer(f"{line}_slope") + self.get_buffer(f"{line}_offset")
 
     def _table(self, name: str, sigmas: Tensor) -> Tensor:
         table = self.get_buffer(f"{name}_bias")
@@ -184,7 +199,7 @@ def shifted(parts: Parts, sampling: Sampling, tasks: Tasks) -> tuple[ShiftedTabl
     plans = [tasks, *others]
     config = sampling.scheduler.config
     sigmas = _unshifted(parts, sampling)
-    shifts = [time_shift(config, image_tokens(parts, size)) for size in sizes]
+    shifts = [_mu(parts, config, sigmas, image_tokens(parts, size)) for size in sizes]
     at_sizes = np.stack([_shift(config, sigmas, mu) for mu in shifts])
     tables: dict[str, dict[Row, int]] = {}
     fit = _Fit(at_sizes, float(config.get("num_train_timesteps", 1000)), tables)
@@ -202,7 +217,7 @@ def shifted(parts: Parts, sampling: Sampling, tasks: Tasks) -> tuple[ShiftedTabl
     call = Call(SEGMENT, {"noise": f"{STATE}[0]"}, {name: name for name in names})
     followed = {name: _with_prologue(task, call) for name, task in followed.items()}
     rows = {name: tuple(numbers) for name, numbers in tables.items()}
-    module = ShiftedTables(config, parts.multiple // parts.factor, sigmas, rows)
+    module = ShiftedTables(parts, config, sigmas, rows)
     for size, plan in zip(sizes, plans, strict=True):
         _verify(module, parts, size, followed, plan)
     return module, followed
@@ -243,7 +258,12 @@ def _unshifted(parts: Parts, sampling: Sampling) -> Sigmas:
     return Sigmas(together, offsets)
 
 
-def _shift(config: Mapping[str, Any], sigmas: Sigmas, mu: float) -> Floats:
+def _mu(parts: Parts, config: Mapping[str, Any], sigmas: Sigmas, tokens: int) -> Floats:
+    """(K,) By how much every sigma is shifted."""
+    return sigmas.of_steps(lambda steps: time_shift(parts.pipeline, config, steps, tokens))
+
+
+def _shift(config: Mapping[str, Any], sigmas: Sigmas, mu: Floats) -> Floats:
     """(K,) What `ShiftedTables` computes, in float64."""
     shift = np.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
     shifted: Floats = shift / (shift + (1 / sigmas.unshifted - 1))

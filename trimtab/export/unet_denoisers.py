@@ -1,0 +1,147 @@
+"""U-Nets behind the interface of their graphs, and what of them is refused because its pipeline does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.errors import ExportError
+from trimtab.export.modules import Denoiser
+from trimtab.export.sizes import latent_space
+from trimtab.export.source import Source
+from trimtab.export.unet_modules import (
+    ConditionalUNet,
+    ControlledUNet,
+    ControlledXLUNet,
+    GuidedUNet,
+    InpaintingUNet,
+    PixelUNet,
+    XLInpaintingUNet,
+    XLUNet,
+)
+
+
+def pixel_unet(source: Source, unet: Any) -> Denoiser:
+    _check_classes(unet)
+    return PixelUNet(unet)
+
+
+def conditional_unet(source: Source, unet: Any) -> Denoiser:
+    _check_told(unet, addition_embed_type="text")
+    inpainting = _reads_mask(source, unet)
+    if unet.config.time_cond_proj_dim is not None:
+        return GuidedUNet(unet)
+    return InpaintingUNet(unet) if inpainting else ConditionalUNet(unet)
+
+
+def xl_unet(source: Source, unet: Any) -> Denoiser:
+    _check_told(unet)
+    wrapper = XLInpaintingUNet if _reads_mask(source, unet) else XLUNet
+    return wrapper(unet, latent_space(source)[1])
+
+
+def controlled_unet(source: Source, unet: Any, controlnet: Any) -> Denoiser:
+    plain = conditional_unet(source, unet)
+    _check_controlled(source, plain, controlnet)
+    return ControlledUNet(unet, controlnet)
+
+
+def controlled_xl_unet(source: Source, unet: Any, controlnet: Any) -> Denoiser:
+    plain = xl_unet(source, unet)
+    _check_controlled(source, plain, controlnet)
+    return ControlledXLUNet(unet, controlnet, latent_space(source)[1])
+
+
+def _check_classes(unet: Any) -> None:
+    """Raises ExportError for a U-Net that reads classes, which no supported pipeline of U-Nets gives."""
+    if unet.class_embedding is not None:
+        found = {name: unet.config.get(name) for name in ("class_embed_type", "num_class_embeds")}
+        told = ", ".join(f"{name} {value!r}" for name, value in found.items() if value is not None)
+        raise ExportError(
+            f"the U-Net reads a class ({told}), and U-Nets without classes are supported: give another pipeline, or a "
+            "DiT for classes"
+        )
+
+
+def _check_told(unet: Any, **told: str) -> None:
+    """Refuses a U-Net that reads more than time, text and what its pipeline tells it.
+
+    Args:
+        unet: The model.
+        **told: Configuration's field -> the one value, beside None, that the pipeline serves.
+
+    Raises:
+        ExportError: It reads something else.
+    """
+    _check_classes(unet)
+    for name, value in ({"encoder_hid_dim_type": "text_proj"} | told).items():
+        if (found := unet.config[name]) not in (None, value):
+            raise ExportError(
+                f"the U-Net has {name} {found!r}, and its pipeline gives it text alone (None or {value!r}): "
+                "give another pipeline"
+            )
+
+
+def _reads_mask(source: Source, unet: Any) -> bool:
+    """Whether a U-Net reads mask and masked picture beside the sample (Raises ExportError for other channels)."""
+    channels = latent_space(source)[0]
+    if unet.config.in_channels not in (channels, 2 * channels + 1):
+        raise ExportError(
+            f"the U-Net takes {unet.config.in_channels} channels, and {channels} (plain) or {2 * channels + 1} "
+            "(inpainting) are supported: depth, upscaling and instruction models are not"
+        )
+    inpainting = bool(unet.config.in_channels != channels)
+    if inpainting and unet.config.time_cond_proj_dim is not None:
+        raise ExportError(
+            f"the U-Net reads a mask ({unet.config.in_channels} channels) and the guidance scale "
+            "(time_cond_proj_dim), and one of both is supported: give a plain LCM or a plain inpainting model"
+        )
+    return inpainting
+
+
+def _check_controlled(source: Source, unet: Denoiser, controlnet: Any) -> None:
+    """Refuses a ControlNet that does more than add to the skips of a plain U-Net.
+
+    Raises:
+        ExportError: With the reason.
+    """
+    if type(unet) not in (ConditionalUNet, XLUNet) or unet.model.config.time_cond_proj_dim:
+        raise ExportError(
+            "the U-Net reads a mask or the guidance scale, and a ControlNet is supported beside a plain one: give that"
+        )
+    if controlnet.config.global_pool_conditions:
+        raise ExportError(
+            "the controlnet has global_pool_conditions, for which diffusers runs it on the prompt's rows alone, and "
+            "ControlNets of all rows are supported: give another"
+        )
+    strides = 2 ** (len(controlnet.config.conditioning_embedding_out_channels) - 1)
+    if strides != latent_space(source)[1]:
+        raise ExportError(
+            f"the controlnet makes its picture {strides} times smaller, and the vae of this pipeline "
+            f"{latent_space(source)[1]} times: give one that was trained with this vae"
+        )
+
+
+SIZE_CONDITIONS = 6
+"""Numbers that SDXL's U-Net is told: the picture's size, what was cut off, and the size asked for."""
+
+
+def check_conditions(source: Source) -> None:
+    """Refuses an SDXL U-Net that is told something else than sizes beside the text.
+
+    Raises:
+        ExportError: It has other conditions.
+    """
+    unet, text = source.config("unet"), source.config("text_encoder_2")
+    projected, width = unet.get("projection_class_embeddings_input_dim"), unet.get("addition_time_embed_dim")
+    if unet.get("addition_embed_type") != "text_time" or not projected or not width:
+        raise ExportError(
+            f"the U-Net has addition_embed_type {unet.get('addition_embed_type')!r}, and SDXL's has 'text_time': "
+            "give another pipeline"
+        )
+    pooled = text.get("projection_dim", 512)  # CLIP's default, which is left out
+    found = (projected - pooled) / width
+    if found != SIZE_CONDITIONS:
+        raise ExportError(
+            f"the U-Net reads {found:g} conditions beside the text, and {SIZE_CONDITIONS} are supported, as SDXL's "
+            "base has them: an aesthetic score, as refiners have it, is not"
+        )
