@@ -112,6 +112,25 @@ def test_a_negative_prompt_equals_diffusers(family: str, load: Load, diffusers_p
     assert_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("family", ["pixart_sigma", "sana", "z_image"])
+def test_texts_have_as_many_tokens_as_the_longest_of_them_needs_and_equal_diffusers(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    pipe, negative = load(family), "a dog that is far longer than any cat could ever be, even a long one"
+    asked: dict[str, Any] = {"seed": 1, "size": (64, 64), "guidance": 3.0}
+    found = {}
+    for name, given in {"": {}, "negative": {"negative_prompt": negative}}.items():
+        ours = pipe(PROMPT, **given, **asked)
+        _, plan, _ = pipe.prepare(PROMPT, **given, **asked)
+        found[name] = plan.buffers["tokens"].shape[1]
+        theirs = reference(
+            diffusers_pipeline(family), 1, prompt=PROMPT, width=64, height=64, guidance_scale=3.0, **given
+        )
+        assert_equal(ours, theirs)
+    most = next(spec.source["length"] for spec in plan.inputs if spec.name == "tokens")
+    assert found[""] < found["negative"] < most
+
+
 @pytest.mark.parametrize("family", ["sdxl"])
 def test_an_empty_negative_prompt_is_not_an_absent_one(
     family: str, load: Load, diffusers_pipeline: Any

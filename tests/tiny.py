@@ -531,7 +531,7 @@ def z_image(folder: Path) -> Any:
         transformer=ZImageTransformer2DModel(
             in_channels=16,
             dim=32,
-            n_layers=2,
+            n_layers=3,
             n_refiner_layers=1,
             n_heads=2,
             n_kv_heads=2,

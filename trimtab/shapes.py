@@ -23,6 +23,7 @@ FUNCTIONS: Mapping[str, Callable[..., int]] = {
     "Max": max,
     "Min": min,
     "Mod": operator.mod,
+    "PythonMod": operator.mod,
     "FloorDiv": operator.floordiv,
 }
 """What torch.export writes beside operators: no symbols."""

@@ -19,9 +19,10 @@ from tiny import TWO_LEVELS, clip_text, unet, vae
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export.denoisers import _WRAPPERS, check_denoiser, denoiser_module
-from trimtab.export.families import FAMILIES
+from trimtab.export.families import FAMILIES, has_guidance
+from trimtab.export.parts import PipelineParts
 from trimtab.export.pipeline import check_options
-from trimtab.export.sizes import latent_space
+from trimtab.export.sizes import latent_space, measure
 from trimtab.export.source import Source
 from trimtab.export.trace import Example, trace
 from trimtab.export.transformer_denoisers import caption_width
@@ -278,6 +279,57 @@ def test_a_sana_that_its_pipeline_does_not_run_is_refused_by_name(
     source = changed(pipeline_folder("sana"), part, change, tmp_path)
     with pytest.raises((ExportError, InputError), match=re.escape(reason)):
         check_denoiser(source)
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "change", "reason"),
+    [
+        ("z_image", "transformer", {"siglip_feat_dim": 16}, "reads pictures (siglip_feat_dim)"),
+        (
+            "z_image",
+            "transformer",
+            {"all_patch_size": [4], "all_f_patch_size": [1]},
+            "has patches of [4], and Z-Image's pipeline draws with 2",
+        ),
+        ("z_image", "transformer", {"axes_lens": [500, 64, 64]}, "knows 500 positions of text"),
+        ("z_image", "transformer", {"in_channels": 4}, "takes 4 channels and predicts 4, and 16 are needed"),
+        (
+            "flux2",
+            "transformer",
+            {"guidance_embeds": True},
+            "has guidance_embeds, and Flux.2 klein's pipeline",
+        ),
+        ("flux2", "transformer", {"in_channels": 4}, "takes 4 channels and predicts 4, and 16 are needed"),
+        ("flux2", "index", {"vae": ["diffusers", "AutoencoderKL"]}, "and AutoencoderKLFlux2 is needed"),
+    ],
+)
+def test_a_transformer_of_one_stream_that_its_pipeline_does_not_run_is_refused_by_name(
+    family: str,
+    part: str,
+    change: dict[str, Any],
+    reason: str,
+    pipeline_folder: PipelineFolder,
+    tmp_path: Path,
+) -> None:
+    source = changed(pipeline_folder(family), part, change, tmp_path)
+    with pytest.raises(ExportError, match=re.escape(reason)):
+        check_denoiser(source)
+
+
+@pytest.mark.parametrize(("distilled", "guided"), [(False, True), (True, False)])
+def test_a_distilled_flux_2_has_no_guidance(
+    distilled: bool, guided: bool, pipeline_folder: PipelineFolder, tmp_path: Path
+) -> None:
+    assert (
+        has_guidance(changed(pipeline_folder("flux2"), "index", {"is_distilled": distilled}, tmp_path))
+        == guided
+    )
+
+
+def test_the_sides_of_z_image_end_with_its_table_of_positions(pipeline_folder: PipelineFolder) -> None:
+    parts = PipelineParts(Source(pipeline_folder("z_image")), lambda _, graph: graph)
+    measure(parts)
+    assert (parts.multiple, parts.largest_side, parts.size) == (16, 64 * 16, (1024, 1024))
 
 
 @pytest.mark.xdist_group("controlnet")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from diffusers import (
 )
 from tiny import SD_BETAS, TWO_LEVELS, clip_text, clip_tokenizer, spread, unet, vae
 
+from trimtab.errors import ExportError
 from trimtab.export.encoders import ClipText, InstructedText, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.parts import PipelineParts
 from trimtab.export.source import Source
-from trimtab.export.texts import clip
+from trimtab.export.texts import _around, chat, clip
 
 STATISTICS: dict[str, Any] = {
     "latents_mean": [-1.6, 1.1, 0.4, -0.2],
@@ -146,3 +149,45 @@ def test_an_instruction_is_left_out_of_what_is_encoded_behind_it() -> None:
     hidden, mask = InstructedText(Telling(), left_out=6)(tokens, words, torch.tensor([[0.0], [1.0]]))
     assert hidden[..., 0].tolist() == [[0, 1, 2, 3], [0, 7, 8, 9]]
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+
+
+class Template:
+    """A tokenizer with a chat template."""
+
+    def __init__(self, template: str | None) -> None:
+        self.template = template
+
+    def apply_chat_template(self, messages: list[dict[str, str]], *, enable_thinking: bool, **_: Any) -> str:
+        if self.template is None:
+            raise ValueError("there is no template\nand nothing to do")
+        thought = "" if enable_thinking else "<think>"
+        return self.template.format(messages[0]["content"], messages[0]["content"].strip()) + thought
+
+
+@pytest.mark.parametrize(("thinking", "after"), [(True, ">"), (False, "><think>")])
+def test_a_chat_template_is_what_it_writes_around_a_prompt(thinking: bool, after: str) -> None:
+    assert _around(Template("<user {0}>"), thinking) == ("<user ", after)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (None, "cannot be used (there is no template): copy the tokenizer again"),
+        ("<user {1}>", "changes the prompt"),
+        ("<user>", "changes the prompt"),
+        ("{0}{0}", "changes the prompt"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_written_around_prompts_is_refused(
+    template: str | None, reason: str
+) -> None:
+    with pytest.raises(ExportError, match=re.escape(reason)):
+        _around(Template(template), True)
+
+
+def test_a_language_model_with_fewer_layers_than_are_read_is_refused(
+    pipeline_folder: Callable[[str], Path],
+) -> None:
+    parts = PipelineParts(Source(pipeline_folder("z_image")), lambda _, graph: graph)
+    with pytest.raises(ExportError, match="has 3 layers, and the pipeline reads behind the 9th"):
+        chat(parts, 512, (4, 9), thinking=False, masks=False)

@@ -37,6 +37,9 @@ PROMPT = "a red circle"
 
 
 FLUX = "FluxPipeline"
+FLUX2 = "Flux2KleinPipeline"
+"""One whose shift depends on the number of steps, and is on another line from 4301 tokens on."""
+
 SD3 = "StableDiffusion3Pipeline"
 """A pipeline that leaves the sigmas to the scheduler."""
 
@@ -80,8 +83,9 @@ def _run(model: ir.Model, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
         (FLUX, {"time_shift_type": "linear"}),
         (SD3, {}),
         (SD3, {"max_shift": 1.16, "base_image_seq_len": 100, "num_train_timesteps": 500}),
+        (FLUX2, {}),
     ],
-    ids=["flux", "linear", "sd3", "other numbers"],
+    ids=["flux", "linear", "sd3", "other numbers", "two lines"],
 )
 def test_tables_follow_the_scheduler_at_every_size(pipeline: str, config: dict[str, Any]) -> None:
     scheduler = _scheduler(**config)

@@ -21,6 +21,7 @@ from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.known_products import known_inputs
 from trimtab.passes.partition import partition
+from trimtab.passes.time_tables import tabulate_times
 from trimtab.passes.unread import drop_unread
 from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
 from trimtab.runtime.load import load
@@ -52,6 +53,24 @@ def test_pictures_are_the_same_from_keys_and_values_of_before(
         more = [start] if "image-to-image" in plain.tasks else []
         for options in ({"count": 2}, {"guidance": 1.0}, {"size": (96, 64)}, *more):
             given = {"prompt": "a red circle", "seed": 1, "schedule": 3, **options}
+            np.testing.assert_allclose(ours(**given).pixels, plain(**given).pixels, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["z_image"])
+def test_blocks_of_the_text_alone_are_run_once_where_the_time_steps_are_tables(
+    family: str, bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    before = tabulate_times(whole(bundle_folder(family)))
+    program = hoist_context(before)
+    assert [applied > 0 for _, applied, _ in entries(program, "HoistContext")] == [True]
+    after = drop_unread(partition(program))
+    kept = after.segments["denoiser.0"].model.graph.initializers
+    assert not [
+        name for name in kept if name.startswith(("context_refiner", "cap_embedder")) and "weight.T" in name
+    ]
+    with draft(before, tmp_path / "plain") as plain, draft(after, tmp_path / "draft") as ours:
+        for options in ({"count": 2}, {"guidance": 0.0}, {"size": (80, 48)}):
+            given = {"prompt": "a red circle", "seed": 1, "schedule": 3, "size": (64, 64), **options}
             np.testing.assert_allclose(ours(**given).pixels, plain(**given).pixels, atol=1e-6)
 
 

@@ -347,7 +347,7 @@ def test_regions_that_share_blocks_skip_the_blocks_that_they_name(regions: tuple
         ("controlnet", "branch 0"),
         *(
             (family, skip)
-            for family in ("sd3", "flux", "pixart_sigma", "sana")
+            for family in ("sd3", "flux", "pixart_sigma", "sana", "z_image")
             for skip in ("layers", "self-attention", "blocks 0-0")
         ),
     ],
@@ -380,7 +380,7 @@ def test_inheriting_from_the_same_step_equals_the_full_pass(
     epilogue = tuple(dataclasses.replace(c, inputs={"latents": "aside"}) for c in program.epilogue)
     program = partition(dataclasses.replace(program, tasks={name: task}, epilogue=epilogue))
     options: dict[str, Any] = {"label": 1} if family == "dit" else {"prompt": "a"}
-    if family == "flux":
+    if family in ("flux", "z_image"):
         options["size"] = (64, 64)
     if family == "controlnet":
         options["control"] = np.full((64, 64, 3), 0.5, np.float32)

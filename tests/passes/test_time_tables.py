@@ -43,6 +43,7 @@ BundleFolder = Callable[[str], Path]
         ("ddpm", 8, {}),
         ("pixart_sigma", 2, {"prompt": "a red circle"}),  # of which one is made of the other
         ("dit", 2, {"label": 3}),
+        ("z_image", 5, {"prompt": "a red circle", "size": (64, 64)}),
     ],
 )
 def test_pictures_are_the_same_from_tables(

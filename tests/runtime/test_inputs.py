@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers.models import BPE
 
-from trimtab.program import TensorSpec
-from trimtab.runtime.inputs import Noise, Request, make_input
+from trimtab.errors import BundleError
+from trimtab.program import TEXT, TensorSpec
+from trimtab.runtime.inputs import TEXT_GROUP, Noise, Request, make_input, text_length
 from trimtab.runtime.tokenizer import Tokenizer
 
 LENGTH = 8
@@ -33,6 +35,7 @@ def asked(tmp_path: Path) -> Request:
         ({"lowercase": True}, ["a", "a", "a a", "a"]),
         ({"instruction": "A: "}, ["A ", "a", "A:  A a ", "A: a"]),
         ({"lowercase": True, "instruction": "A: "}, ["a", "a", "A: a a", "A: a"]),
+        ({"prefix": ":", "suffix": "A"}, [":A A", ":aA", ": A a A", ":aA"]),
     ],
 )
 def test_prompts_are_written_as_the_model_reads_them_and_negative_ones_without_an_instruction(
@@ -60,3 +63,64 @@ def test_rows_of_negative_prompts_are_told_from_the_others(rows: int, positive: 
     spec = TensorSpec("positive", "float32", ("rows*batch", 1), {"kind": "positive"})
     found = make_input(spec, Request(2, rows, (64, 64), Noise((0,))))
     assert found[:, 0].tolist() == positive
+
+
+@pytest.mark.parametrize(
+    ("options", "longest", "tokens"),
+    [
+        ({}, 1, TEXT_GROUP),
+        ({}, TEXT_GROUP, TEXT_GROUP),
+        ({}, TEXT_GROUP + 1, 2 * TEXT_GROUP),
+        ({}, 200, 100),
+        ({"suffix": ":"}, TEXT_GROUP, 2 * TEXT_GROUP),
+        ({"negative_length": 60}, 1, 2 * TEXT_GROUP),  # the negative prompt's token is the 41st of the row
+    ],
+)
+def test_texts_of_open_length_have_as_many_groups_of_tokens_as_the_longest_needs(
+    options: dict[str, Any], longest: int, tokens: int, tmp_path: Path
+) -> None:
+    fast = Fast(BPE(vocab={"-": 0, "a": 1, ":": 2}, merges=[]))
+    fast.enable_padding(length=100, pad_token="-")
+    fast.enable_truncation(100)
+    fast.save(str(tmp_path / "tokenizer.json"))
+    asked = Request(
+        2,
+        2,
+        (64, 64),
+        Noise((0,)),
+        ("a", "a" * longest),
+        ("a", "a"),
+        tokenizers={"t": Tokenizer(tmp_path / "tokenizer.json")},
+    )
+    source = {"kind": "tokens", "tokenizer": "t", "length": 100, **options}
+    specs = [
+        TensorSpec("tokens", "int64", ("rows*batch", TEXT), source),
+        TensorSpec("mask", "int64", ("rows*batch", TEXT), {**source, "kind": "token_mask"}),
+    ]
+    assert text_length(specs, asked) == tokens
+    assert text_length(specs, None) == 100
+    ids, mask = (make_input(spec, replace(asked, tokens=tokens)) for spec in specs)
+    assert ids.shape == mask.shape == (4, tokens)
+    assert (ids > 0).sum(1).tolist() == mask.sum(1).tolist()
+    assert mask.sum(1)[3] == min(longest + len(options.get("suffix", "")), 100)
+
+
+def test_a_text_of_a_length_of_its_own_leaves_nothing_open(asked: Request) -> None:
+    spec = TensorSpec("tokens", "int64", ("rows*batch", LENGTH), {"kind": "tokens", "tokenizer": "letters"})
+    assert text_length([spec], asked) == text_length([spec], None) == 0
+
+
+@pytest.mark.parametrize(
+    ("source", "weights"), [({}, [-2.0, 3.0]), ({"unguided": 0}, [-3.0, 4.0]), ({"unguided": 1}, [-2.0, 3.0])]
+)
+def test_the_rows_of_guidance_are_weighted_from_the_scale_that_changes_nothing(
+    source: dict[str, Any], weights: list[float]
+) -> None:
+    spec = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "classifier_free": True, **source})
+    assert make_input(spec, Request(1, 2, (64, 64), Noise((0,)), guidance=3.0)).tolist() == weights
+
+
+def test_a_scale_that_changes_nothing_and_is_no_number_is_the_bundle_s_fault() -> None:
+    spec = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "unguided": "none"})
+    with pytest.raises(BundleError, match="mix has unguided 'none', and a number is needed: compile again"):
+        make_input(spec, Request(1, 2, (64, 64), Noise((0,)), guidance=3.0))

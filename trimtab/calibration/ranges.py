@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trimtab.calibration.draft import draft
+from trimtab.calibration.draft import draft, with_whole_texts
 from trimtab.calibration.trajectories import own_requests
 from trimtab.errors import CalibrationError, InputError
 from trimtab.passes.constants import add_constant
@@ -126,7 +126,7 @@ def measure_ranges(
     watched, names = _watched(program)
     found = {segment: np.zeros(len(tensors)) for segment, tensors in names.items()}
     called: set[str] = set()
-    with draft(watched, folder) as pipeline:
+    with draft(with_whole_texts(watched), folder) as pipeline:
         for options in _requests(pipeline) if requests is None else requests:
             _draw(pipeline, options, found, called, progress)
     segments = {

@@ -121,11 +121,19 @@ def _expand(inputs: Inputs, _: Attributes) -> Tensor:
     return data.expand([b if a == 1 else a for a, b in zip(own, other, strict=True)])
 
 
-def _reduce_sum(inputs: Inputs, attributes: Attributes) -> Tensor:
-    data = inputs[0]
-    assert data is not None
-    axes = _integers(inputs[1]) if len(inputs) > 1 else list(range(data.ndim))
-    return data.sum(axes, keepdim=bool(attributes.get("keepdims", 1)))
+def _reduce(function: Callable[..., Tensor]) -> Callable[[Inputs, Attributes], Tensor]:
+    def reduced(inputs: Inputs, attributes: Attributes) -> Tensor:
+        data = inputs[0]
+        assert data is not None
+        axes = _integers(inputs[1]) if len(inputs) > 1 else list(range(data.ndim))
+        return function(data, axes, keepdim=bool(attributes.get("keepdims", 1)))
+
+    return reduced
+
+
+def _mod(inputs: Inputs, attributes: Attributes) -> Tensor:
+    """With the divisor's sign, or with the dividend's where ``fmod`` is set."""
+    return (torch.fmod if attributes.get("fmod") else torch.remainder)(*_together(inputs))
 
 
 def _range(inputs: Inputs, _: Attributes) -> Tensor:
@@ -267,13 +275,15 @@ OPERATORS: Mapping[str, Callable[[Inputs, Attributes], Tensor | Sequence[Tensor]
     "Identity": _unary(lambda data: data),
     "LayerNormalization": _layer_norm,
     "MatMul": _binary(torch.matmul),
+    "Mod": _mod,
     "Mul": _binary(torch.mul),
     "Neg": _unary(torch.neg),
     "RMSNormalization": _rms_norm,
     "Pad": _pad,
     "Pow": _binary(torch.pow),
     "Range": _range,
-    "ReduceSum": _reduce_sum,
+    "ReduceMax": _reduce(torch.amax),
+    "ReduceSum": _reduce(torch.sum),
     "Relu": _unary(torch.relu),
     "Reshape": _reshape,
     "Resize": _resize,

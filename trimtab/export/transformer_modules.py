@@ -226,7 +226,7 @@ class Flux2Transformer(Denoiser):
 
 
 class _RotaryAttention:
-    """`_Attention` to itself, with positions as angles (rows, tokens, pairs, 2): cosines and sines."""
+    """`_Attention` to itself, with positions as angles (rows, tokens, 2 * pairs): of each pair cosine and sine."""
 
     def __call__(
         self,
@@ -253,15 +253,15 @@ class _RotaryAttention:
 def _turn(heads: Tensor, angles: Tensor) -> Tensor:
     """Neighbouring pairs of numbers, (rows, tokens, heads, 2 * pairs), each turned by its angle."""
     first, second = heads.reshape(*heads.shape[:-1], -1, 2).unbind(-1)
-    cosine, sine = angles[:, :, None].unbind(-1)
+    cosine, sine = angles.reshape(*angles.shape[:2], 1, -1, 2).unbind(-1)
     return torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=-1).flatten(-2)
 
 
 class ZImageTransformer(Denoiser):
     """Z-Image: text and picture in one stream, each filled up to whole groups of tokens.
 
-    diffusers' forward takes lists and cuts every text to its words. Here a text keeps its length, and what is behind
-    its last group is masked out of all attention, which comes to the same.
+    diffusers' forward takes lists and cuts every text to its words. Here all texts have the length of the longest, a
+    multiple of `GROUP`, and what is behind a text's last group is masked out of all attention, which comes to the same.
     """
 
     PATCH = "2-1"
@@ -278,8 +278,8 @@ class ZImageTransformer(Denoiser):
         tables = self.model.rope_embedder.precompute_freqs_cis(
             config.axes_dims, config.axes_lens, config.rope_theta
         )
-        for axis, table in enumerate(tables):  # (positions, pairs, 2)
-            self.register_buffer(f"axis_{axis}", torch.view_as_real(table), persistent=False)
+        for axis, table in enumerate(tables):  # (positions, 2 * pairs): cosines and sines
+            self.register_buffer(f"axis_{axis}", torch.view_as_real(table).flatten(1), persistent=False)
 
     def forward(
         self,
@@ -304,35 +304,43 @@ class ZImageTransformer(Denoiser):
         padding = -(down * across) % self.GROUP
         picture = torch.cat([picture, model.x_pad_token.expand(rows, padding, -1)], dim=1)
 
-        words = encoder_attention_mask.sum(1, keepdim=True).to(torch.int64)
-        kept = (words + self.GROUP - 1) // self.GROUP * self.GROUP
-        places = torch.arange(encoder_hidden_states.shape[1])[None]
-        text = model.cap_embedder(encoder_hidden_states)
-        text = torch.where((places < words)[..., None], text, model.cap_pad_token)
-        mask = (places < kept).to(sample.dtype)
-
-        nowhere = torch.zeros_like(places)
-        text_angles = self._angles(places + 1, nowhere, nowhere).expand(rows, -1, -1, -1)
-        grid = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
-        here = [axis.reshape(1, -1).expand(rows, -1) for axis in grid]
-        picture_angles = self._angles((kept + 1).expand(-1, down * across), *here)
-        nowhere = torch.zeros(rows, padding, dtype=torch.int64)
-        picture_angles = torch.cat([picture_angles, self._angles(nowhere, nowhere, nowhere)], dim=1)
+        words = encoder_attention_mask[..., None]
+        text = model.cap_embedder(encoder_hidden_states) * words + model.cap_pad_token * (1 - words)
+        # Groups with a word in them. Of masks alone, which is known to be exact in FP16 (`trimtab.passes.precision`).
+        groups = encoder_attention_mask.reshape(rows, -1, self.GROUP).amax(-1, keepdim=True)
+        mask = groups.expand(-1, -1, self.GROUP).flatten(1)
+        # The picture is a frame behind the text; its last tokens, which fill it up, are at no place.
+        frame = mask.sum(1, keepdim=True).to(torch.int64)
+        of_text, of_picture = self._angles(text.shape[1], frame, down, across, padding)
 
         for block in model.noise_refiner:
-            picture = block(picture, None, picture_angles, time)
+            picture = block(picture, None, of_picture, time)
         for block in model.context_refiner:
-            text = block(text, _bias(mask, text.shape[1]), text_angles)
+            text = block(text, _bias(mask, text.shape[1]), of_text)
         stream = torch.cat([picture, text], dim=1)
-        angles = torch.cat([picture_angles, text_angles], dim=1)
-        mask = torch.cat([torch.ones_like(picture[..., 0]), mask], dim=1)
+        angles = torch.cat([of_picture, of_text], dim=1)
+        mask = nn.functional.pad(mask, (picture.shape[1], 0), value=1.0)
         for block in model.layers:
             stream = block(stream, _bias(mask, stream.shape[1]), angles, time)
         velocity = model.all_final_layer[self.PATCH](stream[:, : down * across], c=time)
         velocity = velocity.reshape(rows, down, across, 2, 2, channels).permute(0, 5, 1, 3, 2, 4)
         return -velocity.reshape(rows, channels, height, width)
 
-    def _angles(self, *places: Tensor) -> Tensor:
-        """Of positions (rows, tokens) on each axis: (rows, tokens, pairs, 2)."""
-        parts = [self.get_buffer(f"axis_{axis}")[place] for axis, place in enumerate(places)]
-        return torch.cat(parts, dim=-2)
+    def _angles(
+        self, tokens: int, frame: Tensor, down: int, across: int, padding: int
+    ) -> tuple[Tensor, Tensor]:
+        """Of text and of picture, (rows, tokens, 2 * pairs): their places on three axes side by side.
+
+        Places are counted from 1, the text's along the first axis. ``frame`` (rows, 1): the picture's there, from 0.
+        """
+        rows = frame.shape[0]
+        sequence, lines, columns = (self.get_buffer(f"axis_{axis}") for axis in range(3))
+        nowhere = torch.cat([sequence[0], lines[0], columns[0]])
+        sequence = sequence[1 : tokens + 2]
+        beside = nowhere[sequence.shape[1] :].expand(tokens, -1)
+        of_text = torch.cat([sequence[:tokens], beside], dim=1).expand(rows, -1, -1)
+        grid = [lines[:down, None].expand(-1, across, -1), columns[None, :across].expand(down, -1, -1)]
+        cells = torch.cat(grid, dim=-1).flatten(0, 1).expand(rows, -1, -1)
+        frames = nn.functional.embedding(frame, sequence).expand(-1, down * across, -1)
+        of_picture = torch.cat([frames, cells], dim=-1)
+        return of_text, torch.cat([of_picture, nowhere.expand(rows, padding, -1)], dim=1)

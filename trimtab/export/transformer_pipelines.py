@@ -180,13 +180,19 @@ def z_image(parts: PipelineParts) -> None:
     parts.start_from_pictures({"image-to-image": 0.6, "inpainting": 1.0})
     parts.inpaints_from_noise = False
     parts.strength_rounds_up = True
+    group = transformer_modules.ZImageTransformer.GROUP
+    tokens: dict[str, Any] = {"multiples": {"tokens": group}}
+    hidden, mask = (
+        torch.randn(ROWS, 3 * group, wrapper.model.config.cap_feat_dim),
+        torch.ones(ROWS, 3 * group),
+    )
     parts.denoiser(
         wrapper,
         {
             "sample": patched_example(parts),
             "timestep": timestep_example(),
-            "encoder_hidden_states": hidden_example(wrapper.model.config.cap_feat_dim),
-            "encoder_attention_mask": Example(texts.example_mask().float(), ("prompts", "tokens")),
+            "encoder_hidden_states": Example(hidden, ("prompts", "tokens", None), **tokens),
+            "encoder_attention_mask": Example(mask, ("prompts", "tokens"), **tokens),
         },
     )
     del wrapper

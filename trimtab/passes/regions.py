@@ -30,9 +30,9 @@ from trimtab.errors import PassError
 from trimtab.passes.scopes import SCOPES, Module, module_tree, scopes
 
 UNITS = {
-    "self-attention": ("attn1", "attn"),
+    "self-attention": ("attn1", "attn", "attention"),
     "cross-attention": ("attn2",),
-    "feed-forward": ("ff", "ff_context", "act_mlp"),
+    "feed-forward": ("ff", "ff_context", "act_mlp", "feed_forward"),
 }
 """Unit -> the last part of its modules' names in diffusers; `act_mlp` ends what Flux's single blocks have beside their
 attention. Beside a joint `attn`, which reads the text too, an `attn2` is a second self-attention (SD3.5)."""
@@ -40,9 +40,11 @@ attention. Beside a joint `attn`, which reads the text too, an `attn2` is a seco
 _OURS = repr(["", "inherit"])
 """The scopes of nodes that are added here: no module's, or they would count to other regions of the same blocks."""
 
-_LAYER = re.compile(r"^(?:.*\.)?(?:resnets|attentions|transformer_blocks|single_transformer_blocks)\.\d+$")
+_LAYER = re.compile(
+    r"^(?:(?:.*\.)?(?:resnets|attentions|transformer_blocks|single_transformer_blocks)|layers)\.\d+$"
+)
 _RESNET = re.compile(r"^(?:.*\.)?resnets\.\d+$")
-_BLOCK = re.compile(r"^(?:single_)?transformer_blocks\.\d+$")
+_BLOCK = re.compile(r"^(?:(?:single_)?transformer_blocks|layers)\.\d+$")  # Z-Image's are layers
 
 Sources = Mapping[ir.Value, frozenset[ir.Value]]
 """Value -> the inputs of its graph that it follows from."""
@@ -72,7 +74,7 @@ def default_region(model: ir.Model) -> str:
     count = len(_blocks(model.graph))
     if count < 3:
         raise PassError(
-            "the denoiser has neither up_blocks with skip connections nor three transformer_blocks: say in a plan "
+            "the denoiser has neither up_blocks with skip connections nor three transformer blocks: say in a plan "
             "what to skip"
         )
     return f"blocks 1-{count - 2}"

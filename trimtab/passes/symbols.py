@@ -50,6 +50,8 @@ def own_symbols(name: str, graph: ir.Graph) -> None:
             _learn_strides(node, known)
         elif node.op_type == "Identity":
             _learn_copy(node, known)
+        elif node.op_type == "Concat":
+            _learn_sum(node, known)
         for value in node.outputs:
             rename.apply(value)
     missing = _symbols(graph.outputs) - plain - names
@@ -133,6 +135,19 @@ def _learn_copy(node: ir.Node, known: dict[str, ast.expr]) -> None:
             continue
         if before.value is not None and after.value is not None and not after.value.isidentifier():
             known.setdefault(_key(after.value), ast.parse(before.value, mode="eval").body)
+
+
+def _learn_sum(node: ir.Node, known: dict[str, ast.expr]) -> None:
+    """Adds that what is joined is as long as its parts together, however that sum was written out."""
+    shapes = [value.shape for value in (*node.inputs, *node.outputs) if value is not None]
+    axis = node.attributes["axis"].as_int()
+    *parts, whole = (None if shape is None else shape[axis] for shape in shapes)
+    if not isinstance(whole, ir.SymbolicDim) or whole.value is None or whole.value.isidentifier():
+        return
+    texts = [part.value if isinstance(part, ir.SymbolicDim) else part for part in parts]
+    if None not in texts:
+        text = " + ".join(f"({text})" for text in texts)
+        known.setdefault(_key(whole.value), ast.parse(text, mode="eval").body)
 
 
 class _Rename(ast.NodeTransformer):

@@ -101,7 +101,18 @@ def _attention(node: ir.Node, parser: Parser) -> str | None:
         return "has a softcap"
     if any(v is not None and (v.shape is None or len(v.shape) != 4) for v in node.inputs[:4]):
         return "has inputs that are not four-dimensional"
+    # TensorRT for RTX 1.7 takes the casts for needless, computes the scores in FP16, and fails at a mask in FP32.
+    if len(node.inputs) > 3 and node.inputs[3] is not None and any(map(_is_cast_up, node.inputs[:3])):
+        return "has a mask, and reads what is wider than it was computed"
     return None
+
+
+def _is_cast_up(value: ir.Value | None) -> bool:
+    maker = None if value is None else value.producer()
+    if value is None or maker is None or maker.op_type != "Cast" or maker.inputs[0] is None:
+        return False
+    before, after = maker.inputs[0].dtype, value.dtype
+    return before is not None and after is not None and before.bitwidth < after.bitwidth
 
 
 def _einsum(node: ir.Node, parser: Parser) -> str | None:
