@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import residual
 import torch
+from graphs import parsed
 
 from trimtab.calibration.torch_graph import TorchGraph
 from trimtab.errors import PassError
@@ -83,6 +84,8 @@ def test_values_inside_can_be_asked_for() -> None:
         ("Pad", [[0, 1, 2, 0, 0, 3]]),
         ("Pad", [[1, -1], None, [-1]]),
         ("Tile", [[2, 1, 3]]),
+        ("ReduceMax", [[-1]]),
+        ("ReduceMax", [[0, 1]]),
     ],
 )
 def test_operators_that_few_models_have(operator: str, integers: list[list[int] | None]) -> None:
@@ -103,6 +106,15 @@ def test_operators_that_few_models_have(operator: str, integers: list[list[int] 
     session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
     found = TorchGraph(model, ["y"])({"x": torch.from_numpy(data)})["y"].numpy()
     np.testing.assert_array_equal(found, session.run(None, {"x": data})[0])
+
+
+@pytest.mark.parametrize("form", ["", "<fmod = 1>"])
+def test_a_remainder_has_the_sign_that_its_form_says(form: str) -> None:
+    model = parsed(f"g (int64[4] x, int64[4] d) => (int64[4] y) {{ y = Mod {form} (x, d) }}")
+    given = {"x": np.array([-7, 7, -8, 5]), "d": np.array([4, -4, 4, 3])}
+    session = onnxruntime.InferenceSession(ir.serde.serialize_model(model).SerializeToString())
+    found = TorchGraph(model, ["y"])({name: torch.from_numpy(array) for name, array in given.items()})["y"]
+    np.testing.assert_array_equal(found.numpy(), session.run(None, given)[0])
 
 
 def test_a_part_starts_from_values_that_are_given() -> None:

@@ -7,11 +7,14 @@ import onnx_ir as ir
 import pytest
 import torch
 from chains import Tensors, add, call, chain, program, run_model, run_step
+from graphs import model as graph_of
+from graphs import value as open_value
 
 from trimtab.errors import PassError
 from trimtab.export.trace import Example, trace
 from trimtab.passes.partition import partition, reach
 from trimtab.passes.scopes import SCOPES
+from trimtab.passes.symbols import own_symbols
 from trimtab.program import Program
 from trimtab.shapes import evaluate
 
@@ -256,6 +259,20 @@ def test_a_transformer_s_tail_without_a_tensor_of_its_sizes_takes_them_from_the_
         np.testing.assert_allclose(tensors.pop("y"), expected, atol=1e-5)
     holders = [name for name, s in cut.segments.items() if "table" in s.model.graph.initializers]
     assert len(holders) == (positions == "cropped")
+
+
+def test_a_join_is_as_long_as_its_parts_however_their_sum_is_written() -> None:
+    """A picture's tokens that are filled up to groups, with a text's behind them: Z-Image's stream."""
+    picture, text = open_value("picture", ["n", "w*h + PythonMod(-w*h, 8)"]), open_value("text", ["n", "t"])
+    join = ir.node("Concat", [picture, text], {"axis": 1})
+    join.outputs[0].name, join.outputs[0].type = "joined", picture.type
+    join.outputs[0].shape = ir.Shape(["n", "t + w*h + (PythonMod(-w*h, 8))"])
+    graph = graph_of([picture, text], [join], join.outputs).graph
+    own_symbols("part", graph)
+    assert [str(given.shape) for given in graph.inputs] == ["[n,size_0]", "[n,t]"]
+    assert graph.outputs[0].shape is not None
+    sizes = {"n": 2, "size_0": 40, "t": 7}
+    assert [evaluate(str(size), sizes) for size in graph.outputs[0].shape] == [2, 47]
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,32 @@ def test_a_form_that_a_parser_does_not_know_is_decomposed_though_it_knows_the_op
     assert "Attention" not in {node.op_type for node in lower(flat, RTX).graph}
 
 
+@pytest.mark.parametrize(
+    ("cast", "mask", "whole"), [(True, True, False), (True, False, True), (False, True, True)]
+)
+def test_attention_with_a_mask_behind_casts_from_fp16_is_decomposed(
+    cast: bool, mask: bool, whole: bool
+) -> None:
+    sizes = ir.TensorType(ir.DataType.FLOAT)
+    parts = [value(name, HEADS, ir.DataType.FLOAT16 if cast else ir.DataType.FLOAT) for name in "qkv"]
+    casts = [ir.node("Cast", [part], {"to": 1}) for part in parts] if cast else []
+    read = [node.outputs[0] for node in casts] if cast else list(parts)
+    bias = [value("bias", (1, 1, 5, 5))] if mask else []
+    seen = ir.node("Attention", [*read, *bias])
+    for number, node in enumerate([*casts, seen]):
+        node.outputs[0].name, node.outputs[0].shape, node.outputs[0].type = (
+            f"y{number}",
+            ir.Shape(HEADS),
+            sizes,
+        )
+    graph = model([*parts, *bias], [*casts, seen], seen.outputs)
+    assert ("Attention" in {node.op_type for node in lower(graph, RTX).graph}) == whole
+    feeds = feeds_for(graph)
+    feeds |= {part.name: feeds[part.name].astype(part.dtype.numpy()) for part in parts}
+    expected, found = run(graph, feeds), run(lower(graph, RTX), feeds)
+    assert all(np.abs(found[name] - expected[name]).max() <= 1e-5 for name in expected)
+
+
 def test_functions_are_written_out() -> None:
     x = value("x", [3])
     inner = ir.node("Relu", [ir.Value(name="a")])
