@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import trimtab
 from trimtab.bundle import open_bundle
-from trimtab.calibration.draft import draft
+from trimtab.calibration.draft import draft, with_whole_texts
 from trimtab.calibration.packing import _together
 from trimtab.calibration.trajectories import PROMPTS, own_requests, record
 from trimtab.comparison import compare
@@ -118,3 +119,33 @@ def test_a_class_goes_by_its_name(bundle_folder: BundleFolder) -> None:
         np.testing.assert_array_equal(pipe(label="3", seed=0, schedule=3).pixels, by_number)
         with pytest.raises(InputError, match=r"no class 'think 3' in this model: did you mean thing 3"):
             pipe(label="think 3", seed=0)
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma"])
+def test_texts_that_are_filled_up_can_be_stacked_and_draw_the_same(
+    family: str, bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    program = read_program(open_bundle(bundle_folder(family)))
+    long = "a circle that is so red that it takes more letters than any other"
+    with (
+        draft(program, tmp_path / "open") as short,
+        draft(with_whole_texts(program), tmp_path / "whole") as filled,
+    ):
+        for prompt in ("a red circle", long):
+            given: dict[str, Any] = {"prompt": prompt, "seed": 1, "schedule": 3, "size": (64, 64)}
+            np.testing.assert_allclose(filled(**given).pixels, short(**given).pixels, atol=1e-5)
+            assert filled.prepare(**given)[1].buffers["tokens"].shape == (2, 300)
+        samples = [
+            record(pipe, [{"prompt": p, "seed": 1, "schedule": 3} for p in ("a red circle", long)], steps=[0])
+            for pipe in (short, filled)
+        ]
+    lengths = [[s.inputs["encoder_hidden_states"].shape[1] for s in some] for some in samples]
+    assert lengths == [[32, 96], [300, 300]]
+
+
+@pytest.mark.parametrize("family", ["dit"])
+def test_a_program_without_texts_of_open_length_is_left_as_it_is(
+    family: str, bundle_folder: BundleFolder
+) -> None:
+    program = read_program(open_bundle(bundle_folder(family)))
+    assert with_whole_texts(program).tasks == program.tasks

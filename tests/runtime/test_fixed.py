@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from trimtab.manifest import Contents
 from trimtab.program import Task, TensorSpec
 from trimtab.runtime.fixed import Fixed, fit
 from trimtab.runtime.inputs import Noise, NoiseTape, Request, make_input
+from trimtab.runtime.load import load
 
 
 @pytest.fixture
@@ -56,6 +59,28 @@ def test_without_guidance_an_engine_for_one_row_is_the_first_choice(contents: Co
     assert fit(request(contents, rows=1), (two, one), contents)[0].rows == 1
     alone = fit(request(contents, rows=1), (two,), contents)[0]
     assert (alone.rows, alone.guidance) == (2, 1.0)  # mix becomes [0, 1]
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_without_guidance_an_engine_for_two_rows_gives_the_negative_one_no_weight(
+    contents: Contents, scale: int
+) -> None:
+    asked = dataclasses.replace(request(contents, rows=1), guidance=-3.0, unguided=scale)
+    alone = fit(asked, (Fixed(1, 2, latent(contents)),), contents)[0]
+    assert make_input(TensorSpec("mix", "float32", ("rows",), {"kind": "mix"}), alone).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("family", ["pixart_sigma"])
+def test_engines_of_fixed_sizes_take_the_longest_text(
+    family: str, bundle_folder: Callable[[str], Path]
+) -> None:
+    with load(bundle_folder(family)) as pipe:
+        lengths = []
+        for sizes in ((), (Fixed(1, 2, (8, 8)),)):
+            pipe._sizes = sizes
+            _, plan, _ = pipe.prepare("a red circle", size=(64, 64))
+            lengths.append(plan.buffers["tokens"].shape[1])
+    assert lengths == [32, 300]
 
 
 def test_guidance_needs_an_engine_for_it(contents: Contents) -> None:

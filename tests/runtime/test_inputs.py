@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 
 from trimtab.errors import BundleError
 from trimtab.program import TEXT, TensorSpec
-from trimtab.runtime.inputs import TEXT_GROUP, Noise, Request, make_input, text_length
+from trimtab.runtime.inputs import TEXT_GROUP, Noise, Request, make_input, text_length, unguided
 from trimtab.runtime.tokenizer import Tokenizer
 
 LENGTH = 8
@@ -110,17 +110,23 @@ def test_a_text_of_a_length_of_its_own_leaves_nothing_open(asked: Request) -> No
     assert text_length([spec], asked) == text_length([spec], None) == 0
 
 
-@pytest.mark.parametrize(
-    ("source", "weights"), [({}, [-2.0, 3.0]), ({"unguided": 0}, [-3.0, 4.0]), ({"unguided": 1}, [-2.0, 3.0])]
-)
+@pytest.mark.parametrize(("unguided", "weights"), [(1, [-2.0, 3.0]), (0, [-3.0, 4.0])])
 def test_the_rows_of_guidance_are_weighted_from_the_scale_that_changes_nothing(
-    source: dict[str, Any], weights: list[float]
+    unguided: int, weights: list[float]
 ) -> None:
-    spec = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "classifier_free": True, **source})
-    assert make_input(spec, Request(1, 2, (64, 64), Noise((0,)), guidance=3.0)).tolist() == weights
+    spec = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "classifier_free": True})
+    asked = Request(1, 2, (64, 64), Noise((0,)), guidance=3.0, unguided=unguided)
+    assert make_input(spec, asked).tolist() == weights
+
+
+@pytest.mark.parametrize(("source", "scale"), [({}, 1), ({"unguided": 0}, 0), ({"unguided": 1}, 1)])
+def test_the_scale_that_changes_nothing_is_1_where_the_bundle_says_no_other(
+    source: dict[str, Any], scale: int
+) -> None:
+    assert unguided({"mix": TensorSpec("mix", "float32", ("rows",), {"kind": "mix", **source})}) == scale
 
 
 def test_a_scale_that_changes_nothing_and_is_no_number_is_the_bundle_s_fault() -> None:
     spec = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "unguided": "none"})
     with pytest.raises(BundleError, match="mix has unguided 'none', and a number is needed: compile again"):
-        make_input(spec, Request(1, 2, (64, 64), Noise((0,)), guidance=3.0))
+        unguided({"mix": spec})

@@ -87,7 +87,7 @@ def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float 
         raise InputError(f"the guidance scale {scale} is not a finite number of 32 bits: give a smaller one")
     # As in diffusers, a scale of 1 or less, or of 0 for some, turns classifier-free guidance off.
     mix = kinds.get("mix")
-    rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > unguided(mix) else 1
+    rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > unguided(kinds) else 1
     return scale, rows
 
 

@@ -85,7 +85,7 @@ def fit(request: Request, sizes: tuple[Fixed, ...], contents: Contents) -> list[
     batches = [size.batch for size in able if size.rows == rows]
     batch = next((b for b in batches if b <= request.batch), batches[-1])
     if rows != request.rows:
-        request = replace(request, rows=rows, guidance=1.0)
+        request = replace(request, rows=rows, guidance=float(request.unguided))
     if batch == request.batch:
         return [request]
     tape = NoiseTape(request.noise, request.batch)

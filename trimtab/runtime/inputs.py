@@ -41,6 +41,7 @@ class Request:
         negatives: One a picture; None where no negative prompt was given.
         labels: Class numbers, one a picture.
         guidance: The guidance scale.
+        unguided: The one that changes nothing.
         image: (1, height, width, 3) in 0..1, or None.
         mask: (1, height, width, 1) in 0..1, or None.
         control: (1, height, width, 3) in 0..1, what a ControlNet draws along, or None.
@@ -58,6 +59,7 @@ class Request:
     negatives: tuple[str, ...] | None = None
     labels: tuple[int, ...] = ()
     guidance: float = 1.0
+    unguided: int = 1
     image: Array | None = None
     mask: Array | None = None
     control: Array | None = None
@@ -290,14 +292,15 @@ def _whole(spec: TensorSpec, key: str, least: int = 0) -> int:
 
 def _mix(spec: TensorSpec, request: Request) -> Array:
     """The weights of the guidance rows: (1 - w, w) for the scale w where 1 guides nothing, or 1 without guidance."""
-    weight = request.guidance + 1 - unguided(spec)
+    weight = request.guidance + 1 - request.unguided
     weights = [1 - weight, weight] if request.rows == 2 else [1.0]
     return np.array(weights, np.float32)
 
 
-def unguided(spec: TensorSpec) -> int:
-    """The guidance scale that changes nothing, from which down there is none."""
-    return _whole(spec, "unguided") if "unguided" in spec.source else 1
+def unguided(kinds: Mapping[str, TensorSpec]) -> int:
+    """The guidance scale that changes nothing, from which down there is none, by a task's inputs."""
+    mix = kinds.get("mix")
+    return 1 if mix is None or "unguided" not in mix.source else _whole(mix, "unguided")
 
 
 def _guidance(spec: TensorSpec, request: Request) -> Array:

@@ -34,7 +34,7 @@ from trimtab.runtime.executor import OnStep, Plan, make_plan
 from trimtab.runtime.fixed import fit, fixed_sizes
 from trimtab.runtime.guard import first_not_finite
 from trimtab.runtime.images import Pixels, read_image, to_images
-from trimtab.runtime.inputs import Noise, Request, text_length
+from trimtab.runtime.inputs import Noise, Request, text_length, unguided
 from trimtab.runtime.sessions import Session
 from trimtab.runtime.tokenizer import Tokenizer
 
@@ -171,7 +171,7 @@ class Pipeline:
             prompt: What to draw: one text, or one for each picture.
             negative_prompt: What not to draw; used where guidance is above 1.
             label: Class, by number or name, or one for each picture, for class-conditional models.
-            guidance: Guidance scale; None for the model's default, 1 or less for none.
+            guidance: Guidance scale; None for the model's default, 1 or less for none (0 or less for Z-Image's).
             seed: The pictures' start noise is what ``torch.Generator("cpu").manual_seed(seed)`` gives, bit for
                 bit. One for all pictures together, or one for each. None for a random one.
             count: Pictures for each prompt or label.
@@ -247,7 +247,8 @@ class Pipeline:
     ) -> tuple[Request, Plan, dict[str, Any]]:
         """What `__call__` runs: the request, the plan for it, and the settings that make the picture again.
 
-        The plan is kept and given again for the same task, schedule, batch and size: it is for one thread.
+        The plan is kept and given again for the same task, schedule, batch, size and length of texts: it is for one
+        thread.
 
         Raises:
             InputError: As in `__call__`; or more pictures than the engines draw at a time.
@@ -300,6 +301,7 @@ class Pipeline:
             negatives=None if negative is None else all_negatives(kinds, negative, batch, asked.count),
             labels=labels,
             guidance=scale,
+            unguided=unguided(kinds),
             image=None if asked.image is None else read_image(asked.image, size),
             mask=None if asked.mask is None else read_image(asked.mask, size, gray=True),
             control=None if asked.control is None else read_image(asked.control, size),
