@@ -38,6 +38,7 @@ def test_layers_of_repeated_blocks_are_packed_and_the_rest_says_why_not() -> Non
         blocks__0__time_emb_proj=(64, 64),
         blocks__0__norm1__emb__linear_1=(64, 64),
         proj_out=(64, 64),
+        **{"all_final_layer__2-1__adaLN_modulation__1": (64, 64)},
     )
     assert choose(sites, Settings()) == {
         "conv_in.weight": "it lies outside of the repeated blocks",
@@ -45,6 +46,7 @@ def test_layers_of_repeated_blocks_are_packed_and_the_rest_says_why_not() -> Non
         "blocks.0.time_emb_proj.weight": 2,
         "blocks.0.norm1.emb.linear_1.weight": "it is an embedder",
         "proj_out.weight": "it lies outside of the repeated blocks",
+        "all_final_layer.2-1.adaLN_modulation.1.weight": "it is the last layer",
     }
 
 

@@ -175,6 +175,8 @@ def _outside(module: str) -> str | None:
         part == "emb" or part.endswith(("embed", "embedder", "embedding", "embeddings")) for part in parts
     ):
         return "it is an embedder"
+    if any(part.endswith("final_layer") for part in parts):  # Z-Image's has a number for its patches
+        return "it is the last layer"
     return None
 
 

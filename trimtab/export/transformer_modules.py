@@ -329,9 +329,9 @@ class ZImageTransformer(Denoiser):
     def _angles(
         self, tokens: int, frame: Tensor, down: int, across: int, padding: int
     ) -> tuple[Tensor, Tensor]:
-        """Of text and of picture, (rows, tokens, 2 * pairs): their places on three axes side by side.
+        """Of text and of picture, (rows, tokens, 2 * pairs): those of three axes side by side.
 
-        Places are counted from 1, the text's along the first axis. ``frame`` (rows, 1): the picture's there, from 0.
+        A text has the places from 1 on of the first axis; ``frame`` (rows, 1) of them are before the picture's one.
         """
         rows = frame.shape[0]
         sequence, lines, columns = (self.get_buffer(f"axis_{axis}") for axis in range(3))
