@@ -71,10 +71,9 @@ def measure(parts: PipelineParts) -> None:
             # SD3 cuts what it needs out of a table of so many patches a side.
             if table := config.get("pos_embed_max_size"):
                 parts.largest_side = int(table) * parts.multiple
-            if positions := config.get(
-                "axes_lens"
-            ):  # Z-Image has tables of them: of the text, down and across
-                parts.largest_side = min(positions[1:]) * parts.multiple
+            # Z-Image has tables of positions: along the text, down and across.
+            if positions := config.get("axes_lens"):
+                parts.largest_side = int(min(positions[1:])) * parts.multiple
         else:
             parts.colors = parts.channels
             # Its upsamplers double, so that a side must halve at every level.
