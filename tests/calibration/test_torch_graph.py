@@ -27,6 +27,8 @@ def inputs_of(model: ir.Model) -> dict[str, np.ndarray]:
         array = generator.normal(size=[d if isinstance(d, int) else sizes[str(d.value)] for d in value.shape])
         if not value.dtype.is_floating_point():
             array = np.abs(array * 100) % 10
+        if value.name.endswith("mask"):
+            array = array > 0
         inputs[value.name] = np.asarray(array, value.dtype.numpy())
     return inputs
 
