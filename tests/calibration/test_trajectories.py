@@ -136,7 +136,7 @@ def test_texts_that_are_filled_up_can_be_stacked_and_draw_the_same(
             np.testing.assert_allclose(filled(**given).pixels, short(**given).pixels, atol=1e-5)
             assert filled.prepare(**given)[1].buffers["tokens"].shape == (2, 300)
         samples = [
-            record(pipe, [{"prompt": p, "seed": 1, "schedule": 3} for p in ("a red circle", long)], steps=[0])
+            record(pipe, [{**given, "prompt": p} for p in ("a red circle", long)], steps=[0])
             for pipe in (short, filled)
         ]
     lengths = [[s.inputs["encoder_hidden_states"].shape[1] for s in some] for some in samples]

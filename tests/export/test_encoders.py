@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Callable
@@ -20,10 +21,11 @@ from diffusers import (
 from tiny import SD_BETAS, TWO_LEVELS, clip_text, clip_tokenizer, spread, unet, vae
 
 from trimtab.errors import ExportError
-from trimtab.export.encoders import ClipText, InstructedText, VaeDecoder, VaeEncoder, latent_scale
+from trimtab.export.encoders import ChatText, ClipText, InstructedText, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.parts import PipelineParts
 from trimtab.export.source import Source
 from trimtab.export.texts import _around, chat, clip
+from trimtab.export.transformer_pipelines import QWEN_LAYERS_FLUX2, QWEN_LENGTH_FLUX2
 
 STATISTICS: dict[str, Any] = {
     "latents_mean": [-1.6, 1.1, 0.4, -0.2],
@@ -191,3 +193,36 @@ def test_a_language_model_with_fewer_layers_than_are_read_is_refused(
     parts = PipelineParts(Source(pipeline_folder("z_image")), lambda _, graph: graph)
     with pytest.raises(ExportError, match="has 3 layers, and the pipeline reads behind the 9th"):
         chat(parts, 512, (4, 9), thinking=False, masks=False)
+
+
+def test_flux_2_s_text_is_that_of_its_pipeline(diffusers_pipeline: Callable[[str], Any]) -> None:
+    pipe = diffusers_pipeline("flux2")
+    signature = inspect.signature(type(pipe).__call__)
+    assert signature.parameters["text_encoder_out_layers"].default == QWEN_LAYERS_FLUX2
+    assert signature.parameters["max_sequence_length"].default == QWEN_LENGTH_FLUX2
+    prompts = ["a cat", " two\ndogs"]
+    before, after = _around(pipe.tokenizer, thinking=False)
+    given = pipe.tokenizer(
+        [before + prompt + after for prompt in prompts],
+        padding="max_length",
+        max_length=QWEN_LENGTH_FLUX2,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        (found,) = ChatText(pipe.text_encoder, QWEN_LAYERS_FLUX2, False)(
+            given.input_ids, given.attention_mask
+        )
+        assert torch.equal(found, pipe.encode_prompt(prompts)[0])
+
+
+def test_flux_2_s_latents_are_decoded_by_what_its_batch_norm_has_seen(
+    diffusers_pipeline: Callable[[str], Any],
+) -> None:
+    pipe = diffusers_pipeline("flux2")
+    latents, norm = torch.randn(2, 16, 4, 6), pipe.vae.bn
+    with torch.no_grad():
+        found = VaeDecoder(pipe.vae, *latent_scale(type(pipe).__name__, pipe.vae))(latents)
+        deviation = torch.sqrt(norm.running_var + pipe.vae.config.batch_norm_eps)
+        stretched = latents * deviation.view(1, -1, 1, 1) + norm.running_mean.view(1, -1, 1, 1)
+        pictures = pipe.vae.decode(pipe._unpatchify_latents(stretched), return_dict=False)[0]
+    np.testing.assert_allclose(found.numpy(), pipe.image_processor.postprocess(pictures, "np"), atol=1e-5)
