@@ -51,13 +51,8 @@ def with_whole_texts(program: Program) -> Program:
     """A program that fills every text up to the most tokens: what it makes of several can be stacked."""
 
     def whole(spec: TensorSpec) -> TensorSpec:
-        if TEXT not in spec.shape:
-            return spec
-        source = dict(spec.source)
-        length = int(source.pop("length"))
-        return dataclasses.replace(
-            spec, shape=tuple(length if size == TEXT else size for size in spec.shape), source=source
-        )
+        sizes = (int(spec.source["length"]) if size == TEXT else size for size in spec.shape)
+        return dataclasses.replace(spec, shape=tuple(sizes))
 
     tasks = {
         name: dataclasses.replace(task, inputs=tuple(map(whole, task.inputs)))

@@ -43,12 +43,15 @@ class _Attention:
         query, key, value = attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source)
         if attention.norm_q is not None:  # across heads
             query, key = attention.norm_q(query), attention.norm_k(key)
-        query, key, value = (
-            projected.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
-            for projected in (query, key, value)
-        )
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+        heads = [part.unflatten(-1, (attention.heads, -1)) for part in (query, key, value)]
+        return _mixed(attention, heads, attention_mask)
+
+
+def _mixed(attention: Any, heads: list[Tensor], mask: Tensor | None) -> Tensor:
+    """What attention makes of queries, keys and values, (rows, tokens, heads, width) each."""
+    query, key, value = (part.transpose(1, 2) for part in heads)
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
 def _bias(mask: Tensor, queries: int) -> Tensor:
@@ -243,11 +246,7 @@ class _RotaryAttention:
         if attention.norm_q is not None:  # in each head
             query, key = attention.norm_q(query), attention.norm_k(key)
         assert freqs_cis is not None
-        query, key, value = (
-            part.transpose(1, 2) for part in (_turn(query, freqs_cis), _turn(key, freqs_cis), value)
-        )
-        mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
-        return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+        return _mixed(attention, [_turn(query, freqs_cis), _turn(key, freqs_cis), value], attention_mask)
 
 
 def _turn(heads: Tensor, angles: Tensor) -> Tensor:

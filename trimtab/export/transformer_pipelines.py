@@ -135,15 +135,7 @@ def pixart(parts: PipelineParts) -> None:
     parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
     parts.guidance = 4.5
     parts.one_step_denoised = not sigma
-    parts.denoiser(
-        wrapper,
-        {
-            "sample": patched_example(parts),
-            "timestep": timestep_example(),
-            "encoder_hidden_states": hidden_example(caption_width(wrapper.model)),
-            "encoder_attention_mask": Example(texts.example_mask().float(), ("prompts", "tokens")),
-        },
-    )
+    parts.denoiser(wrapper, _masked_text(parts, caption_width(wrapper.model)))
     del wrapper
     parts.vae()
 
@@ -157,12 +149,7 @@ def sana(parts: PipelineParts) -> None:
     wrapper = denoiser_module(parts.source)
     parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
     parts.guidance = 4.5
-    inputs = {
-        "sample": patched_example(parts),
-        "timestep": timestep_example(),
-        "encoder_hidden_states": hidden_example(wrapper.model.config.caption_channels),
-        "encoder_attention_mask": Example(texts.example_mask().float(), ("prompts", "tokens")),
-    }
+    inputs = _masked_text(parts, wrapper.model.config.caption_channels)
     if isinstance(wrapper, transformer_modules.SanaSprintTransformer):
         parts.read_guidance(inputs)
     parts.denoiser(wrapper, inputs)
@@ -181,22 +168,22 @@ def z_image(parts: PipelineParts) -> None:
     parts.inpaints_from_noise = False
     parts.strength_rounds_up = True
     group = transformer_modules.ZImageTransformer.GROUP
-    tokens: dict[str, Any] = {"multiples": {"tokens": group}}
-    hidden, mask = (
-        torch.randn(ROWS, 3 * group, wrapper.model.config.cap_feat_dim),
-        torch.ones(ROWS, 3 * group),
-    )
-    parts.denoiser(
-        wrapper,
-        {
-            "sample": patched_example(parts),
-            "timestep": timestep_example(),
-            "encoder_hidden_states": Example(hidden, ("prompts", "tokens", None), **tokens),
-            "encoder_attention_mask": Example(mask, ("prompts", "tokens"), **tokens),
-        },
-    )
+    parts.denoiser(wrapper, _masked_text(parts, wrapper.model.config.cap_feat_dim, group))
     del wrapper
     parts.vae()
+
+
+def _masked_text(parts: PipelineParts, width: int, group: int = 1) -> dict[str, Example]:
+    """What a denoiser reads that is told which tokens are words; texts have a multiple of ``group`` of them."""
+    tokens, multiples = TOKENS * group, {"tokens": group}
+    return {
+        "sample": patched_example(parts),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": Example(
+            torch.randn(ROWS, tokens, width), ("prompts", "tokens", None), multiples
+        ),
+        "encoder_attention_mask": Example(torch.ones(ROWS, tokens), ("prompts", "tokens"), multiples),
+    }
 
 
 def _instruction() -> str:

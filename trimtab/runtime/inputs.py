@@ -203,7 +203,7 @@ def text_length(inputs: Iterable[TensorSpec], request: Request | None) -> int:
     """
     lengths = [0]
     for spec in inputs:
-        if spec.source.get("kind") != "tokens" or "length" not in spec.source:
+        if spec.source.get("kind") != "tokens" or TEXT not in spec.shape:
             continue
         most = _whole(spec, "length")
         if request is None:
@@ -218,14 +218,13 @@ def text_length(inputs: Iterable[TensorSpec], request: Request | None) -> int:
 
 def _cut(spec: TensorSpec, request: Request, tokens: Array) -> Array:
     """Without the padding that nothing reads, where a text's length is open."""
-    return tokens[:, : request.tokens] if "length" in spec.source else tokens
+    return tokens[:, : request.tokens] if TEXT in spec.shape else tokens
 
 
 def _tokens(spec: TensorSpec, request: Request) -> Array:
     ids, mask = _tokenizer(spec, request).encode(_texts(spec, request))
-    if (
-        request.rows == 2 and "negative_length" in spec.source
-    ):  # they have less room than what has an instruction
+    # Negative prompts have less room than what has an instruction.
+    if request.rows == 2 and "negative_length" in spec.source:
         kept = _whole(spec, "negative_length")
         if mask[: request.batch, kept:].any():
             logger.warning(

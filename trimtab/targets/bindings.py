@@ -14,10 +14,10 @@ from typing import Any
 
 from trimtab.errors import TargetError
 from trimtab.manifest import Contents
-from trimtab.program import TEXT, Call, Schedule, Step, Task
+from trimtab.program import Call, Schedule, Step, Task
 from trimtab.runtime.arguments import for_size, guidance_scale
 from trimtab.runtime.executor import make_plan
-from trimtab.runtime.inputs import text_length
+from trimtab.runtime.inputs import Noise, Request, text_length
 from trimtab.runtime.sessions import Buffer, Run, Session, open_backend
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -41,13 +41,8 @@ def segment_shapes(contents: Contents, size: tuple[int, int]) -> dict[str, tuple
     """
     found: dict[str, dict[Any, Shapes]] = {name: {} for name in contents.segments}
     for task in contents.tasks.values():
-        symbols = {
-            "batch": 1,
-            "rows": _rows(task),
-            "width": size[0],
-            "height": size[1],
-            TEXT: text_length(task.inputs, None),
-        }
+        longest = text_length(task.inputs, None)
+        symbols = Request(1, _rows(task), size, Noise(()), tokens=longest).symbols
         seen = set()
         for schedule in _walked(task, size):
             short = _shortened(schedule)
