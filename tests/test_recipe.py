@@ -32,6 +32,8 @@ def test_a_toml_file_says_the_same(tmp_path: Path) -> None:
         ({"steps": "many"}, "from 1"),
         ({"steps": [4, 4]}, "twice"),
         ({"targets": []}, "at least one"),
+        ({"tasks": ["painting"]}, "there is no task painting: choose of text-to-image, class-to-image"),
+        ({"tasks": [1]}, "a text is needed"),
         ({"size": "64"}, "WIDTHxHEIGHT"),
         ({"size": [64, -1]}, "not a width"),
         ({"size": [64]}, "not a width"),

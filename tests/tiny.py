@@ -26,6 +26,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxControlPipeline,
+    FluxFillPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
@@ -360,11 +363,12 @@ def sd3(folder: Path) -> Any:
     )
 
 
-def flux(folder: Path) -> Any:
-    return FluxPipeline(
+def _flux(cls: Any, folder: Path, channels: int = 64) -> Any:
+    return cls(
         transformer=FluxTransformer2DModel(
             patch_size=1,
-            in_channels=64,
+            in_channels=channels,
+            out_channels=64,
             num_layers=1,
             num_single_layers=2,
             attention_head_dim=16,
@@ -381,6 +385,22 @@ def flux(folder: Path) -> Any:
         text_encoder_2=t5(),
         tokenizer_2=t5_tokenizer(),
     )
+
+
+def flux(folder: Path) -> Any:
+    return _flux(FluxPipeline, folder)
+
+
+def flux_control(folder: Path) -> Any:
+    return _flux(FluxControlPipeline, folder, channels=2 * 64)
+
+
+def flux_fill(folder: Path) -> Any:
+    return _flux(FluxFillPipeline, folder, channels=2 * 64 + 4 * 64)
+
+
+def flux_kontext(folder: Path) -> Any:
+    return _flux(FluxKontextPipeline, folder)
 
 
 def _pixart(cls: Any, **config: Any) -> Any:
@@ -627,6 +647,9 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
         sdxl,
         sd3,
         flux,
+        flux_control,
+        flux_fill,
+        flux_kontext,
         pixart_sigma,
         pixart_alpha,
         sana,

@@ -19,7 +19,7 @@ def export_apart(model: Path, options: Mapping[str, Any], folder: Path) -> Progr
 
     Args:
         model: A diffusers folder, or a TOML file that names .onnx files.
-        options: Fields of `trimtab.recipe.Recipe` that decide the export: steps, scheduler, size, eta.
+        options: Fields of `trimtab.recipe.Recipe` that decide the export: steps, scheduler, size, eta, tasks.
         folder: Becomes that of a draft.
 
     Raises:

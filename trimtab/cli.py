@@ -26,6 +26,7 @@ _RECIPE = (
         "scheduler",
         "eta",
         "guidance",
+        "tasks",
         "precision",
         "inherit",
         "drifts",
@@ -207,6 +208,13 @@ def _compile_arguments(command: argparse.ArgumentParser) -> None:
         "--scheduler", metavar="NAME", help="another scheduler than the pipeline's: ddim, dpm++, ..."
     )
     command.add_argument("--eta", type=float, help="for schedulers that take it (ddim, tcd)")
+    command.add_argument(
+        "--task",
+        action="append",
+        dest="tasks",
+        metavar="NAME",
+        help="what the bundle is to do, such as text-to-image; repeatable (default: all that the model does)",
+    )
     command.add_argument(
         "--guidance", type=float, metavar="G", help="the scale by default, and that engines are made for"
     )

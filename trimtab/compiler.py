@@ -110,7 +110,7 @@ def compile(
 
         if chosen.remove is not None:
             # Layers are measured first, which takes long: what torch keeps of a checkpoint is gone by then.
-            decide = {name: getattr(chosen, name) for name in ("steps", "scheduler", "size", "eta")}
+            decide = {name: getattr(chosen, name) for name in ("steps", "scheduler", "size", "eta", "tasks")}
             decide = {name: value for name, value in decide.items() if value is not None}
             program = export_apart(path, decide, stage)
             progress(f"exported {', '.join(program.segments)}")
@@ -178,7 +178,7 @@ def export_model(
 
     Args:
         path: A diffusers folder, or a TOML file that names .onnx files.
-        recipe: Steps, scheduler and size.
+        recipe: Steps, scheduler, size and tasks.
         keep: Writes a segment's weights to disk as soon as they are traced.
         scratch: A folder on a disk with as much room as the largest part takes in float32.
     """
@@ -203,6 +203,7 @@ def export_model(
             scheduler=recipe.scheduler,
             size=recipe.size,
             step_options=options,
+            tasks=recipe.tasks,
         )
     return export_pipeline(
         Source(path, scratch),
@@ -211,4 +212,5 @@ def export_model(
         scheduler=recipe.scheduler,
         size=recipe.size,
         step_options=options,
+        tasks=recipe.tasks,
     )

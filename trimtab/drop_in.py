@@ -33,8 +33,16 @@ _OF_THE_TEXT = {"encoder_hidden_states", "encoder_attention_mask"}
 _DRIVEN_OTHERWISE = {
     "SanaSprint": "is run as TrigFlow, which diffusers' pipeline makes of the model around it",
     "ZImage": "reads one array of texts, and diffusers' pipeline hands over a list of them, each of its own length",
+    "FluxFill": "reads mask and picture beside the sample, and diffusers' pipeline hands over all three as one",
 }
 """Begin of a pipeline's class -> why what it calls is not what was compiled."""
+
+_READ_OTHERWISE = {
+    "control_scale": "holds its ControlNet with its U-Net, and diffusers runs them one after the other",
+    "control": "reads a picture beside the sample, and diffusers' pipeline hands over both as one",
+    "reference": "looks at a picture, whose tokens diffusers' pipeline puts behind the sample's",
+}
+"""The denoiser's input -> the same."""
 
 
 class Denoiser(torch.nn.Module):
@@ -79,16 +87,13 @@ class Denoiser(torch.nn.Module):
                 f"{bundle} reads the guidance scale, which diffusers hands to a U-Net as an embedding: "
                 "run the bundle itself"
             )
-        if any(spec.name == "control" for spec in segments[DENOISER].inputs):
-            raise InputError(
-                f"{bundle} holds its ControlNet with its U-Net, and diffusers runs them one after the other: run the "
-                "bundle itself"
-            )
-        pipeline = str(opened.contents.metadata.get("pipeline"))
-        if reasons := [why for begin, why in _DRIVEN_OTHERWISE.items() if pipeline.startswith(begin)]:
-            raise InputError(f"{bundle} {reasons[0]}: run the bundle itself")
         self._segment: SegmentEntry = segments[DENOISER]
-        if not any(spec.name == "timestep" for spec in self._segment.inputs):
+        inputs = {spec.name for spec in self._segment.inputs}
+        pipeline = str(opened.contents.metadata.get("pipeline"))
+        reasons = [why for begin, why in _DRIVEN_OTHERWISE.items() if pipeline.startswith(begin)]
+        if reasons := reasons + [why for name, why in _READ_OTHERWISE.items() if name in inputs]:
+            raise InputError(f"{bundle} {reasons[0]}: run the bundle itself")
+        if "timestep" not in inputs:
             raise InputError(
                 f"{bundle} reads rows of the time steps of its own schedules, and diffusers hands over any time step: "
                 "run the bundle itself, or compile one without --hoist"

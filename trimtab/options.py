@@ -114,10 +114,12 @@ def request_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--schedule", metavar="NAME", help="a schedule of the bundle, or its number of steps"
     )
-    command.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from")
+    command.add_argument("--image", type=Path, metavar="FILE", help="a picture to start from, or to change")
     command.add_argument("--mask", type=Path, metavar="FILE", help="where to draw anew (white)")
     command.add_argument("--strength", type=float, metavar="S", help="how much of --image is lost, 0 to 1")
-    command.add_argument("--control", type=Path, metavar="FILE", help="a picture to draw along (ControlNet)")
+    command.add_argument(
+        "--control", type=Path, metavar="FILE", help="a picture to draw along (ControlNet, Control)"
+    )
     command.add_argument(
         "--control-scale", type=float, metavar="S", help="how much --control counts (default 1)"
     )

@@ -134,6 +134,10 @@ class Task:
     strength_rounds_up: bool = False
 
 
+TASKS = ("text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting", "editing")
+"""Names of tasks. Editing changes a picture by a text, and looks at it for that all along."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """One ONNX graph; becomes one engine.

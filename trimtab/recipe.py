@@ -11,6 +11,7 @@ from typing import Any
 
 from trimtab.errors import InputError
 from trimtab.passes.inherit_plan import InheritPlan, make_plan
+from trimtab.program import TASKS
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 DEFAULT_STEPS = 20
@@ -30,13 +31,18 @@ _NUMBER: tuple[tuple[type, ...], str] = ((int, float), "a number")
 _TRUTH: tuple[tuple[type, ...], str] = ((bool,), "true or false")
 
 _KINDS = {
-    **dict.fromkeys(("targets", "keep", "drop", "scheduler", "precision", "remove_of", "remove_by"), _TEXT),
+    **dict.fromkeys(
+        ("targets", "tasks", "keep", "drop", "scheduler", "precision", "remove_of", "remove_by"), _TEXT
+    ),
     **dict.fromkeys(("scores", "removal_plan", "drifts", "vq_codebooks"), _PATH),
     **dict.fromkeys(("eta", "guidance", "remove", "vq_minutes"), _NUMBER),
     **dict.fromkeys(("vq_scale", "hidiffusion", "hoist"), _TRUTH),
     "vq": ((int,), "2, 3 or 4"),
 }
 """Field of a recipe -> what its value, or each of its values, must be; the others are checked where they are read."""
+
+_LISTS = ("targets", "tasks", "keep", "drop")
+"""Those with several values."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Recipe:
         size: Native (width, height) in pixels; None for the model's.
         buckets: Further sizes that engines of fixed sizes are made for.
         eta: For schedulers that take it (DDIM, TCD); None for their default.
+        tasks: What the bundle is to do, of `trimtab.program.TASKS`; none for all that the model does.
         guidance: The scale that is taken where none is asked for, and that engines of fixed sizes are made for: from 1
             down they have one row for each picture, and cannot be guided. None for the pipeline's own.
         remove: The share of the denoiser to remove, in 0..1.
@@ -81,6 +88,7 @@ class Recipe:
     size: tuple[int, int] | None = None
     buckets: tuple[tuple[int, int], ...] = ()
     eta: float | None = None
+    tasks: tuple[str, ...] = ()
     guidance: float | None = None
     remove: float | None = None
     remove_of: str = "parameters"
@@ -120,6 +128,8 @@ class Recipe:
             raise InputError(f"the precision {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.eta is not None and not 0 <= self.eta <= 1:
             raise InputError(f"eta {self.eta} is not from 0 to 1")
+        if unknown := [task for task in self.tasks if task not in TASKS]:
+            raise InputError(f"there is no task {unknown[0]}: choose of {', '.join(TASKS)}")
         if self.guidance is not None and not abs(self.guidance) < math.inf:
             raise InputError(f"the guidance scale {self.guidance} is not a finite number")
         if self.remove is not None and not 0 < self.remove < 1:
@@ -171,11 +181,11 @@ def make_recipe(values: Mapping[str, Any]) -> Recipe:
     if unknown := sorted(set(values) - known):
         raise InputError(f"a recipe has no {unknown[0]!r}: known are {', '.join(sorted(known))}")
     clean = {name: value for name, value in values.items() if value is not None}
-    for name in ("targets", "steps", "keep", "drop"):
+    for name in (*_LISTS, "steps"):
         if name in clean:
             clean[name] = tuple(_listed(clean[name]))
     for name, (kinds, needed) in _KINDS.items():
-        for value in clean.get(name, ()) if name in ("targets", "keep", "drop") else [clean.get(name)]:
+        for value in clean.get(name, ()) if name in _LISTS else [clean.get(name)]:
             # A truth is a whole number to Python, and "no" is true.
             if value is not None and (
                 not isinstance(value, kinds) or (type(value) is bool and bool not in kinds)

@@ -113,7 +113,7 @@ class Telling(torch.nn.Module):
 @pytest.mark.parametrize("scale", [0.0, 7.5])
 def test_a_graph_is_told_the_guidance_scale_as_exactly_as_torch(scale: float) -> None:
     guidance = torch.tensor(scale)
-    given = dict.fromkeys(("sample", "timestep", "encoder_hidden_states"), torch.zeros(2, 4, 4))
+    given = {name: torch.zeros(2, 4, 4) for name in ("sample", "timestep", "encoder_hidden_states")}
     given["guidance"] = guidance
     inputs = {name: Example(tensor) for name, tensor in given.items()}
     graph = trace(GuidedUNet(Telling()), inputs, ["embedding"])
@@ -217,6 +217,16 @@ def test_a_pixart_that_no_pipeline_tells_the_size_it_reads_is_refused(pipeline: 
             {"in_channels": 32, "out_channels": 16},
             "takes 32 channels and predicts 16, and 16",
         ),
+        (
+            "FluxControlPipeline",
+            {"in_channels": 16, "out_channels": 16},
+            "takes 16 .* predicts 16, and 32 and 16",
+        ),
+        (
+            "FluxFillPipeline",
+            {"in_channels": 32, "out_channels": 16},
+            "takes 32 .* predicts 16, and 288 and 16",  # 4 latents, 4 of a picture, 64 pixels of a mask
+        ),
         ("StableDiffusion3Pipeline", {"in_channels": 9, "out_channels": 4}, "takes 9 .* predicts 4, and 4"),
         ("StableDiffusion3Pipeline", {"in_channels": 4, "out_channels": 8}, "takes 4 .* predicts 8, and 4"),
         ("PixArtSigmaPipeline", {"in_channels": 8, "out_channels": 8}, "takes 8 .* predicts 8, and 4"),
@@ -230,7 +240,7 @@ def test_a_transformer_for_other_channels_than_its_latents_have_is_refused(
     index = {"_class_name": pipeline, "vae": ["diffusers", "AutoencoderKL"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     model = SimpleNamespace(config=SimpleNamespace(**config, sample_size=8), use_additional_conditions=False)
-    with pytest.raises(ExportError, match=f"the transformer {told} are needed for the latents"):
+    with pytest.raises(ExportError, match=f"the transformer {told} are needed for {pipeline}"):
         _WRAPPERS[pipeline](Source(tmp_path), model)
 
 

@@ -24,7 +24,7 @@ from diffusers.models.embeddings import LabelEmbedding
 from graphs import run
 from tiny import clip_text, clip_tokenizer, unet
 
-from trimtab.errors import ExportError
+from trimtab.errors import ExportError, InputError
 from trimtab.export.parts import (
     Parts,
     PipelineParts,
@@ -42,6 +42,7 @@ from trimtab.export.trace import Example, trace
 from trimtab.export.transformer_pipelines import class_labels, stable_diffusion_3
 from trimtab.export.unet_modules import ConditionalUNet
 from trimtab.export.unet_pipelines import stable_diffusion, stable_diffusion_xl, unconditional
+from trimtab.program import TensorSpec
 from trimtab.runtime.inputs import Noise, Request, make_input
 
 SCALING = {"lms", "euler", "euler-ancestral", "heun", "kdpm2", "kdpm2-ancestral"}
@@ -369,3 +370,36 @@ def assert_open_sizes(model: Any, sample: Example, size: tuple[int, int]) -> Non
     with torch.no_grad():
         theirs = model(*given).sample.numpy()
     assert np.abs(run(graph, feeds)["prediction"] - theirs).max() <= 1e-5
+
+
+def parts_that_start_from_pictures(tasks: tuple[str, ...]) -> Parts:
+    parts = Parts("SomePipeline", lambda _, graph: graph, tasks=tasks)
+    parts.inputs.append(TensorSpec("tokens", "int64", ("rows*batch", 16), {"kind": "tokens"}))
+    parts.start_from_pictures({"image-to-image": 0.6, "inpainting": 1.0})
+    return parts
+
+
+@pytest.mark.parametrize(
+    ("tasks", "left"),
+    [
+        ((), ("image-to-image", "inpainting")),
+        (("text-to-image",), ()),
+        (("inpainting", "text-to-image"), ("inpainting",)),
+    ],
+)
+def test_a_program_does_what_is_asked_for_alone(tasks: tuple[str, ...], left: tuple[str, ...]) -> None:
+    parts = parts_that_start_from_pictures(tasks)
+    parts.choose_tasks()
+    assert tuple(parts.strength) == left
+
+
+def test_a_task_that_a_pipeline_has_not_is_refused_with_those_that_it_has() -> None:
+    with pytest.raises(
+        InputError, match="cannot do editing: it does text-to-image, image-to-image, inpainting"
+    ):
+        parts_that_start_from_pictures(("editing",)).choose_tasks()
+    parts = parts_that_start_from_pictures(("text-to-image",))
+    parts.inpainting_channels = True
+    parts.start_from_pictures({"image-to-image": 0.6, "inpainting": 1.0})
+    with pytest.raises(InputError, match="cannot do text-to-image: it does inpainting"):
+        parts.choose_tasks()

@@ -227,23 +227,34 @@ class VaeDecoder(nn.Module):
 class VaeEncoder(nn.Module):
     """Picture (1, H, W, 3) in 0..1 and noise (batch, C, h, w) -> latents (batch, C, h, w), by `latent_scale`.
 
-    They are draws from its posterior. AutoencoderTiny has none and gives the latents: all are the same, and the noise
-    only says how many.
+    They are draws from its posterior, or its mean where nothing is drawn; AutoencoderTiny has none and gives the
+    latents. Where nothing is drawn all are the same, and the noise only says how many.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module, scale: float | Tensor = 1.0, shift: float | Tensor = 0.0) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        scale: float | Tensor = 1.0,
+        shift: float | Tensor = 0.0,
+        *,
+        draws: bool = True,
+    ) -> None:
         super().__init__()
         self.model = model
         self.scale, self.shift = scale, shift
+        self.draws = draws
 
     def forward(self, image: Tensor, noise: Tensor) -> Tensor:
         encoded = self.model.encode((image * 2 - 1).permute(0, 3, 1, 2), return_dict=False)[0]
-        if isinstance(encoded, Tensor):
-            latents = encoded.expand(noise.shape[0], -1, -1, -1)
-        else:
+        if self.draws:
             latents = encoded.mean + encoded.std * noise
+        else:
+            latents = encoded if isinstance(encoded, Tensor) else encoded.mean
+            latents = latents.expand(noise.shape[0], -1, -1, -1)
+        if (stacked := noise.shape[1] // latents.shape[1]) > 1:
+            latents = nn.functional.pixel_unshuffle(latents, math.isqrt(stacked))
         return (latents - self.shift) * self.scale
 
 
@@ -272,19 +283,26 @@ class PixelDecoder(nn.Module):
 
 
 class MaskEncoder(nn.Module):
-    """Picture (1, H, W, 3) and mask (1, H, W, 1; 1 = draw anew) -> masked picture, latents' mask (1, 1, h, w).
+    """Picture (1, H, W, 3) and mask (1, H, W, 1; 1 = draw anew) -> masked picture, latents' mask (1, M, h, w).
 
-    The mask is made smaller by nearest neighbour, as diffusers does; a masked pixel becomes mid grey (0 on
+    The mask is made smaller by nearest neighbour (M = 1), as diffusers does; a masked pixel becomes mid grey (0 on
     the VAE's -1..1 scale).
+
+    Args:
+        factor: Pixels to a latent, along a side.
+        pixels: The mask keeps its pixels (M = factor**2), as Flux Fill's pipeline has it.
     """
 
-    def __init__(self, factor: int) -> None:
+    def __init__(self, factor: int, pixels: bool = False) -> None:
         super().__init__()
         self.factor = factor
+        self.pixels = pixels
 
     def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         mask = (mask >= 0.5).to(image.dtype)
         masked = image * (1 - mask) + 0.5 * mask
+        if self.pixels:
+            return masked, nn.functional.pixel_unshuffle(mask.permute(0, 3, 1, 2), self.factor)
         return masked, mask[:, :: self.factor, :: self.factor].permute(0, 3, 1, 2)
 
 

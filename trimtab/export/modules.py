@@ -32,6 +32,11 @@ def timestep_rows(timestep: Tensor, sample: Tensor) -> Tensor:
     return timestep.reshape(1).expand(sample.shape[0])
 
 
+def for_rows(values: Tensor, sample: Tensor) -> Tensor:
+    """What belongs to pictures, (batch, ...) or (1, ...), for every guidance row of a sample: (rows * batch, ...)."""
+    return values.repeat(sample.shape[0] // values.shape[0], *[1] * (values.ndim - 1))
+
+
 def pixels(sample: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """Height and width of the picture in pixels, (rows, 1) float32 each, taken from the latents' shape."""
     ones = torch.ones_like(sample[:, :1, 0, 0])

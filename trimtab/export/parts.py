@@ -9,16 +9,19 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 import torch
 
-from trimtab.errors import ExportError
+from trimtab.errors import ExportError, InputError
 from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.export.trace import Example, trace
-from trimtab.program import DENOISER, TEXT, Call, TensorSpec
+from trimtab.program import DENOISER, STATE, TEXT, Call, TensorSpec
 
 logger = logging.getLogger(__name__)
 
 Keep = Callable[[str, ir.Model], ir.Model]
 """Writes a segment's weights to disk as soon as they are traced, so that torch's copy can go."""
+
+START_NOISE = f"{STATE}[0]"
+"""Slot where sampler tables look for the noise that sampling starts from."""
 
 # Example sizes for tracing. They differ from each other and from 0 and 1, which torch.export would take for constants.
 EVEN_LATENT = (12, 10)
@@ -36,6 +39,7 @@ class Parts:
         keep: Where weights go.
         segments: Name -> graph.
         tokenizers: Name -> text of its tokenizer.json.
+        tasks: What is asked for, of what the pipeline can do; none for all.
         inputs: Tensors that every task needs from the host.
         prologue: Calls that every task makes.
         conditioning: Denoiser input -> tensor name.
@@ -53,12 +57,15 @@ class Parts:
             counts from there.
         task_guidance: Task -> default guidance scale where it is another.
         no_pictures: Why no picture can be given to start from, or None.
-        strength: Task that starts from a picture -> its default strength; what is not here cannot be done.
+        strength: Task that starts from a picture -> its default strength; what is not here cannot be done, or is not
+            asked for.
         strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
-        posterior: Pictures are encoded as a distribution, from which latents are drawn.
+        posterior: Latents are drawn from the distribution that a picture is encoded as; else they are its mean, or
+            what an autoencoder without one gives.
         own_posteriors: In image-to-image, pictures with seeds of their own also draw for themselves from the
             posterior of the picture that they start from.
         inpainting_channels: The denoiser reads mask and masked picture itself.
+        mask_pixels: Of such a mask it reads every pixel, stacked along channels, and not one for each latent.
         inpaints_from_noise: Inpainting of full strength starts from noise alone, and not from the picture under as much
             noise as the first step has.
         one_step_denoised: With one step the pipeline decodes the picture that the scheduler foresees, and not its next
@@ -70,6 +77,7 @@ class Parts:
     keep: Keep
     segments: dict[str, ir.Model] = field(default_factory=dict)
     tokenizers: dict[str, str] = field(default_factory=dict)
+    tasks: tuple[str, ...] = ()
     inputs: list[TensorSpec] = field(default_factory=list)
     prologue: list[Call] = field(default_factory=list)
     conditioning: dict[str, str] = field(default_factory=dict)
@@ -91,6 +99,7 @@ class Parts:
     posterior: bool = True
     own_posteriors: bool = False
     inpainting_channels: bool = False
+    mask_pixels: bool = False
     inpaints_from_noise: bool = True
     one_step_denoised: bool = False
     step_options: dict[str, float] = field(default_factory=lambda: {"eta": 0.0})
@@ -98,6 +107,35 @@ class Parts:
     def call(self, segment: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> None:
         """Adds a call to the prologue."""
         self.prologue.append(Call(segment, dict(inputs), dict(outputs)))
+
+    def noise(self, name: str) -> TensorSpec:
+        """A program input of noise, of the latents' shape."""
+        shape = ("batch", self.channels, f"height//{self.factor}", f"width//{self.factor}")
+        return TensorSpec(name, "float32", shape, {"kind": "noise"})
+
+    @property
+    def from_noise(self) -> str | None:
+        """The task that starts from noise alone, or None for a denoiser that only inpaints."""
+        if self.inpainting_channels:
+            return None
+        kinds = {spec.source.get("kind") for spec in self.inputs}
+        if "image" in kinds:
+            return "editing"
+        if "tokens" in kinds:
+            return "text-to-image"
+        return "class-to-image" if "label" in kinds else "unconditional"
+
+    def choose_tasks(self) -> None:
+        """Leaves out of ``strength`` what is not asked for.
+
+        Raises:
+            InputError: Something is asked for that the pipeline cannot do.
+        """
+        able = [task for task in (self.from_noise, *self.strength) if task is not None]
+        if unable := [task for task in self.tasks if task not in able]:
+            raise InputError(f"{self.pipeline} cannot do {unable[0]}: it does {', '.join(able)}")
+        if self.tasks:
+            self.strength = {task: share for task, share in self.strength.items() if task in self.tasks}
 
     def start_from_pictures(self, strength: Mapping[str, float]) -> None:
         """Sets ``strength``, unless no picture can be given.
@@ -107,8 +145,10 @@ class Parts:
         """
         if self.no_pictures is None:
             self.strength = dict(strength)
+            if self.inpainting_channels:
+                self.strength.pop("image-to-image", None)
         elif self.inpainting_channels:
-            raise ExportError(f"the U-Net is for inpainting, and {self.no_pictures}: choose another")
+            raise ExportError(f"the denoiser is for inpainting, and {self.no_pictures}: choose another")
         elif strength:
             logger.info("%s are left out: %s", " and ".join(strength), self.no_pictures)
 
@@ -135,8 +175,10 @@ class PipelineParts(Parts):
         """Traces the denoiser. Its prediction has the sample's shape, whatever expression the trace found.
 
         Raises:
+            InputError: A task is asked for that it cannot do.
             ExportError: It cannot be traced, or predicts other channels.
         """
+        self.choose_tasks()
         self.add(DENOISER, module, inputs, ["prediction"])
         graph = self.segments[DENOISER].graph
         found = graph.outputs[0].shape
@@ -189,6 +231,34 @@ class PipelineParts(Parts):
         if mask:
             self.inputs.append(TensorSpec(name + "_mask", "int64", shape, {"kind": "token_mask", **source}))
 
+    def read_latents(self, picture: str, latents: str) -> None:
+        """Has a picture encoded before the steps, for a denoiser that reads its latents.
+
+        Args:
+            picture: Program input; where it has a posterior, what is drawn from that is drawn before all other noise.
+            latents: The tensor, and the denoiser's input.
+        """
+        drawn = self.noise(f"{latents}_noise") if self.posterior else None
+        if drawn is not None:
+            self.inputs.append(drawn)
+        self.call(
+            "vae_encoder",
+            {"image": picture, "noise": drawn.name if drawn else START_NOISE},
+            {"latents": latents},
+        )
+        self.conditioning[latents] = latents
+
+    def look_at_picture(self) -> None:
+        """Adds the picture that the denoiser changes by a text, of which it reads the latents."""
+        self.posterior = False  # its mean, and nothing is drawn
+        self.inputs.append(TensorSpec("image", "float32", (1, "height", "width", 3), {"kind": "image"}))
+        self.read_latents("image", "reference")
+
+    def read_control(self) -> None:
+        """Adds the picture that is drawn along."""
+        shape = (1, "height", "width", 3)
+        self.inputs.append(TensorSpec("control_image", "float32", shape, {"kind": "control"}))
+
     def read_guidance(self, inputs: dict[str, Example]) -> None:
         """Of a denoiser that reads the guidance scale itself (LCM, Flux, Sana-Sprint): no second, negative row."""
         inputs["guidance"] = Example(torch.tensor(7.5))
@@ -204,13 +274,13 @@ class PipelineParts(Parts):
         latents = Example(
             torch.randn(ROWS, self.channels, height, width), ("batch", None, "latent_height", "latent_width")
         )
-        if self.strength:
+        if self.strength or any(call.segment == "vae_encoder" for call in self.prologue):
             # The encoder's sizes are counted in latents, so that no size is asked for that it would cut off.
             unit = self.factor
             image = Example(torch.rand(1, height * unit, width * unit, 3), (None, "height", "width", None))
             self.add(
                 "vae_encoder",
-                VaeEncoder(vae, scale, shift),
+                VaeEncoder(vae, scale, shift, draws=self.posterior),
                 {"image": image, "noise": latents},
                 ["latents"],
             )
@@ -226,7 +296,7 @@ class PipelineParts(Parts):
         unit = self.factor
         self.add(
             "mask_encoder",
-            MaskEncoder(unit),
+            MaskEncoder(unit, pixels=self.mask_pixels),
             {
                 "image": Example(torch.rand(1, height * unit, width * unit, 3), one),
                 "mask": Example(torch.rand(1, height * unit, width * unit, 1), one),
@@ -275,6 +345,12 @@ def patched_example(parts: Parts) -> Example:
     most = max(PATCHES) if parts.largest_side is None else parts.largest_side // parts.multiple
     height, width = (patch * min(count, most) for count in PATCHES)
     return sample_example(parts.channels, (height, width))
+
+
+def picture_example(parts: Parts) -> Example:
+    """Latents of a picture beside a sample of `patched_example`'s."""
+    sample = patched_example(parts)
+    return replace(sample, dims=("batch", *sample.dims[1:]))
 
 
 def halving_example(parts: Parts) -> Example:

@@ -41,6 +41,7 @@ def export_pipeline(
     scheduler: str | None = None,
     size: tuple[int, int] | None = None,
     step_options: Mapping[str, Any] | None = None,
+    tasks: tuple[str, ...] = (),
 ) -> Program:
     """Exports every graph of a pipeline and compiles its sampler into the denoiser.
 
@@ -51,6 +52,7 @@ def export_pipeline(
         scheduler: A name of `trimtab.export.sampler.schedulers.SCHEDULERS`; None for the pipeline's own.
         size: (width, height) in pixels that becomes the program's native one; None for the model's.
         step_options: For the scheduler's ``step``: ``eta``.
+        tasks: What the program is to do; none for all that it can.
 
     Raises:
         InputError: The pipeline is damaged, or an option does not fit it.
@@ -72,6 +74,7 @@ def export_pipeline(
     if family in (unconditional, dit):
         _warn_of_scaling(source.pipeline_class, chosen, min(steps))
     parts = PipelineParts(source, keep)
+    parts.tasks = tasks
     measure(parts)
     parts.no_pictures = _no_pictures(source, chosen)
     parts.posterior = source.has("vae") and source.class_name("vae") == "AutoencoderKL"
@@ -125,6 +128,7 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
         ExportError: The scheduler has no table, or the denoiser's graph cannot take it in.
     """
     _choose_size(parts, size)
+    parts.choose_tasks()
     tables = probe_tasks(parts, sampling)
     planned, sampler = plan_tasks(parts, tables)
     tasks = follow_size(parts, sampling, planned)

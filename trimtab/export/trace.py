@@ -64,6 +64,8 @@ def trace(module: torch.nn.Module, inputs: Mapping[str, Example], outputs: Seque
     Raises:
         ExportError: The exporter failed; the message holds its first line.
     """
+    # One tensor behind two names is one input to torch.export: the graph would read the first in the place of both.
+    assert len({id(example.tensor) for example in inputs.values()}) == len(inputs)
     units: dict[str, Any] = {}
     dynamic = {name: _open_sizes(example, units) for name, example in inputs.items()}
     try:

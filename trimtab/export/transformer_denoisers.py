@@ -34,6 +34,19 @@ def flux(source: Source, transformer: Any) -> Denoiser:
     return FluxTransformer(transformer)
 
 
+def flux_control(source: Source, transformer: Any) -> Denoiser:
+    _check_channels(source, transformer, packed=4, beside=latent_space(source)[0])
+    return FluxTransformer(transformer)
+
+
+def flux_fill(source: Source, transformer: Any) -> Denoiser:
+    channels, factor = latent_space(source)
+    _check_channels(
+        source, transformer, packed=4, beside=channels + factor**2
+    )  # the mask's pixels are stacked
+    return FluxTransformer(transformer)
+
+
 def flux2(source: Source, transformer: Any) -> Denoiser:
     _check_channels(source, transformer)
     if transformer.config.guidance_embeds:
@@ -102,7 +115,9 @@ def z_image(source: Source, transformer: Any) -> Denoiser:
     return ZImageTransformer(transformer)
 
 
-def _check_channels(source: Source, transformer: Any, packed: int = 1, variance: bool = False) -> None:
+def _check_channels(
+    source: Source, transformer: Any, packed: int = 1, variance: bool = False, beside: int = 0
+) -> None:
     """Refuses a transformer for other channels than those of its pipeline's latents.
 
     Args:
@@ -110,17 +125,21 @@ def _check_channels(source: Source, transformer: Any, packed: int = 1, variance:
         transformer: Its model.
         packed: Latents of one token that are stacked along channels, as Flux does.
         variance: Its pipeline takes a prediction with a learned variance behind it.
+        beside: Channels of what it reads beside the latents.
 
     Raises:
         ExportError: It takes or predicts others.
     """
     channels = latent_space(source)[0] * packed
+    needed = channels + beside * packed
     taken = transformer.config.in_channels
     predicted = getattr(transformer.config, "out_channels", None) or taken
-    if taken != channels or predicted not in (channels, channels * (1 + variance)):
+    if taken != needed or predicted not in (channels, channels * (1 + variance)):
+        needs = f"{needed} and {channels}" if beside else str(channels)
         raise ExportError(
-            f"the transformer takes {taken} channels and predicts {predicted}, and {channels} are needed for the "
-            "latents of this vae: models that read a picture, a mask or depth beside them are not supported"
+            f"the transformer takes {taken} channels and predicts {predicted}, and {needs} are needed for "
+            f"{source.pipeline_class} with this vae: a model that reads something else beside the latents is another "
+            "pipeline's"
         )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trimtab.errors import InputError
 from trimtab.export import encoders, texts, transformer_modules
 from trimtab.export.denoisers import denoiser_module
 from trimtab.export.parts import (
@@ -20,6 +21,7 @@ from trimtab.export.parts import (
     PipelineParts,
     hidden_example,
     patched_example,
+    picture_example,
     pooled_example,
     timestep_example,
 )
@@ -79,7 +81,7 @@ def stable_diffusion_3(parts: PipelineParts) -> None:
 
 
 def flux(parts: PipelineParts) -> None:
-    """Flux: CLIP's pooled output, T5, guidance as an embedding."""
+    """Flux: CLIP's pooled output, T5, guidance as an embedding; some read a picture beside the latents."""
     source = parts.source
     texts.clip(parts, "", None, "pooler")
     texts.t5(parts, "_2", T5_LENGTH_FLUX)
@@ -98,7 +100,26 @@ def flux(parts: PipelineParts) -> None:
         parts.read_guidance(inputs)
         parts.guidance = 3.5
         parts.task_guidance = {"image-to-image": 7.0, "inpainting": 7.0}
-    parts.start_from_pictures({"image-to-image": 0.6, "inpainting": 0.6})
+    strength = {"image-to-image": 0.6, "inpainting": 0.6}
+    latents = picture_example(parts)
+    if source.pipeline_class.startswith("FluxControl"):  # Canny, Depth
+        inputs["control"] = latents
+        parts.read_control()
+        parts.read_latents("control_image", "control")
+        del strength["inpainting"]  # whose pipeline draws noise in another order
+    elif source.pipeline_class == "FluxFillPipeline":
+        inputs["masked_latents"] = latents
+        mask = torch.rand(1, parts.factor**2, *latents.tensor.shape[2:])
+        inputs["mask"] = Example(mask, (None, None, "latent_height", "latent_width"))
+        parts.inpainting_channels = parts.mask_pixels = True
+        strength = {"inpainting": 1.0}
+        if parts.guidance is not None:
+            parts.task_guidance = {"inpainting": 30.0}
+    elif source.pipeline_class == "FluxKontextPipeline":
+        inputs["reference"] = latents
+        parts.look_at_picture()
+        strength = {}
+    parts.start_from_pictures(strength)
     parts.inpaints_from_noise = False
     parts.strength_rounds_up = True
     parts.denoiser(wrapper, inputs)
@@ -107,20 +128,27 @@ def flux(parts: PipelineParts) -> None:
 
 
 def flux2(parts: PipelineParts) -> None:
-    """Flux.2 klein: three layers of a language model, its padding among the text, guidance unless it is distilled."""
+    """Flux.2 klein: three layers of a language model, its padding among the text, guidance unless it is distilled.
+
+    One graph looks at a picture, another does not: a program is for editing, where that is asked for, or for texts.
+    """
+    editing = "editing" in parts.tasks
+    if editing and len(parts.tasks) > 1:
+        raise InputError("a bundle of Flux.2 is for editing or for texts: compile one for each")
     texts.chat(parts, QWEN_LENGTH_FLUX2, QWEN_LAYERS_FLUX2, thinking=False, masks=False)
     wrapper = denoiser_module(parts.source)
     parts.conditioning = {"encoder_hidden_states": "hidden"}
     parts.classifier_free = not parts.source.index.get("is_distilled")
     parts.guidance = 4.0 if parts.classifier_free else None
-    parts.denoiser(
-        wrapper,
-        {
-            "sample": patched_example(parts),
-            "timestep": timestep_example(),
-            "encoder_hidden_states": hidden_example(wrapper.model.config.joint_attention_dim),
-        },
-    )
+    inputs = {
+        "sample": patched_example(parts),
+        "timestep": timestep_example(),
+        "encoder_hidden_states": hidden_example(wrapper.model.config.joint_attention_dim),
+    }
+    if editing:
+        parts.look_at_picture()
+        inputs["reference"] = picture_example(parts)
+    parts.denoiser(wrapper, inputs)
     del wrapper
     parts.vae()
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.export.modules import Denoiser, pixels
+from trimtab.export.modules import Denoiser, for_rows, pixels
 
 
 def _with_known(sample: Tensor, mask: Tensor, masked_latents: Tensor) -> Tensor:
@@ -20,7 +20,7 @@ def _with_known(sample: Tensor, mask: Tensor, masked_latents: Tensor) -> Tensor:
     row of the sample (rows * batch, C, h, w).
     """
     known = torch.cat([mask.expand(masked_latents.shape[0], -1, -1, -1), masked_latents], dim=1)
-    return torch.cat([sample, known.repeat(sample.shape[0] // known.shape[0], 1, 1, 1)], dim=1)
+    return torch.cat([sample, for_rows(known, sample)], dim=1)
 
 
 class ConditionalUNet(Denoiser):

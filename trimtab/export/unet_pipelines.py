@@ -147,8 +147,7 @@ def _read_control(parts: PipelineParts, inputs: dict[str, Example]) -> None:
         torch.rand(1, height, width, 3), (None, "height", "width", None), {"height": unit, "width": unit}
     )
     parts.add(CONTROL_ENCODER, encoders.ControlEncoder(controlnet), {"image": image}, ["control"])
-    shape = (1, "height", "width", 3)
-    parts.inputs.append(TensorSpec("control_image", "float32", shape, {"kind": "control"}))
+    parts.read_control()
     parts.inputs.append(TensorSpec("control_scale", "float32", (), {"kind": "control_scale"}))
     parts.call(CONTROL_ENCODER, {"image": "control_image"}, {"control": "control"})
     parts.conditioning |= {"control": "control", "control_scale": "control_scale"}

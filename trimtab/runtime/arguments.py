@@ -31,19 +31,19 @@ logger = logging.getLogger(__name__)
 class Asked:
     """The arguments of `trimtab.runtime.load.Pipeline.__call__`, which explains them."""
 
-    prompt: str | Sequence[str] | None
-    negative_prompt: str | Sequence[str] | None
-    label: int | str | Sequence[int | str] | None
-    guidance: float | None
-    seed: int | Sequence[int] | None
-    count: int
-    size: tuple[int, int] | None
-    schedule: str | int | None
-    image: str | Path | Image | Pixels | None
-    mask: str | Path | Image | Pixels | None
-    strength: float | None
-    control: str | Path | Image | Pixels | None
-    control_scale: float | None
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = None
+    label: int | str | Sequence[int | str] | None = None
+    guidance: float | None = None
+    seed: int | Sequence[int] | None = None
+    count: int = 1
+    size: tuple[int, int] | None = None
+    schedule: str | int | None = None
+    image: str | Path | Image | Pixels | None = None
+    mask: str | Path | Image | Pixels | None = None
+    strength: float | None = None
+    control: str | Path | Image | Pixels | None = None
+    control_scale: float | None = None
 
 
 def check_count(count: int, size: tuple[int, int]) -> None:
@@ -111,7 +111,10 @@ def choose_schedule(
         name = matches[0]
     if task.strength is None:
         if strength is not None:
-            raise InputError("a strength was given without a picture: give image= (--image FILE) too")
+            raise InputError(
+                "a strength was given without a picture to start from: give image= (--image FILE) to a model that can, "
+                "or leave it out"
+            )
         return name
     share = task.strength if strength is None else number("strength", strength)
     if not 0 < share <= 1:
@@ -257,7 +260,7 @@ def all_labels(
 
 
 def control_scale(kinds: Mapping[str, TensorSpec], picture: object, scale: float | None) -> float:
-    """How much a ControlNet's picture counts, 1 by default; whether there is such a picture where one is needed."""
+    """How much the picture that is drawn along counts, 1 by default; whether there is one where one is needed."""
     if "control" not in kinds:
         if picture is not None or scale is not None:
             raise InputError("a control picture was given and this model draws along none: leave it out")
@@ -265,6 +268,10 @@ def control_scale(kinds: Mapping[str, TensorSpec], picture: object, scale: float
     if picture is None:
         raise InputError(
             "this model draws along a picture and none was given: give control= (--control FILE)"
+        )
+    if scale is not None and "control_scale" not in kinds:
+        raise InputError(
+            "a control scale was given and this model has none, only ControlNets do: leave it out"
         )
     found = 1.0 if scale is None else number("control scale", scale)
     if not np.isfinite(np.float32(found)):

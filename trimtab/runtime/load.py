@@ -177,12 +177,13 @@ class Pipeline:
             count: Pictures for each prompt or label.
             size: (width, height) in pixels; None for the native one.
             schedule: A name such as "dpm++-20", or its number of steps; None for the first.
-            image: A picture to start from (a file, PIL, or (height, width, 3) in 0..1).
+            image: A picture to start from, or to change by the prompt where that is what the model does (a file, PIL,
+                or (height, width, 3) in 0..1).
             mask: Where to draw anew (white), as a file, PIL, or (height, width, 1) in 0..1.
             strength: How much of ``image`` is lost, in 0..1; None for the model's default.
-            control: What a model with a ControlNet draws along, as a file, PIL, or (height, width, 3) in 0..1:
-                edges, depth or a pose, whatever the ControlNet was trained on.
-            control_scale: How much it counts; None for 1.
+            control: What a model with a ControlNet or a Flux Control draws along, as a file, PIL, or
+                (height, width, 3) in 0..1: edges, depth or a pose, whatever it was trained on.
+            control_scale: How much it counts for a ControlNet; None for 1.
             on_step: Told (steps done, steps in all). It may raise to end the call, and may not draw with this pipeline.
 
         Raises:
@@ -229,47 +230,21 @@ class Pipeline:
         return Result(np.concatenate(pictures)[: settings.pop("count")], settings)
 
     def prepare(
-        self,
-        prompt: str | Sequence[str] | None = None,
-        *,
-        negative_prompt: str | Sequence[str] | None = None,
-        label: int | str | Sequence[int | str] | None = None,
-        guidance: float | None = None,
-        seed: int | Sequence[int] | None = None,
-        count: int = 1,
-        size: tuple[int, int] | None = None,
-        schedule: str | int | None = None,
-        image: str | Path | Image | Pixels | None = None,
-        mask: str | Path | Image | Pixels | None = None,
-        strength: float | None = None,
-        control: str | Path | Image | Pixels | None = None,
-        control_scale: float | None = None,
+        self, prompt: str | Sequence[str] | None = None, **asked: Any
     ) -> tuple[Request, Plan, dict[str, Any]]:
         """What `__call__` runs: the request, the plan for it, and the settings that make the picture again.
 
         The plan is kept and given again for the same task, schedule, batch, size and length of texts: it is for one
         thread.
 
+        Args:
+            prompt: What to draw.
+            asked: As `__call__` takes it.
+
         Raises:
             InputError: As in `__call__`; or more pictures than the engines draw at a time.
         """
-        requests, plan, settings = self._prepare(
-            Asked(
-                prompt,
-                negative_prompt,
-                label,
-                guidance,
-                seed,
-                count,
-                size,
-                schedule,
-                image,
-                mask,
-                strength,
-                control,
-                control_scale,
-            )
-        )
+        requests, plan, settings = self._prepare(Asked(prompt, **asked))
         if settings.pop("count") != requests[0].batch:
             raise InputError(
                 f"the engines for {self.engines.target} draw {requests[0].batch} at a time: ask for as many"
@@ -331,7 +306,7 @@ class Pipeline:
             "size": f"{size[0]}x{size[1]}",
             "tile": self._tile,
             "strength": task.strength if asked.strength is None else number("strength", asked.strength),
-            "control_scale": control if "control" in kinds else None,
+            "control_scale": control if "control_scale" in kinds else None,
             "model": contents.metadata.get("pipeline"),
             "trimtab": contents.version,
             "count": batch,
@@ -375,9 +350,11 @@ class Pipeline:
     def _task_name(self, image: object, mask: object) -> str:
         if mask is not None and image is None:
             raise InputError("a mask was given without a picture: give image= (--image FILE) too")
-        wanted = (
-            "inpainting" if mask is not None else "image-to-image" if image is not None else self.tasks[0]
-        )
+        wanted = self.tasks[0]
+        if mask is not None:
+            wanted = "inpainting"
+        elif image is not None and wanted != "editing":
+            wanted = "image-to-image"
         if wanted not in self.tasks:
             raise InputError(f"this bundle cannot do {wanted}: it does {', '.join(self.tasks)}")
         return wanted

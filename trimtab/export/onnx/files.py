@@ -40,6 +40,7 @@ def export_onnx(
     scheduler: str | None = None,
     size: tuple[int, int] | None = None,
     step_options: Mapping[str, Any] | None = None,
+    tasks: tuple[str, ...] = (),
 ) -> Program:
     """Wires .onnx files into a program and compiles the sampler into the denoiser.
 
@@ -50,6 +51,7 @@ def export_onnx(
         scheduler: A name of `trimtab.export.sampler.schedulers.SCHEDULERS`; None for the file's own.
         size: (width, height) in pixels that becomes the program's native one; None for the file's.
         step_options: For the scheduler's ``step``: ``eta``.
+        tasks: What the program is to do; none for all that it can.
 
     Raises:
         InputError: The .toml file, a graph or an option is wrong, or they do not fit each other.
@@ -65,6 +67,7 @@ def export_onnx(
 
     title = "".join(letter if letter.isprintable() else "?" for letter in path.name)
     parts = Parts(f"ONNX files ({title})", keep)
+    parts.tasks = tasks
     parts.strength = {}  # pictures as inputs need an encoder and a draw from its posterior
     _guide(files, parts)
     wires = Wires(path, parts, files.guidance is not None)

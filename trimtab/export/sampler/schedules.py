@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.export.parts import Parts
+from trimtab.export.parts import START_NOISE, Parts
 from trimtab.export.sampler import SamplerTable, probe, scheduler_name
 from trimtab.program import DENOISER, STATE, Call, Schedule, Step, Task, TensorSpec, first_step
 
@@ -23,8 +23,8 @@ DISCARD = "discard"
 """A noise tensor that nothing reads, drawn because diffusers draws it."""
 
 
-START_NOISE, KNOWN = f"{STATE}[0]", f"{STATE}[1]"
-"""Slots where sampler tables look for the noise that sampling starts from, and for a given picture's latents."""
+KNOWN = f"{STATE}[1]"
+"""Slot where sampler tables look for a given picture's latents."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def plan_tasks(
 
 def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, SamplerTable]]:
     """Reads the tables of every task that the pipeline has: task -> schedule name -> table."""
-    first = _first_task(parts)
+    first = parts.from_noise
     tasks: dict[str, dict[str, SamplerTable]] = {}
     short = scheduler_name(sampling.scheduler)
     for steps in sampling.steps:
@@ -118,10 +118,9 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
                 denoised=parts.one_step_denoised and steps == 1,
             )
 
-        plain = table(None)
-        if not parts.inpainting_channels:
-            tasks.setdefault(first, {})[name] = plain
-        if "image-to-image" in parts.strength and not parts.inpainting_channels:
+        if first is not None and (not parts.tasks or first in parts.tasks):
+            tasks.setdefault(first, {})[name] = table(None)
+        if "image-to-image" in parts.strength:
             found = {k: table(k) for k in _starts(steps, parts, "image-to-image")}
             tasks.setdefault("image-to-image", {}).update({f"{name}/from-{k}": t for k, t in found.items()})
         if "inpainting" in parts.strength:
@@ -139,13 +138,6 @@ def _starts(steps: int, parts: Parts, task: str) -> Iterable[int]:
         return range(steps)
     strengths = (parts.strength[task], *(twentieth / 20 for twentieth in range(1, 21)))
     return sorted({first_step(steps, strength, parts.strength_rounds_up) for strength in strengths})
-
-
-def _first_task(parts: Parts) -> str:
-    kinds = {spec.source.get("kind") for spec in parts.inputs}
-    if "tokens" in kinds:
-        return "text-to-image"
-    return "class-to-image" if "label" in kinds else "unconditional"
 
 
 def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
@@ -196,9 +188,7 @@ def time_shift(pipeline: str, config: Mapping[str, Any], steps: int, tokens: int
 
 def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call], dict[str, str]]:
     """A task's inputs in the order of their draws, its prologue, and what the denoiser reads."""
-    factor = parts.factor
-    latent = (parts.channels, f"height//{factor}", f"width//{factor}")
-    noise = TensorSpec(START_NOISE, "float32", ("batch", *latent), {"kind": "noise"})
+    noise = parts.noise(START_NOISE)
     guided: dict[str, str | int] = {"kind": "mix", "classifier_free": parts.classifier_free}
     if parts.unguided != 1:
         guided["unguided"] = parts.unguided

@@ -1,0 +1,178 @@
+"""Models that read a picture beside the sample: what they draw along it, in it or of it, against diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from conftest import made_once
+from PIL import Image
+
+import trimtab
+
+PROMPT = "a red cat"
+SIZE = {"width": 80, "height": 64}
+
+BundleFolder = Callable[[str], Path]
+
+
+def picture(seed: int = 0) -> Image.Image:
+    pixels = np.random.RandomState(seed).randint(0, 256, (64, 80, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def mask() -> Image.Image:
+    pixels = np.zeros((64, 80), np.uint8)
+    pixels[16:48, 8:41] = 255  # ends within a latent
+    return Image.fromarray(pixels)
+
+
+def of_diffusers(pipeline: Any, **given: Any) -> npt.NDArray[Any]:
+    """Two pictures of one seed, in three steps."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator("cpu").manual_seed(4)
+    options = {"num_inference_steps": 3, "num_images_per_prompt": 2, "output_type": "np", **SIZE}
+    pictures: npt.NDArray[Any] = pipeline(prompt=PROMPT, generator=generator, **options, **given).images
+    return pictures
+
+
+def ours(pipe: trimtab.Pipeline, **given: Any) -> npt.NDArray[Any]:
+    return pipe(PROMPT, seed=4, count=2, size=(80, 64), schedule=3, **given).pixels
+
+
+@pytest.mark.parametrize("family", ["flux_control"])
+@pytest.mark.parametrize("strength", [None, 0.5, 1.0])
+def test_flux_control_draws_along_a_picture_as_diffusers_does(
+    strength: float | None, family: str, bundle_folder: BundleFolder, diffusers_pipeline: Callable[[str], Any]
+) -> None:
+    from diffusers import FluxControlImg2ImgPipeline
+
+    pipeline, edges = diffusers_pipeline(family), picture(1)
+    given: dict[str, Any] = {}
+    if strength is not None:
+        pipeline = FluxControlImg2ImgPipeline(**pipeline.components)
+        given = {"image": picture(), "strength": strength}
+    expected = of_diffusers(pipeline, control_image=edges, **given)
+    with trimtab.load(bundle_folder(family)) as pipe:
+        assert pipe.tasks == ("text-to-image", "image-to-image")
+        np.testing.assert_allclose(ours(pipe, control=edges, **given), expected, atol=1e-4)
+        assert np.abs(ours(pipe, control=picture(2), **given) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["flux_control"])
+def test_a_model_without_a_control_scale_refuses_one(family: str, bundle_folder: BundleFolder) -> None:
+    with trimtab.load(bundle_folder(family)) as pipe:
+        assert "control_scale" not in pipe(PROMPT, control=picture(), size=(64, 64), schedule=3).settings
+        with pytest.raises(trimtab.TrimtabError, match="a control scale was given and this model has none"):
+            pipe(PROMPT, control=picture(), control_scale=0.5)
+        with pytest.raises(trimtab.TrimtabError, match="this model draws along a picture and none was given"):
+            pipe(PROMPT)
+
+
+@pytest.mark.parametrize("family", ["flux_fill"])
+@pytest.mark.parametrize("strength", [None, 0.5])
+def test_flux_fill_inpaints_as_diffusers_does_to_the_pixel_of_the_mask(
+    strength: float | None, family: str, bundle_folder: BundleFolder, diffusers_pipeline: Callable[[str], Any]
+) -> None:
+    given: dict[str, Any] = {"image": picture()} | ({} if strength is None else {"strength": strength})
+    expected = of_diffusers(diffusers_pipeline(family), mask_image=mask(), **given)
+    with trimtab.load(bundle_folder(family)) as pipe:
+        assert pipe.tasks == ("inpainting",)
+        np.testing.assert_allclose(ours(pipe, mask=mask(), **given), expected, atol=2e-4)
+        moved = Image.fromarray(np.roll(np.asarray(mask()), 1, axis=1))
+        assert np.abs(ours(pipe, mask=moved, **given) - expected).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def editor(workshop: Path, pipeline_folder: BundleFolder) -> Iterator[Callable[[str], trimtab.Pipeline]]:
+    """Family -> its bundle for editing, loaded."""
+    pipes: dict[str, trimtab.Pipeline] = {}
+
+    def loaded(family: str) -> trimtab.Pipeline:
+        if family not in pipes:
+            folder = made_once(
+                workshop / "editing" / family,
+                lambda folder: trimtab.compile(pipeline_folder(family), folder, steps=3, tasks="editing"),
+            )
+            pipes[family] = trimtab.load(folder)
+        return pipes[family]
+
+    yield loaded
+    for pipe in pipes.values():
+        pipe.close()
+
+
+@pytest.mark.parametrize("family", ["flux_kontext", pytest.param("flux2", marks=pytest.mark.slow)])
+def test_a_picture_is_changed_as_diffusers_does_it(
+    family: str, editor: Callable[[str], trimtab.Pipeline], diffusers_pipeline: Callable[[str], Any]
+) -> None:
+    whole = {"_auto_resize": False, "max_area": 80 * 64} if family == "flux_kontext" else {}
+    expected = of_diffusers(diffusers_pipeline(family), image=picture(), **whole)
+    pipe = editor(family)
+    assert pipe.tasks == ("editing",)
+    np.testing.assert_allclose(ours(pipe, image=picture()), expected, atol=1e-4)
+    assert np.abs(ours(pipe, image=picture(1)) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["flux_kontext"])
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, r"needs a picture and none was given: give image= \(--image FILE\)"),
+        ({"image": picture(), "strength": 0.5}, "a strength was given without a picture to start from"),
+        ({"image": picture(), "mask": mask()}, "cannot do inpainting: it does editing"),
+    ],
+)
+def test_what_does_not_fit_a_model_that_changes_pictures_is_refused(
+    given: dict[str, Any], reason: str, family: str, editor: Callable[[str], trimtab.Pipeline]
+) -> None:
+    with pytest.raises(trimtab.TrimtabError, match=reason):
+        editor(family)(PROMPT, **given)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("flux_control", "hands over both as one"),
+        ("flux_fill", "hands over all three as one"),
+        ("flux_kontext", "puts behind the sample's"),
+    ],
+)
+def test_a_denoiser_that_reads_a_picture_is_no_drop_in(
+    family: str, reason: str, editor: Callable[[str], trimtab.Pipeline], bundle_folder: BundleFolder
+) -> None:
+    folder = editor(family).bundle.folder if family == "flux_kontext" else bundle_folder(family)
+    original = torch.nn.Module()
+    original.config = SimpleNamespace()
+    with pytest.raises(trimtab.TrimtabError, match=reason):
+        trimtab.Denoiser(folder, original)
+
+
+@pytest.mark.parametrize("family", ["taesd"])
+@pytest.mark.parametrize(
+    ("tasks", "segments"),
+    [
+        (["text-to-image"], {"text_encoder", "denoiser", "vae_decoder"}),
+        (["image-to-image"], {"text_encoder", "denoiser", "vae_decoder", "vae_encoder"}),
+    ],
+)
+def test_a_bundle_for_some_tasks_has_what_they_need_and_draws_as_the_whole_one(
+    tasks: list[str],
+    segments: set[str],
+    family: str,
+    pipeline_folder: BundleFolder,
+    bundle_folder: BundleFolder,
+    tmp_path: Path,
+) -> None:
+    given = {} if tasks == ["text-to-image"] else {"image": picture()}
+    trimtab.compile(pipeline_folder(family), tmp_path / "b", steps=3, tasks=tasks)
+    with trimtab.load(tmp_path / "b") as pipe, trimtab.load(bundle_folder(family)) as whole:
+        assert list(pipe.tasks) == tasks
+        assert set(pipe.bundle.contents.segments) == segments
+        np.testing.assert_array_equal(ours(pipe, **given), ours(whole, **given))
