@@ -47,20 +47,37 @@ def ours(pipe: trimtab.Pipeline, **given: Any) -> npt.NDArray[Any]:
 
 
 @pytest.mark.parametrize("family", ["flux_control"])
-@pytest.mark.parametrize("strength", [None, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("task", "strength"),
+    [
+        ("text-to-image", None),
+        ("image-to-image", 0.5),
+        ("image-to-image", 1.0),
+        ("inpainting", 0.5),
+        ("inpainting", 1.0),
+    ],
+)
 def test_flux_control_draws_along_a_picture_as_diffusers_does(
-    strength: float | None, family: str, bundle_folder: BundleFolder, diffusers_pipeline: Callable[[str], Any]
+    task: str,
+    strength: float | None,
+    family: str,
+    bundle_folder: BundleFolder,
+    diffusers_pipeline: Callable[[str], Any],
 ) -> None:
-    from diffusers import FluxControlImg2ImgPipeline
+    from diffusers import FluxControlImg2ImgPipeline, FluxControlInpaintPipeline
 
     pipeline, edges = diffusers_pipeline(family), picture(1)
     given: dict[str, Any] = {}
-    if strength is not None:
-        pipeline = FluxControlImg2ImgPipeline(**pipeline.components)
-        given = {"image": picture(), "strength": strength}
-    expected = of_diffusers(pipeline, control_image=edges, **given)
+    theirs: dict[str, Any] = {"control_image": edges}
+    if task != "text-to-image":
+        other = FluxControlImg2ImgPipeline if task == "image-to-image" else FluxControlInpaintPipeline
+        pipeline, given = other(**pipeline.components), {"image": picture(), "strength": strength}
+    theirs |= given
+    if task == "inpainting":
+        given["mask"] = theirs["mask_image"] = mask()
+    expected = of_diffusers(pipeline, **theirs)
     with trimtab.load(bundle_folder(family)) as pipe:
-        assert pipe.tasks == ("text-to-image", "image-to-image")
+        assert pipe.tasks == ("text-to-image", "image-to-image", "inpainting")
         np.testing.assert_allclose(ours(pipe, control=edges, **given), expected, atol=1e-4)
         assert np.abs(ours(pipe, control=picture(2), **given) - expected).max() > 1e-3
 

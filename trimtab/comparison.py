@@ -12,8 +12,8 @@ import numpy.typing as npt
 from trimtab.bundle import Bundle
 from trimtab.errors import InputError
 from trimtab.program import DENOISER, STATE
-from trimtab.runtime.inputs import stand_ins
 from trimtab.runtime.load import Pipeline, load
+from trimtab.runtime.stand_ins import stand_ins
 
 _SAMPLER = ("state", "sample_weights", "next_weights", "clip_weights")
 """Inputs of the denoiser whose shape depends on the schedules that a bundle holds."""

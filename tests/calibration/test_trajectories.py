@@ -92,7 +92,7 @@ def test_requests_ask_for_prompts_or_named_classes(bundle_folder: BundleFolder) 
 
 
 @pytest.mark.xdist_group("inpaint9")
-def test_a_model_that_only_inpaints_is_recorded_and_compared_on_a_grey_picture(
+def test_a_model_that_only_inpaints_is_recorded_and_compared_on_a_picture_of_noise(
     bundle_folder: BundleFolder,
 ) -> None:
     folder = bundle_folder("inpaint9")

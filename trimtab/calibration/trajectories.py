@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from trimtab.errors import CalibrationError, InputError
 from trimtab.program import DENOISER, STATE
-from trimtab.runtime.inputs import class_names, stand_ins
+from trimtab.runtime.inputs import class_names
 from trimtab.runtime.load import Pipeline
+from trimtab.runtime.stand_ins import stand_ins
 
 Array = npt.NDArray[Any]
 
@@ -161,7 +162,7 @@ def own_requests(
 ) -> list[dict[str, Any]]:
     """Requests for trajectories of any model: its own prompts or classes, one seed each.
 
-    A model that only inpaints draws a grey picture anew as a whole (`stand_ins`).
+    A model that reads a picture is given one of noise (`stand_ins`); one that only inpaints draws it anew as a whole.
 
     Args:
         pipeline: Says what the model needs.

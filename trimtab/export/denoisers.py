@@ -96,6 +96,7 @@ _WRAPPERS: Mapping[str, Callable[..., Denoiser]] = {
     "FluxInpaintPipeline": transformers.flux,
     "FluxControlPipeline": transformers.flux_control,
     "FluxControlImg2ImgPipeline": transformers.flux_control,
+    "FluxControlInpaintPipeline": transformers.flux_control,
     "FluxFillPipeline": transformers.flux_fill,
     "FluxKontextPipeline": transformers.flux,
     "Flux2KleinPipeline": transformers.flux2,

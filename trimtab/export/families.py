@@ -46,6 +46,7 @@ FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {
     "FluxInpaintPipeline": flux,
     "FluxControlPipeline": flux,
     "FluxControlImg2ImgPipeline": flux,
+    "FluxControlInpaintPipeline": flux,
     "FluxFillPipeline": flux,
     "FluxKontextPipeline": flux,
     "Flux2KleinPipeline": flux2,

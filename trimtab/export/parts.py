@@ -66,6 +66,7 @@ class Parts:
             posterior of the picture that they start from.
         inpainting_channels: The denoiser reads mask and masked picture itself.
         mask_pixels: Of such a mask it reads every pixel, stacked along channels, and not one for each latent.
+        masked_first: A masked picture is encoded, and drawn from its posterior, before all else; or behind the noise.
         inpaints_from_noise: Inpainting of full strength starts from noise alone, and not from the picture under as much
             noise as the first step has.
         one_step_denoised: With one step the pipeline decodes the picture that the scheduler foresees, and not its next
@@ -100,6 +101,7 @@ class Parts:
     own_posteriors: bool = False
     inpainting_channels: bool = False
     mask_pixels: bool = False
+    masked_first: bool = False
     inpaints_from_noise: bool = True
     one_step_denoised: bool = False
     step_options: dict[str, float] = field(default_factory=lambda: {"eta": 0.0})

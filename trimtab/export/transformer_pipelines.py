@@ -106,7 +106,7 @@ def flux(parts: PipelineParts) -> None:
         inputs["control"] = latents
         parts.read_control()
         parts.read_latents("control_image", "control")
-        del strength["inpainting"]  # whose pipeline draws noise in another order
+        parts.masked_first = True
     elif source.pipeline_class == "FluxFillPipeline":
         inputs["masked_latents"] = latents
         mask = torch.rand(1, parts.factor**2, *latents.tensor.shape[2:])

@@ -81,8 +81,8 @@ def main() -> None:
 @functools.lru_cache(maxsize=1)
 def _loaded(bundle: str, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A bundle, and what to ask it for; both stay for the next picture."""
-    from trimtab.runtime.inputs import stand_ins
     from trimtab.runtime.load import load
+    from trimtab.runtime.stand_ins import stand_ins
 
     pipe = load(bundle, **options)
     contents = pipe.bundle.contents

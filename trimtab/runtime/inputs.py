@@ -343,30 +343,6 @@ def _control_scale(spec: TensorSpec, request: Request) -> Array:
     return np.array(request.control_scale, np.float32)
 
 
-def stand_ins(inputs: Iterable[TensorSpec], size: tuple[int, int]) -> dict[str, Any]:
-    """What stands in for a user's wishes in the tasks that need them: any picture; a grey one, to be drawn anew whole.
-
-    Args:
-        inputs: The task's.
-        size: (width, height) in pixels.
-
-    Returns:
-        ``prompt``, ``label``, ``image``, ``mask`` and ``control`` as `trimtab.runtime.load.Pipeline.prepare` takes
-        them, as far as the task has them.
-    """
-    kinds = {spec.source.get("kind") for spec in inputs}
-    width, height = size
-    grey = np.full((height, width, 3), 0.5, np.float32)
-    made = {
-        "tokens": ("prompt", "a picture"),
-        "label": ("label", 0),
-        "image": ("image", grey),
-        "mask": ("mask", np.ones((height, width, 1), np.float32)),
-        "control": ("control", grey),
-    }
-    return dict(made[kind] for kind in made if kind in kinds)
-
-
 def _window_shifts(spec: TensorSpec, request: Request) -> Array:
     """Shifts of attention windows, drawn from the first seed by a generator of their own: noise stays diffusers'."""
     generator = np.random.RandomState(request.noise.seeds[0] & 0xFFFFFFFF)

@@ -215,7 +215,8 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
             # diffusers encodes the masked picture for plain U-Nets too and does not use it: its draw comes all
             # the same.
             source = {**posterior.source, "always": True}
-            inputs.append(replace(posterior, name="masked_posterior_noise", source=source))
+            masked = replace(posterior, name="masked_posterior_noise", source=source)
+            inputs.insert(0 if parts.masked_first else len(inputs), masked)
         if parts.inpainting_channels:
             prologue.append(_encode(parts, "masked_image", "masked_posterior_noise", "masked_latents"))
             conditioning |= {"mask": "latent_mask", "masked_latents": "masked_latents"}
