@@ -119,8 +119,8 @@ class Task:
     Attributes:
         inputs: What the host provides, in the order in which noise is drawn.
         prologue: Runs once before the steps.
-        schedules: By name. An image-to-image schedule that starts at evaluation k of ``dpm++-20`` is
-            named ``dpm++-20/from-k``.
+        schedules: By name. An image-to-image schedule that starts at step k of ``dpm++-20``'s is named
+            ``dpm++-20/from-k``.
         guidance: The default guidance scale, or None where the model has no guidance.
         strength: For tasks that start from a picture: the default share of the steps that run.
         strength_rounds_up: Whether steps * strength is rounded up to whole steps, or down.

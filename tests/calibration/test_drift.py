@@ -91,6 +91,23 @@ def test_moves_find_what_drifts_less_than_every_schedule_that_they_start_from(
     assert drifts.pop("refined") < 0.95 * min(drifts.values())
 
 
+@pytest.mark.xdist_group("taesd")
+def test_what_only_starts_from_pictures_is_walked_from_its_first_step(
+    bundle_folder: BundleFolder, tmp_path: Path
+) -> None:
+    whole, name = read_program(open_bundle(bundle_folder("taesd"))), "image-to-image"
+    task = whole.tasks[name]
+    parts = {key: schedule for key, schedule in task.schedules.items() if "-3/" in key}
+    program = dataclasses.replace(whole, tasks={name: dataclasses.replace(task, schedules=parts)})
+    course = Course(program, ("branch 0",))
+    ((loop, evaluations),) = course.schedules.items()
+    assert loop.endswith("-3") and evaluations == len(parts[f"{loop}/from-0"].steps)
+    with draft(partition(course.program), tmp_path) as pipe:
+        (request,) = own_requests(pipe, 1, **course.requests[loop])
+        full, skipping = (course.draw(pipe, loop, request, (0, way, 0)) for way in (0, 1))
+        assert relative_error(skipping, full) > 0
+
+
 def test_drift_is_known_for_every_age_that_a_feature_can_have(
     bundle_folder: BundleFolder, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import shutil
 from collections.abc import Callable, Iterator
@@ -278,8 +279,6 @@ def test_a_size_that_the_windows_cannot_divide_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=r"136x128 .* multiples of 16, .* use 128x128"):
         top[0]("a star", size=(136, 128))
-    import dataclasses
-
     program = read_program(open_bundle(sample_bundle("shapes-sd")))
     large = dataclasses.replace(program, size=(136, 128), trained_size=(64, 64))
     with pytest.raises(PassError, match=r"the windows of down_blocks.0 cannot divide 136x128"):
@@ -289,9 +288,17 @@ def test_a_size_that_the_windows_cannot_divide_is_refused(
 
 
 @pytest.mark.xdist_group("shapes-sd")
-def test_a_large_native_size_takes_the_place_of_the_plain_schedules(sample_bundle: BundleFolder) -> None:
-    import dataclasses
+def test_a_program_that_only_starts_from_pictures_has_the_phases_of_the_whole_one(
+    sample_bundle: BundleFolder,
+) -> None:
+    folder, name = sample_bundle("shapes-sd"), "image-to-image"
+    whole, part = (read_program(open_bundle(folder)) for _ in range(2))
+    part = dataclasses.replace(part, tasks={name: part.tasks[name]})
+    assert hidiffusion(part).tasks == {name: hidiffusion(whole).tasks[name]}
 
+
+@pytest.mark.xdist_group("shapes-sd")
+def test_a_large_native_size_takes_the_place_of_the_plain_schedules(sample_bundle: BundleFolder) -> None:
     program = read_program(open_bundle(sample_bundle("shapes-sd")))
     program = dataclasses.replace(program, size=(128, 128), trained_size=(64, 64))
     task = hidiffusion(program).tasks["text-to-image"]

@@ -16,9 +16,9 @@ import trimtab
 from trimtab.calibration.draft import draft
 from trimtab.errors import PassError
 from trimtab.passes.all_steps import for_all_steps
-from trimtab.passes.calls import step_calls
+from trimtab.passes.calls import loop_of, step_calls
 from trimtab.passes.hoist import hoist
-from trimtab.passes.inherit import inherit, split_name
+from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
 from trimtab.passes.unread import drop_unread
@@ -109,7 +109,7 @@ def test_schedules_that_start_later_share_an_engine_with_the_whole_one(bundle_fo
     program = hoist(whole(bundle_folder("sd3")))
     schedules = program.tasks["image-to-image"].schedules
     constants = {
-        name: schedule.constants for name, schedule in schedules.items() if split_name(name)[0].endswith("-3")
+        name: schedule.constants for name, schedule in schedules.items() if loop_of(name).endswith("-3")
     }
     assert len(constants) > 1
     assert len({repr(values) for values in constants.values()}) == 1

@@ -78,8 +78,19 @@ def test_a_schedule_that_starts_later_starts_in_full_and_keeps_the_places_of_the
     assert pattern(program, "s-5/from-2") == "FFii"
 
 
+def test_a_start_at_a_step_of_two_evaluations_keeps_the_places_of_the_list_and_of_the_choices() -> None:
+    heun = looped(7, **{"s-5/from-1": 5, "s-5/from-2": 3})  # four steps, of which the last evaluates once
+    program = inherit(heun, InheritPlan(full=(0, 3, 5)))
+    assert pattern(program) == "FiiFiFi"
+    assert pattern(program, "s-5/from-1") == "FFiFi"
+    assert pattern(program, "s-5/from-2") == "FFi"
+    choices = {"s-5": ("", *("blocks 1-3", "") * 3)}
+    chosen = inherit(heun, InheritPlan(skip=("blocks 1-3",), choices=choices))
+    assert pattern(chosen) == "FiFiFiF" and pattern(chosen, "s-5/from-1") == "FiFiF"
+
+
 def test_a_list_may_name_evaluations_of_the_longest_schedule_and_none_beyond() -> None:
-    program = looped(4, **{"s-7/from-2": 6})
+    program = looped(4, **{"s-7": 8, "s-7/from-2": 6})
     check_plan(program, InheritPlan(skip=("blocks 1-3",), full=(0, 7)))
     with pytest.raises(PassError, match="evaluation 8 is to run in full, and the longest schedule has 8"):
         check_plan(program, InheritPlan(skip=("blocks 1-3",), full=(0, 8)))

@@ -10,6 +10,7 @@ import pytest
 from chains import call, chain, program, run_step
 
 from trimtab.errors import PassError
+from trimtab.passes.calls import map_steps
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
@@ -56,6 +57,24 @@ def test_a_schedule_that_starts_later_switches_at_the_same_place() -> None:
     assert used(result, "s/from-2") == ["denoiser"] + ["denoiser-small"] * 3
 
 
+def test_a_start_at_a_step_of_two_evaluations_switches_at_the_same_evaluation() -> None:
+    whole, small = two()
+    task = whole.tasks["t"]
+    late = dataclasses.replace(task.schedules["s"], steps=task.schedules["s"].steps[2:])
+    task = dataclasses.replace(task, schedules={**task.schedules, "s/from-1": late})
+    result = switch(dataclasses.replace(whole, tasks={"t": task}), {"small": small}, [("small", 0.5)])
+    assert used(result, "s/from-1") == ["denoiser"] + ["denoiser-small"] * 3
+
+
+def test_a_program_that_only_starts_from_pictures_is_held_against_another_s_sampler_too() -> None:
+    whole, small = two()
+    parts = {"s/from-0": whole.tasks["t"].schedules["s"]}
+    ours = dataclasses.replace(whole, tasks={"t": dataclasses.replace(whole.tasks["t"], schedules=parts)})
+    assert used(switch(ours, {"small": small}, [("small", 0.5)]), "s/from-0")[-1] == "denoiser-small"
+    with pytest.raises(PassError, match="was compiled with another s, or with none"):
+        switch(ours, {"small": of_another_sampler(small)}, [("small", 0.5)])
+
+
 def test_a_denoiser_that_takes_over_inherits_nothing_of_the_other() -> None:
     whole, small = two()
     switched = switch(whole, {"small": small}, [("small", 0.5)])
@@ -89,17 +108,15 @@ def test_names_and_shares_that_make_no_sense_are_refused() -> None:
         switch(whole, {"small": dataclasses.replace(small, slots=2)}, [("small", 0.5)])
 
 
+def of_another_sampler(program: Program) -> Program:
+    tasks = map_steps(program.tasks, lambda step: dataclasses.replace(step, constants={"timestep": (7.0,)}))
+    return dataclasses.replace(program, tasks=tasks)
+
+
 def test_a_denoiser_that_was_compiled_for_another_sampler_is_refused() -> None:
     whole, small = two()
-    task = small.tasks["t"]
-    steps = tuple(
-        dataclasses.replace(step, constants={"timestep": (7.0,)}) for step in task.schedules["s"].steps
-    )
-    changed = dataclasses.replace(
-        task, schedules={"s": dataclasses.replace(task.schedules["s"], steps=steps)}
-    )
     with pytest.raises(PassError, match="was compiled with another s, or with none"):
-        switch(whole, {"small": dataclasses.replace(small, tasks={"t": changed})}, [("small", 0.5)])
+        switch(whole, {"small": of_another_sampler(small)}, [("small", 0.5)])
 
 
 def test_a_denoiser_that_no_step_would_call_is_refused() -> None:

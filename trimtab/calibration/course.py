@@ -13,7 +13,8 @@ import numpy.typing as npt
 from trimtab.calibration.least_drift import FULL
 from trimtab.comparison import relative_error
 from trimtab.errors import CalibrationError
-from trimtab.passes.inherit import inherit, split_name
+from trimtab.passes.calls import whole_loops
+from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import FULL as NOTHING
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.program import STATE, Call, Program, Schedule
@@ -42,10 +43,11 @@ class Course:
     def __init__(self, program: Program, skip: tuple[str, ...]) -> None:
         self.skip = skip
         task_name, task = next(iter(program.tasks.items()))
-        whole = {name: s for name, s in task.schedules.items() if split_name(name)[0] == name}
+        whole = whole_loops([task])
+        started = {} if task.strength is None else {"strength": 1.0}
         self.schedules = {name: len(schedule.steps) for name, schedule in whole.items()}
         self.requests: dict[str, dict[str, Any]] = {
-            name: {"schedule": name.partition("/")[0], "size": _least_size(program.size, schedule)}
+            name: {"schedule": name.partition("/")[0], "size": _least_size(program.size, schedule), **started}
             for name, schedule in whole.items()
         }
         ways = {

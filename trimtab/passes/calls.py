@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 
-from trimtab.program import DENOISER, Call, Program, Step, Task
+from trimtab.program import DENOISER, Call, Program, Schedule, Step, Task
 
 
 def step_calls(program: Program) -> Iterable[Call]:
@@ -25,6 +26,26 @@ def denoisers(program: Program) -> list[str]:
     """The denoisers that steps call; what only blends with a picture is none."""
     called = dict.fromkeys(call.segment for call in step_calls(program))
     return [name for name in called if name.startswith(DENOISER)]
+
+
+def loop_of(schedule: str) -> str:
+    """A schedule's name without its start: ``heun-20/from-8/2x`` is a part of ``heun-20/2x``."""
+    return re.sub(r"/from-\d+", "", schedule)
+
+
+def whole_loops(tasks: Iterable[Task]) -> dict[str, Schedule]:
+    """Name of a loop -> the longest of all schedules that are parts of it.
+
+    A part ends with it, and begins as many evaluations later as it is shorter: with a scheduler that evaluates twice in
+    a step, its name counts those.
+    """
+    found: dict[str, Schedule] = {}
+    for task in tasks:
+        for name, schedule in task.schedules.items():
+            loop = loop_of(name)
+            if loop not in found or len(found[loop].steps) < len(schedule.steps):
+                found[loop] = schedule
+    return found
 
 
 def map_calls(

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from trimtab.errors import PassError
+from trimtab.passes.calls import loop_of, whole_loops
 from trimtab.passes.raunet import CONV, POOL, SHIFT, WINDOWS, Places, Swaps, add_alternatives, find_places
 from trimtab.passes.window_attention import SHIFTS
 from trimtab.program import DENOISER, Call, PassEntry, Program, Schedule, Step, TensorSpec
@@ -88,18 +89,12 @@ def hidiffusion(program: Program) -> Program:
         )
         for number, (name, places) in enumerate(found.items())
     }
-    loops = {
-        name: len(schedule.steps)
-        for task in program.tasks.values()
-        for name, schedule in task.schedules.items()
-        if "/" not in name
-    }
+    evaluations = {name: len(loop.steps) for name, loop in whole_loops(program.tasks.values()).items()}
 
     def at_scale(name: str, schedule: Schedule, scale: int) -> Schedule:
-        whole = loops.get(name.partition("/")[0], len(schedule.steps))
         return dataclasses.replace(
             schedule,
-            steps=_rewritten(schedule.steps, whole, scale, rewrites),
+            steps=_rewritten(schedule.steps, evaluations[loop_of(name)], scale, rewrites),
             least_pixels=_least_pixels(scale, trained) if native == 1 else 0,
             size_multiple=multiple,
         )
@@ -117,7 +112,7 @@ def hidiffusion(program: Program) -> Program:
             TensorSpec(
                 each.shifts,
                 "int64",
-                (max(loops.values()), each.blocks),
+                (max(evaluations.values()), each.blocks),
                 {"kind": "window_shifts", "shifts": SHIFTS},
             )
             for each in rewrites.values()

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.all_steps import for_all_steps
-from trimtab.passes.calls import denoisers
+from trimtab.passes.calls import denoisers, loop_of, whole_loops
 from trimtab.passes.context import CONTEXT
-from trimtab.passes.inherit import split_name
 from trimtab.passes.known_products import LEAST_SHARE, KnownProducts
 from trimtab.passes.time_tables import TABULATE
 from trimtab.program import SLICE, Call, PassEntry, Program, Schedule, Segment, Step, Task
@@ -65,7 +64,7 @@ def hoist(program: Program) -> Program:
         tensors += len(names)
         moved = _Moved(found, f"{name}.conditions", names, f"times_{len(entries)}")
         segments[moved.segment] = Segment(moved.segment, found.part)
-        loops = _whole_loops(tasks.values())
+        loops = whole_loops(tasks.values())
         tasks = {key: moved.out_of(task, loops) for key, task in tasks.items()}
         entries.append(PassEntry("Hoist", name, len(names), 0))
     return dataclasses.replace(program, segments=segments, tasks=tasks, passes=(*program.passes, *entries))
@@ -104,17 +103,6 @@ def _find(program: Program, name: str) -> _Found:
 # ---- the calls ----
 
 
-def _whole_loops(tasks: Iterable[Task]) -> dict[str, Schedule]:
-    """Name of a schedule without its start -> the longest of all that are walked of it."""
-    found: dict[str, Schedule] = {}
-    for task in tasks:
-        for name, schedule in task.schedules.items():
-            loop = split_name(name)[0]
-            if loop not in found or len(found[loop].steps) < len(schedule.steps):
-                found[loop] = schedule
-    return found
-
-
 @dataclass(frozen=True)
 class _Moved:
     """A segment that is called before the steps.
@@ -132,10 +120,9 @@ class _Moved:
     times: str
 
     def out_of(self, task: Task, loops: Mapping[str, Schedule]) -> Task:
-        """The task with the segment called once for each of its schedules; loops are from `_whole_loops`."""
+        """The task with the segment called once for each of its schedules; loops are from `whole_loops`."""
         schedules = {
-            name: self._called(schedule, loops[split_name(name)[0]])
-            for name, schedule in task.schedules.items()
+            name: self._called(schedule, loops[loop_of(name)]) for name, schedule in task.schedules.items()
         }
         return dataclasses.replace(task, schedules=schedules)
 

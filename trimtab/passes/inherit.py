@@ -7,11 +7,10 @@ block, layer or unit level, in several modes over the steps. DeepCache is the bl
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 
 from trimtab.errors import PassError
-from trimtab.passes.calls import denoisers
+from trimtab.passes.calls import denoisers, loop_of, whole_loops
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import reach
 from trimtab.passes.regions import check_region, default_region, find_region
@@ -40,11 +39,13 @@ def inherit(program: Program, plan: InheritPlan) -> Program:
     if plan.speed is not None:
         raise PassError("the plan asks for a speed: look for its schedule first (trimtab.calibration.drift)")
     features = {name: _Features(program.segments[name], plan) for name in denoisers(program)}
+    loops = whole_loops(program.tasks.values())
     tasks = {}
     for task_name, task in program.tasks.items():
         schedules = {}
         for name, schedule in task.schedules.items():
-            walk = _Walk(name, len(schedule.steps), split_name(name)[1], plan, features)
+            evaluations = len(loops[loop_of(name)].steps)
+            walk = _Walk(loop_of(name), evaluations, evaluations - len(schedule.steps), plan, features)
             steps = tuple(walk.step(index, step) for index, step in enumerate(schedule.steps))
             schedules[name] = dataclasses.replace(schedule, steps=steps)
         tasks[task_name] = dataclasses.replace(task, schedules=schedules)
@@ -71,35 +72,26 @@ def check_plan(program: Program, plan: InheritPlan) -> None:
         if name.startswith(DENOISER):
             for region in plan.skip or (default_region(segment.model),):
                 check_region(segment.model, region)
-    lengths = []
-    for task in program.tasks.values():
-        for name, schedule in task.schedules.items():
-            _choices(plan, name, len(schedule.steps))
-            lengths.append(split_name(name)[1] + len(schedule.steps))
-    if plan.full and max(plan.full) >= max(lengths):
+    lengths = {name: len(loop.steps) for name, loop in whole_loops(program.tasks.values()).items()}
+    for name, evaluations in lengths.items():
+        _choices(plan, name, evaluations)
+    if plan.full and max(plan.full) >= max(lengths.values()):
         raise PassError(
-            f"evaluation {max(plan.full)} is to run in full, and the longest schedule has {max(lengths)}: count from 0"
+            f"evaluation {max(plan.full)} is to run in full, and the longest schedule has {max(lengths.values())}: "
+            "count from 0"
         )
 
 
-def split_name(schedule: str) -> tuple[str, int]:
-    """A schedule's name without its start, and the evaluation of the whole one at which it starts."""
-    match = re.fullmatch(r"(.*)/from-(\d+)(.*)", schedule)
-    return (match[1] + match[3], int(match[2])) if match else (schedule, 0)
-
-
-def _choices(plan: InheritPlan, schedule: str, evaluations: int) -> tuple[str, ...]:
-    """What a plan has for the whole of a schedule, of which some evaluations are walked; empty without choices."""
-    name, offset = split_name(schedule)
-    if plan.choices and name not in plan.choices:
+def _choices(plan: InheritPlan, loop: str, evaluations: int) -> tuple[str, ...]:
+    """What a plan has for a loop of so many evaluations; empty without choices."""
+    if plan.choices and loop not in plan.choices:
         raise PassError(
-            f"the plan of inheritance has no choices for the schedule {name}: it has {', '.join(plan.choices)}"
+            f"the plan of inheritance has no choices for the schedule {loop}: it has {', '.join(plan.choices)}"
         )
-    choices = plan.choices.get(name, ())
-    if plan.choices and len(choices) != offset + evaluations:
+    choices = plan.choices.get(loop, ())
+    if plan.choices and len(choices) != evaluations:
         raise PassError(
-            f"the plan of inheritance has {len(choices)} choices for {name}, which has {offset + evaluations} "
-            "evaluations"
+            f"the plan of inheritance has {len(choices)} choices for {loop}, which has {evaluations} evaluations"
         )
     return choices
 
@@ -149,15 +141,23 @@ class _Features:
 
 
 class _Walk:
-    """One schedule, from its first evaluation to its last."""
+    """One schedule, from its first evaluation to its last.
+
+    Args:
+        loop: Whose part it is.
+        total: Evaluations of the loop.
+        offset: Those that the schedule leaves out.
+        plan: What to inherit.
+        features: Denoiser -> what can be.
+    """
 
     def __init__(
-        self, name: str, total: int, offset: int, plan: InheritPlan, features: Mapping[str, _Features]
+        self, loop: str, total: int, offset: int, plan: InheritPlan, features: Mapping[str, _Features]
     ) -> None:
-        self.name, self.offset, self.total = name, offset, total
+        self.offset, self.total = offset, total
         self._plan = plan
         self._features = features
-        self._choices = _choices(plan, name, total)
+        self._choices = _choices(plan, loop, total)
         self._written: set[str] = set()
         self._last_full: dict[tuple[str, Swaps], int] = {}
 
@@ -191,6 +191,6 @@ class _Walk:
             return self._choices[position] or None
         last = self._last_full.get((segment, swaps))
         since = None if last is None else index - last
-        if self._plan.wants_full(position, self.offset + self.total, since):
+        if self._plan.wants_full(position, self.total, since):
             return None
         return ""

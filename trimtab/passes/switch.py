@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence, Set
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.calls import step_calls
-from trimtab.passes.inherit import split_name
+from trimtab.passes.calls import loop_of, step_calls, whole_loops
 from trimtab.passes.unread import conditions
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 
@@ -41,6 +40,7 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
     if any(not 0 <= start <= 1 for start in starts) or sorted(starts) != starts:
         raise PassError(f"the denoisers take over at {starts}: shares from 0 to 1 in rising order are needed")
     segments = dict(program.segments)
+    loops = whole_loops(program.tasks.values())
     optional = conditions(program).get(DENOISER, set())
     entries = []
     for name in dict.fromkeys(name for name, _ in ranges):
@@ -56,8 +56,9 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
                 f"the denoiser {name} was compiled for {others[name].slots} slots of the sampler and this "
                 f"program has {program.slots}: compile both with the same scheduler and steps"
             )
-        for loop, steps in _loops(program).items():
-            if _constants(_loops(others[name]).get(loop, ())) != _constants(steps):
+        theirs = whole_loops(others[name].tasks.values())
+        for loop, schedule in loops.items():
+            if loop not in theirs or _constants(theirs[loop].steps) != _constants(schedule.steps):
                 raise another_loop(name, loop)
         segments[f"{DENOISER}-{name}"] = Segment(f"{DENOISER}-{name}", model)
         entries.append(PassEntry("Switch", f"{DENOISER}-{name}", 1, 0))
@@ -81,10 +82,10 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
     for task_name, task in program.tasks.items():
         schedules = {}
         for name, schedule in task.schedules.items():
-            offset = split_name(name)[1]
-            total = offset + len(schedule.steps)
+            total = len(loops[loop_of(name)].steps)
+            first = total - len(schedule.steps)
             steps = tuple(
-                given(step, chosen(offset + index, total)) for index, step in enumerate(schedule.steps)
+                given(step, chosen(index, total)) for index, step in enumerate(schedule.steps, first)
             )
             schedules[name] = dataclasses.replace(schedule, steps=steps)
         tasks[task_name] = dataclasses.replace(task, schedules=schedules)
@@ -92,7 +93,7 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
     called = {call.segment for call in step_calls(result)}
     if idle := [name for name in segments if name.startswith(DENOISER) and name not in called]:
         raise PassError(
-            f"no step would call {idle[0]}: the schedules {', '.join(_loops(program))} are too short for switches at "
+            f"no step would call {idle[0]}: the schedules {', '.join(loops)} are too short for switches at "
             f"{', '.join(f'{start:g}' for start in starts)}"
         )
     return result
@@ -104,12 +105,6 @@ def another_loop(name: str, loop: str) -> PassError:
         f"the denoiser {name} was compiled with another {loop}, or with none: compile both with the same scheduler "
         "and steps"
     )
-
-
-def _loops(program: Program) -> dict[str, tuple[Step, ...]]:
-    """The steps of all whole schedules of the first task."""
-    schedules = next(iter(program.tasks.values())).schedules
-    return {name: schedule.steps for name, schedule in schedules.items() if split_name(name)[0] == name}
 
 
 def _constants(steps: Sequence[Step]) -> list[dict[str, list[str]]]:
