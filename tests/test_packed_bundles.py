@@ -79,7 +79,8 @@ def test_a_packed_bundle_draws_what_the_decoded_weights_draw(
     program = read_program(trimtab.load(bundle_folder("dit")).bundle)
     for site in list(sites(program.segments["denoiser"].model)):
         if site.name in codebooks.layers:
-            site.replace(codebooks.layers[site.name].rows())
+            decoded = site.laid_out(codebooks.layers[site.name].rows())
+            site.value.const_value = ir.Tensor(decoded, name=site.name)
     options: dict[str, Any] = {"label": 1, "seed": 0, "schedule": 3}
     with draft(program, tmp_path) as dense:
         expected = dense(**options).pixels
@@ -105,6 +106,13 @@ def test_weights_are_decoded_at_load_where_it_is_to_be_fast_and_nowhere_else(
     (made,) = tmp_path.glob("denoiser*.onnx")
     codes = [name for name in ir.load(made).graph.initializers if name.endswith(".codes")]
     assert len(codes) == (0 if fast else len(codebooks.layers))
+
+
+def test_a_lowered_graph_holds_nothing_that_it_does_not_read(packed_folder: Path) -> None:
+    """Its size says what an engine loads: a weight in pieces was counted whole beside them."""
+    engine = trimtab.load(packed_folder).bundle.contents.segments["denoiser"].engines[0]
+    graph = ir.load(packed_folder / engine.path).graph
+    assert engine.packed and [n for n, value in graph.initializers.items() if not value.uses()] == []
 
 
 def test_a_bundle_with_newer_operators_is_refused_when_it_is_opened(

@@ -57,6 +57,12 @@ def test_captions_lie_beside_the_pictures_or_in_one_file(folder: Path) -> None:
     assert captioned(folder) == beside
 
 
+def test_a_caption_may_hold_what_ends_a_line_elsewhere(folder: Path) -> None:
+    line = json.dumps({"file_name": "a.png", "text": "one\u2028two\u0085three"}, ensure_ascii=False)
+    (folder / "metadata.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert [text for _, text in captioned(folder)] == ["one\u2028two\u0085three"]
+
+
 def test_a_folder_that_cannot_be_used_says_why(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no folder"):
         captioned(tmp_path / "none")

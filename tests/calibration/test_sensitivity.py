@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -284,6 +285,26 @@ def test_ray_is_shut_down_by_who_started_it(
     gated = graph(tmp_path)
     assert gated.score(Workers(processes=2, ray="local")) == gated.score(Workers())
     assert ray.up is up and ray.alive == 0 and ray.used == 2
+
+
+def test_rays_machines_are_sent_the_graph_s_own_weights_and_keep_no_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray kills its workers, which then clean nothing up."""
+    ray, sent = FakeRay([2]), []
+    ray.put = lambda value: sent.append(len(value)) or value
+    ray.kill = lambda actor: killed.append(actor)
+    killed: list[object] = []  # and so kept alive
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    gated = graph(tmp_path, (64, 80, 96))  # too large for the graph's own file
+    (gated.path.parent / "another.weights").write_bytes(b"a text encoder, say")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    gated.score(Workers(processes=2, ray="local"))
+    assert len(killed) == 2 and not list((tmp_path / "temporary").iterdir())
+    assert sent == [
+        (gated.path.parent / name).stat().st_size for name in (gated.path.name, "denoiser.gated.weights")
+    ]
 
 
 @pytest.mark.parametrize(

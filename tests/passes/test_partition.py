@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -14,6 +16,7 @@ from trimtab.errors import PassError
 from trimtab.export.trace import Example, trace
 from trimtab.passes.partition import partition, reach
 from trimtab.passes.scopes import SCOPES
+from trimtab.passes.sizes import LocalizeSizes
 from trimtab.passes.symbols import own_symbols
 from trimtab.program import Program
 from trimtab.shapes import evaluate
@@ -259,6 +262,49 @@ def test_a_transformer_s_tail_without_a_tensor_of_its_sizes_takes_them_from_the_
         np.testing.assert_allclose(tensors.pop("y"), expected, atol=1e-5)
     holders = [name for name, s in cut.segments.items() if "table" in s.model.graph.initializers]
     assert len(holders) == (positions == "cropped")
+
+
+def test_a_size_that_is_named_in_a_part_takes_no_name_that_another_has() -> None:
+    first, second = open_value("first", ["n*(m//2)", 8]), open_value("second", ["size_0", 8])
+    nodes = [ir.node("Neg", [first]), ir.node("Neg", [second])]
+    for node, value in zip(nodes, (first, second), strict=True):
+        node.outputs[0].name, node.outputs[0].type = f"{value.name} negated", value.type
+        node.outputs[0].shape = value.shape
+    graph = graph_of([first, second], nodes, [node.outputs[0] for node in nodes]).graph
+    own_symbols("part", graph)
+    assert [str(value.shape) for value in graph.inputs] == ["[size_1,8]", "[size_0,8]"]
+    assert [str(value.shape) for value in graph.outputs] == ["[size_1,8]", "[size_0,8]"]
+
+
+def test_what_a_convolution_pads_by_itself_says_nothing_of_its_sizes() -> None:
+    def part(**attributes: Any) -> ir.Graph:
+        x, weight = open_value("x", ["n", 1, "h", "w"]), open_value("weight", [1, 1, 3, 3])
+        node = ir.node("Conv", [x, weight], {"strides": [2, 2], **attributes})
+        node.outputs[0].name, node.outputs[0].type = "y", x.type
+        node.outputs[0].shape = ir.Shape(["n", 1, "down(h)", "down(w)"])
+        return graph_of([x, weight], [node], node.outputs).graph
+
+    plain = part()
+    own_symbols("part", plain)
+    assert evaluate(str(plain.outputs[0].shape[2]), {"h": 64}) == 31
+    with pytest.raises(PassError, match="nothing that it reads says that"):
+        own_symbols("part", part(auto_pad="SAME_UPPER"))
+
+
+def test_a_resize_of_some_axes_keeps_its_sizes() -> None:
+    text = """
+        <ir_version: 10, opset_import: ["": 23]>
+        g (float[n, 3, h, w] x) => (float[n, 3, a, b] y) <int64[1] two = {2}> {
+            shape = Shape <start = 2> (x)
+            sizes = Mul (shape, two)
+            y = Resize <axes = [2, 3], mode = "nearest"> (x, , , sizes)
+        }
+    """
+    model = ir.from_onnx_text(text)
+    next(node for node in model.graph if node.op_type == "Mul").outputs[0].dtype = ir.DataType.INT64
+    result = LocalizeSizes()(model)
+    assert not result.modified
+    assert [refusal.reason for refusal in result.refused] == ["its sizes are those of some axes alone"]
 
 
 def test_a_join_is_as_long_as_its_parts_however_their_sum_is_written() -> None:

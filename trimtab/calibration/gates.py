@@ -13,7 +13,7 @@ import onnx_ir.passes.common as common
 
 from trimtab.errors import CalibrationError
 from trimtab.passes.candidates import Candidates
-from trimtab.passes.constants import add_constant
+from trimtab.passes.constants import shared_constant
 from trimtab.runtime.sessions import OnnxRuntimeSession
 
 Array = npt.NDArray[Any]
@@ -54,10 +54,8 @@ def add_gates(model: ir.Model, candidates: Candidates) -> ir.Model:
         new: list[ir.Node] = []
         # The largest comes last: what removes most has the last word.
         for _, name, stand_in in sorted(switches[value], key=lambda switch: switch[0]):
-            index = f"{GATES}/{names[name]}"
-            if index not in graph.initializers:
-                add_constant(graph, index, np.array(names[name], np.int64))
-            gate = ir.node("Gather", [gates, graph.initializers[index]], {"axis": 0})
+            index = shared_constant(graph, f"{GATES}/{names[name]}", np.array(names[name], np.int64))
+            gate = ir.node("Gather", [gates, index], {"axis": 0})
             inputs = [gate.outputs[0], current.get(value, value), current.get(stand_in, stand_in)]
             switch = ir.node("Where", inputs)
             switch.outputs[0].shape, switch.outputs[0].type = value.shape, value.type

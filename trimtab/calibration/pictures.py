@@ -53,7 +53,8 @@ def captioned(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _lines(metadata: Path) -> list[tuple[int, str]]:
-    return list(enumerate(_text(metadata).splitlines(), 1))
+    # JSON's texts may hold what else ends a line to Python, such as U+2028.
+    return list(enumerate(_text(metadata).split("\n"), 1))
 
 
 def _text(path: Path) -> str:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from trimtab.calibration.draft import draft, with_whole_texts
 from trimtab.calibration.trajectories import own_requests
 from trimtab.errors import CalibrationError, InputError
-from trimtab.passes.constants import add_constant
+from trimtab.passes.constants import shared_constant
 from trimtab.passes.operators import FLOAT, MOVES
 from trimtab.passes.precision import SCORES
 from trimtab.passes.sampler import SCOPE as SAMPLER
@@ -315,9 +315,7 @@ class _Watch:
         return output
 
     def _constant(self, name: str, array: np.ndarray[Any, Any]) -> ir.Value:
-        name = f"{_OUTPUT}/{name}/{array.reshape(-1)[0]}"
-        known = self.graph.initializers.get(name)
-        return add_constant(self.graph, name, array) if known is None else known
+        return shared_constant(self.graph, f"{_OUTPUT}/{name}/{array.reshape(-1)[0]}", array)
 
 
 def _head_size(node: ir.Node, query: ir.Value) -> int:

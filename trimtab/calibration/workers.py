@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 
 from trimtab.calibration.gates import Array, GatedDenoiser
 from trimtab.child import Child, NoAnswer, serve
@@ -203,7 +204,10 @@ def _room(ray: Any, threads: int) -> tuple[int, int]:
 
 
 def _files(graph: Path) -> list[Path]:
-    return [graph, *sorted(graph.parent.glob("*.weights"))]
+    """The graph and the files that hold its weights, of all that lie beside it."""
+    weights = (value.const_value for value in ir.load(graph).graph.initializers.values())
+    names = {str(weight.location) for weight in weights if isinstance(weight, ir.ExternalTensor)}
+    return [graph, *(graph.parent / name for name in sorted(names))]
 
 
 class _Remote:
@@ -212,11 +216,12 @@ class _Remote:
     def __init__(self, graph: str, files: Mapping[str, Any], names: Sequence[str], threads: int) -> None:
         import ray
 
-        self._folder = tempfile.TemporaryDirectory(prefix="trimtab-")
-        folder = Path(self._folder.name)
-        for name, reference in files.items():
-            (folder / name).write_bytes(ray.get(reference))
-        self._denoiser = GatedDenoiser(folder / graph, names, threads)
+        # An actor is killed, and cleans nothing up: the files go as soon as they are loaded.
+        with tempfile.TemporaryDirectory(prefix="trimtab-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            for file, reference in files.items():
+                (folder / file).write_bytes(ray.get(reference))
+            self._denoiser = GatedDenoiser(folder / graph, names, threads)
 
     def work(self, numbered: tuple[int, _Task]) -> tuple[int, list[float]]:
         index, task = numbered

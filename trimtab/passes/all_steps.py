@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.constants import add_constant
+from trimtab.passes.constants import shared_constant
 
 STEPS = "steps"
 """The symbol of how many time steps there are."""
@@ -97,8 +97,7 @@ class _Nodes:
     def numbers(self, *values: int) -> ir.Value:
         """A constant of whole numbers, one for all who ask for the same."""
         name = f"{self._graph.name}/numbers_{'_'.join(map(str, values))}"
-        known = self._graph.initializers.get(name)
-        return add_constant(self._graph, name, np.array(values, np.int64)) if known is None else known
+        return shared_constant(self._graph, name, np.array(values, np.int64))
 
     def sizes(self, value: ir.Value, start: int = 0, end: int = 1) -> ir.Value:
         """Some sizes of a value."""

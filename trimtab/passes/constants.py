@@ -15,9 +15,7 @@ def constant(name: str, array: npt.NDArray[Any] | ir.TensorProtocol) -> ir.Value
         name: Of the value; a tensor that is given must have it already.
         array: The numbers, or a tensor that says where they are.
     """
-    tensor = array if isinstance(array, ir.TensorProtocol) else ir.tensor(array, name=name)
-    shape = ir.Shape(tensor.shape.numpy())
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    return ir.val(name, const_value=ir.tensor(array, name=name))
 
 
 def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any] | ir.TensorProtocol) -> ir.Value:
@@ -25,3 +23,9 @@ def add_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any] | ir.Tensor
     value = constant(name, array)
     graph.register_initializer(value)
     return value
+
+
+def shared_constant(graph: ir.Graph, name: str, array: npt.NDArray[Any]) -> ir.Value:
+    """The initializer of this name, for all who ask for the same: a new one where it is not there yet."""
+    known = graph.initializers.get(name)
+    return add_constant(graph, name, array) if known is None else known

@@ -101,11 +101,6 @@ class _Body:
         ir.convenience.replace_nodes_and_values(graph, self.node, [self.node], self.made, [old], [result])
 
 
-def _attribute(node: ir.Node, name: str, default: Any) -> Any:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.value
-
-
 def _input(node: ir.Node, index: int) -> ir.Value | None:
     return node.inputs[index] if index < len(node.inputs) else None
 
@@ -139,16 +134,16 @@ def _attention(body: _Body, node: ir.Node) -> ir.Value:
         raise _Cannot("it reads keys and values of an earlier call")
     if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
         raise _Cannot("more than its first output is read")
-    if _attribute(node, "softcap", 0.0):
+    if node.attributes.get_float("softcap", 0.0):
         raise _Cannot("it has a softcap")
     dtype, flat = _dtype(query), len(_sizes(query)) == 3
     batch, rows = _sizes(query)[0], _sizes(query)[-2]
     if flat:
         query, key, value = (
-            _heads(body, tensor, _attribute(node, name, 0))
+            _heads(body, tensor, node.attributes.get_int(name, 0))
             for tensor, name in ((query, "q_num_heads"), (key, "kv_num_heads"), (value, "kv_num_heads"))
         )
-        heads, kv_heads = int(_attribute(node, "q_num_heads", 0)), int(_attribute(node, "kv_num_heads", 0))
+        heads, kv_heads = (node.attributes.get_int(name, 0) for name in ("q_num_heads", "kv_num_heads"))
     else:
         heads, kv_heads = _sizes(query)[1], _sizes(key)[1]
     columns = _sizes(_needed(node, 1))[-2]
@@ -156,13 +151,11 @@ def _attention(body: _Body, node: ir.Node) -> ir.Value:
     if heads != kv_heads:
         key = _repeated(body, key, (batch, kv_heads, columns, width), heads // kv_heads)
         value = _repeated(body, value, (batch, kv_heads, columns, out_width), heads // kv_heads)
-    scale = _attribute(node, "scale", None)
-    scale = 1 / math.sqrt(width) if scale is None else float(scale)
+    scale = node.attributes.get_float("scale", 1 / math.sqrt(width))
     scaled = body("Mul", query, body.constant(scale, dtype))
     scores = body("MatMul", scaled, body("Transpose", key, perm=[0, 1, 3, 2]))
     scores = _masked(body, node, scores, (rows, columns), dtype)
-    precise = _attribute(node, "softmax_precision", None)
-    scores = scores if precise is None else body.cast(scores, ir.DataType(precise))
+    scores = body.cast(scores, ir.DataType(node.attributes.get_int("softmax_precision", int(dtype))))
     weights = body.cast(body("Softmax", scores, axis=-1), dtype)
     result = body("MatMul", weights, value)
     if not flat:
@@ -190,7 +183,7 @@ def _masked(
 ) -> ir.Value:
     # The lowest finite number and not -inf: a row in which all is masked stays finite.
     lowest = body.constant(dtype.min, dtype)
-    if _attribute(node, "is_causal", 0):
+    if node.attributes.get_int("is_causal", 0):
         seen = body.constant(np.tri(*sizes, dtype=bool), ir.DataType.BOOL)
         scores = body("Where", seen, scores, lowest)
     mask = _input(node, 3)
@@ -210,7 +203,7 @@ def _group_normalization(body: _Body, node: ir.Node) -> ir.Value:
     """A group is a channel of an InstanceNormalization; scale and bias follow, one for each true channel."""
     value, scale, bias = (_needed(node, index) for index in range(3))
     sizes, dtype = _sizes(value), _dtype(value)
-    groups = int(_attribute(node, "num_groups", 0))
+    groups = node.attributes.get_int("num_groups", 0)
     if _sizes(scale) != (sizes[1],):
         raise _Cannot("its scale is one a group, as before opset 21")
     normal = body(
@@ -218,7 +211,7 @@ def _group_normalization(body: _Body, node: ir.Node) -> ir.Value:
         body.reshape(value, (sizes[0], groups, -1)),
         body.constant(np.ones(groups), dtype),
         body.constant(np.zeros(groups), dtype),
-        epsilon=float(_attribute(node, "epsilon", 1e-5)),
+        epsilon=node.attributes.get_float("epsilon", 1e-5),
     )
     column = (1, sizes[1], *[1] * (len(sizes) - 2))
     scaled = body("Mul", body.reshape(normal, sizes), body.reshape(scale, column))
@@ -230,12 +223,12 @@ def _group_normalization(body: _Body, node: ir.Node) -> ir.Value:
 
 def _rms_normalization(body: _Body, node: ir.Node) -> ir.Value:
     value, scale = _needed(node, 0), _needed(node, 1)
-    dtype, stash = _dtype(value), ir.DataType(int(_attribute(node, "stash_type", 1)))
+    dtype, stash = _dtype(value), ir.DataType(node.attributes.get_int("stash_type", 1))
     rank = len(_sizes(value))
-    axis = int(_attribute(node, "axis", -1)) % rank
+    axis = node.attributes.get_int("axis", -1) % rank
     x = body.cast(value, stash)
     mean = body("ReduceMean", body("Mul", x, x), body.constant(list(range(axis, rank))), keepdims=1)
-    root = body("Sqrt", body("Add", mean, body.constant(float(_attribute(node, "epsilon", 1e-5)), stash)))
+    root = body("Sqrt", body("Add", mean, body.constant(node.attributes.get_float("epsilon", 1e-5), stash)))
     return body("Mul", body.cast(body("Div", x, root), dtype), scale)
 
 
@@ -246,16 +239,16 @@ def _rotary_embedding(body: _Body, node: ir.Node) -> ir.Value:
     value, cosine, sine = (_needed(node, index) for index in range(3))
     positions = _input(node, 3)
     flat, sizes = len(_sizes(value)) == 3, _sizes(value)
-    x = _heads(body, value, int(_attribute(node, "num_heads", 0))) if flat else value
-    width = sizes[-1] // int(_attribute(node, "num_heads", 1)) if flat else sizes[-1]
-    turned = int(_attribute(node, "rotary_embedding_dim", 0)) or width
+    x = _heads(body, value, node.attributes.get_int("num_heads", 0)) if flat else value
+    width = sizes[-1] // node.attributes.get_int("num_heads", 1) if flat else sizes[-1]
+    turned = node.attributes.get_int("rotary_embedding_dim", 0) or width
     rest: ir.Value | None = None
     if turned < width:
         x, rest = body.many("Split", 2, x, body.constant((turned, width - turned)), axis=-1)
     if positions is not None:
         cosine, sine = (body("Gather", table, positions) for table in (cosine, sine))
     cosine, sine = (body("Unsqueeze", table, body.constant([1])) for table in (cosine, sine))
-    pairs = bool(_attribute(node, "interleaved", 0))
+    pairs = bool(node.attributes.get_int("interleaved", 0))
     half = turned // 2
     if pairs:
         in_pairs = body.reshape(x, (0, 0, 0, half, 2))
@@ -281,8 +274,7 @@ def _rotary_embedding(body: _Body, node: ir.Node) -> ir.Value:
 def _gelu(body: _Body, node: ir.Node) -> ir.Value:
     x = _needed(node, 0)
     dtype = _dtype(x)
-    approximate = _attribute(node, "approximate", "none")
-    if approximate in ("tanh", b"tanh"):
+    if node.attributes.get_string("approximate", "none") == "tanh":
         cube = body("Mul", body("Mul", x, x), body("Mul", x, body.constant(0.044715, dtype)))
         inner = body("Mul", body("Add", x, cube), body.constant(math.sqrt(2 / math.pi), dtype))
         bent = body("Tanh", inner)

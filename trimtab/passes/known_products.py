@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from trimtab.passes.calls import step_calls
+from trimtab.passes.operators import has_graph
 from trimtab.passes.partition import reach
 from trimtab.passes.segments import build_segment, local_nodes
 from trimtab.program import SLICE, STATE, Program
@@ -132,7 +133,7 @@ def last_products(
     inner: set[ir.Node] = set()
     for node in graph:
         read = [value for value in node.inputs if value is not None and not _is_constant(value, local)]
-        if node in local or not read or not known.issuperset(read) or _has_graph(node):
+        if node in local or not read or not known.issuperset(read) or has_graph(node):
             continue
         inner.add(node)
         known.update(node.outputs)
@@ -166,12 +167,6 @@ def last_products(
 def _is_constant(value: ir.Value, local: Set[ir.Node]) -> bool:
     """Whether a value is a weight or comes of sizes and constants alone."""
     return value.is_initializer() or value.producer() in local
-
-
-def _has_graph(node: ir.Node) -> bool:
-    """Whether a node, such as If, may read what its inputs do not say."""
-    graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-    return any(attribute.type in graphs for attribute in node.attributes.values())
 
 
 def _is_rows(value: ir.Value) -> bool:

@@ -18,6 +18,7 @@ import onnx_ir.passes.common as common
 
 from trimtab.passes.calls import calls_in_steps, map_steps
 from trimtab.passes.constants import add_constant
+from trimtab.passes.operators import has_graph
 from trimtab.passes.reference import Array, Reference
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
 
@@ -60,7 +61,7 @@ class _Mixtures:
         depends: dict[ir.Value, frozenset[ir.Value]] = {value: frozenset({value}) for value in fixed}
         for node in self._graph:
             read = [v for v in node.inputs if v is not None and v.const_value is None]
-            if all(v in depends for v in read):
+            if all(v in depends for v in read) and not has_graph(node):
                 above = frozenset[ir.Value]().union(*(depends[v] for v in read))
                 depends.update(dict.fromkeys(node.outputs, above))
         known = self._known(fixed)

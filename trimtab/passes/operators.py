@@ -80,7 +80,7 @@ def ports(node: ir.Node, model: ir.Model, dtype: ir.DataType) -> Ports | None:
     """
     reads = {index for index, value in enumerate(node.inputs) if value is not None and value.dtype == FLOAT}
     gives = {index for index, value in enumerate(node.outputs) if value.dtype == FLOAT}
-    if not gives or any(_is_graph(attribute) for attribute in node.attributes.values()):
+    if not gives or has_graph(node):
         return None
     function = model.functions.get(node.op_identifier())
     if function is not None:
@@ -133,8 +133,10 @@ def _signature(op_type: str, opset: int, dtype: ir.DataType) -> _Signature | Non
     return _Signature(kinds(schema.inputs), kinds(schema.outputs))
 
 
-def _is_graph(attribute: ir.Attr) -> bool:
-    return attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+def has_graph(node: ir.Node) -> bool:
+    """Whether a node, such as If, has a graph inside, which may read what the node's inputs do not say."""
+    graphs = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
+    return any(attribute.type in graphs for attribute in node.attributes.values())
 
 
 def _names_float(function: ir.Function) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -291,18 +291,19 @@ class _Rewrite:
             elif value not in born:
                 self._read_by(self._cast(value, self.dtype, self.suffix), places)
         for value in made:
-            others = {use for use in _uses(value) if use not in lower.get(value, ())}
-            others = {(node, index) for node, index in others if node.op_type not in TYPELESS}
+            others = {use for use in value.uses() if use.node.op_type not in TYPELESS} - lower.get(
+                value, set()
+            )
             value.type = ir.TensorType(self.dtype)
             if value.is_graph_output():
                 self._give_as_float(value, others)
             elif others:
                 self._read_by(self._cast(value, FLOAT, "fp32"), others)
 
-    def _weight(self, value: ir.Value, places: set[tuple[ir.Node, int]]) -> None:
+    def _weight(self, value: ir.Value, places: Set[tuple[ir.Node, int]]) -> None:
         tensor = value.const_value
         assert tensor is not None and value.name is not None
-        others = _uses(value) - places
+        others = set(value.uses()) - places
         if (others or value.is_graph_output()) and (tensor.nbytes < INLINE_BYTES or value.is_graph_output()):
             name = f"{value.name}.{self.suffix}"
             own = ir.Value(name=name, shape=value.shape, type=ir.TensorType(self.dtype))
@@ -315,7 +316,7 @@ class _Rewrite:
         if others:
             self._read_by(self._cast(value, FLOAT, "fp32"), others)
 
-    def _give_as_float(self, value: ir.Value, others: set[tuple[ir.Node, int]]) -> None:
+    def _give_as_float(self, value: ir.Value, others: Set[tuple[ir.Node, int]]) -> None:
         """A graph's output keeps its name and type; what is inside gets another name."""
         name, value.name = value.name, f"{value.name}.{self.suffix}"
         given = self._cast(value, FLOAT, "fp32")
@@ -343,10 +344,6 @@ class _Rewrite:
             node.metadata_props[SCOPES] = note
         return output
 
-    def _read_by(self, value: ir.Value, places: set[tuple[ir.Node, int]]) -> None:
+    def _read_by(self, value: ir.Value, places: Set[tuple[ir.Node, int]]) -> None:
         for node, index in places:
             node.replace_input_with(index, value)
-
-
-def _uses(value: ir.Value) -> set[tuple[ir.Node, int]]:
-    return {(use.node, use.idx) for use in value.uses()}

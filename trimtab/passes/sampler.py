@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from trimtab.passes.base import Pass, PassResult, Refusal
-from trimtab.passes.constants import add_constant
+from trimtab.passes.constants import shared_constant
 from trimtab.passes.scopes import SCOPES
 
 SCOPE = "sampler"
@@ -301,6 +301,4 @@ class _Fusion:
         return self._constant(name, np.array(value, np.float32))
 
     def _constant(self, name: str, array: np.ndarray) -> ir.Value:
-        name = f"{SCOPE}/{name}"
-        known = self.graph.initializers.get(name)
-        return add_constant(self.graph, name, array) if known is None else known
+        return shared_constant(self.graph, f"{SCOPE}/{name}", array)

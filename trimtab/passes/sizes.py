@@ -121,6 +121,8 @@ def _localize(
     graph: ir.Graph, node: ir.Node, operand: int, seen: dict[str, tuple[ir.Value, int]]
 ) -> str | None:
     wanted, source = _dims(node.outputs[0]), _dims(node.inputs[0])
+    if "axes" in node.attributes:
+        return "its sizes are those of some axes alone"
     if wanted is None:
         return "the shape of its result is not known"
     reshape = node.op_type == "Reshape"

@@ -32,7 +32,7 @@ def own_symbols(name: str, graph: ir.Graph) -> None:
         for dim in value.shape or ()
         if isinstance(dim, ir.SymbolicDim) and dim.value is not None and dim.value.isidentifier()
     }
-    fresh = (f"size_{index}" for index in itertools.count())
+    fresh = (name for index in itertools.count() if (name := f"size_{index}") not in plain)
     known: dict[str, ast.expr] = {}
     for value in graph.inputs:
         for dim in value.shape or ():
@@ -106,14 +106,11 @@ def _learn_strides(node: ir.Node, known: dict[str, ast.expr]) -> None:
         or kernel.shape is None
     ):
         return
+    if node.attributes.get_string("auto_pad", "NOTSET") != "NOTSET":
+        return
     axes = result.shape.rank() - 2
-
-    def attribute(name: str, default: int, count: int) -> list[int]:
-        found = node.attributes.get(name)
-        return [default] * count if found is None else list(found.as_ints())
-
-    strides, dilations = attribute("strides", 1, axes), attribute("dilations", 1, axes)
-    pads = attribute("pads", 0, 2 * axes)
+    strides, dilations = (node.attributes.get_ints(name, [1] * axes) for name in ("strides", "dilations"))
+    pads = node.attributes.get_ints("pads", [0] * (2 * axes))
     for axis in range(axes):
         before, after, width = (shape[axis + 2] for shape in (source.shape, result.shape, kernel.shape))
         if isinstance(before, int) or isinstance(after, int) or not isinstance(width, int):

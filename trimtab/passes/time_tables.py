@@ -192,9 +192,11 @@ def _tables(
 
 def _row_count(graph: ir.Graph, product: ir.Value) -> ir.Value:
     """What says how often the time step is repeated for a product: (1,) int64."""
-    for node in reach([product], {}, set()):
+    makers = reach([product], {}, set())
+    for node in graph:  # in its order: of several, the same one every time
         # Some multiply the time step by as many ones as there are rows.
-        if node.op_type in ("Expand", "ConstantOfShape") and node.outputs[0].shape == _rows(product):
+        repeats = node.op_type in ("Expand", "ConstantOfShape")
+        if repeats and node in makers and node.outputs[0].shape == _rows(product):
             count = node.inputs[-1]
             assert count is not None
             return count

@@ -59,10 +59,6 @@ class Site:
         weight = vq_op.from_rows(rows, self.shape)
         return np.ascontiguousarray(weight.T if self.inputs_first else weight)
 
-    def replace(self, rows: npt.NDArray[Any]) -> None:
-        """Puts other numbers, as rows, in the weight's place."""
-        self.value.const_value = ir.Tensor(self.laid_out(rows), name=self.name)
-
 
 def sites(model: ir.Model) -> Iterator[Site]:
     """The weights of a graph that only MatMul, Gemm and Conv read, as their weight.

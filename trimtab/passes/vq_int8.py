@@ -84,14 +84,7 @@ def _rewrite(graph: ir.Graph, node: ir.Node, packed: npt.NDArray[Any], name: str
     for number, made in enumerate(tape.nodes):
         made.metadata_props.update(node.metadata_props)
         made.outputs[0].name = f"{name}.{number}"
-    graph.insert_before(node, tape.nodes)
-    old = node.outputs[0]
-    ir.convenience.replace_all_uses_with(old, weight)
-    for index_, output in enumerate(graph.outputs):
-        if output is old:
-            graph.outputs[index_] = weight
-    weight.shape, weight.type, weight.name = old.shape, old.type, name
     codes_value = node.inputs[0]
-    graph.remove(node, safe=True)
+    ir.convenience.replace_nodes_and_values(graph, node, [node], tape.nodes, [node.outputs[0]], [weight])
     if codes_value is not None and not codes_value.uses():
         del graph.initializers[codes_value.name or ""]

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import onnx_ir as ir
+from onnx_ir.passes import common
 
 from trimtab.errors import BundleError, UnsupportedOp
 from trimtab.manifest import OPERATORS_DOMAIN
@@ -58,6 +59,7 @@ class OnnxRuntimeBuilder:
             SplitFewRows()(copy)
             DecodeThroughViews()(copy)
             DecodeOnDemand()(copy)  # the others
+            common.RemoveUnusedNodesPass()(copy)  # codes that stand in pieces now, and codebooks in tables
         return copy if changed else model
 
     def build(
