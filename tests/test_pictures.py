@@ -37,7 +37,7 @@ TEXT = (
 WITH_NEGATIVE = ("sd15", "sdxl", "sd3", "pixart_sigma", "sana", "z_image")
 UNGUIDED = {"z_image": 0.0}
 """Guidance scale that changes nothing, where it is not 1."""
-FROM_PICTURE = ("sd15", "taesd", "sdxl", "sd3", "flux", "z_image")
+FROM_PICTURE = ("sd15", "lcm", "taesd", "sdxl", "sd3", "flux", "z_image")
 INPAINTING = ("sd15", "taesd", "sdxl", "inpaint9", "sd3", "flux", "z_image")
 PROMPT = "a red cat"
 

@@ -182,6 +182,7 @@ def to_json(contents: Contents) -> dict[str, Any]:
             "guidance": task.guidance,
             "strength": task.strength,
             "strength_rounds_up": task.strength_rounds_up,
+            **({"strength_steps": task.strength_steps} if task.strength_steps else {}),
         }
         for name, task in contents.tasks.items()
     ]
@@ -270,6 +271,7 @@ def from_json(data: Mapping[str, Any]) -> Contents:
             guidance=None if task["guidance"] is None else _finite(task["guidance"]),
             strength=None if task["strength"] is None else _finite(task["strength"]),
             strength_rounds_up=_of(bool, task["strength_rounds_up"]),
+            strength_steps=None if task.get("strength_steps") is None else _count(task["strength_steps"], 1),
         )
     segments = {}
     for entry in _named(data["segments"]):

@@ -124,6 +124,8 @@ class Task:
         guidance: The default guidance scale, or None where the model has no guidance.
         strength: For tasks that start from a picture: the default share of the steps that run.
         strength_rounds_up: Whether steps * strength is rounded up to whole steps, or down.
+        strength_steps: What it is a share of, where that is not the schedule's steps: those that an LCM was distilled
+            from, of which ``lcm-4/from-10`` leaves out ten and walks the others in its four.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -132,6 +134,7 @@ class Task:
     guidance: float | None = None
     strength: float | None = None
     strength_rounds_up: bool = False
+    strength_steps: int | None = None
 
 
 TASKS = ("text-to-image", "class-to-image", "unconditional", "image-to-image", "inpainting", "editing")
@@ -224,6 +227,11 @@ def reads(read: set[str], name: str) -> bool:
     if name in read or (match is not None and match[1] in read):
         return True
     return any(name == part[1] for part in map(SLICE.match, read) if part is not None)
+
+
+def loop_of(schedule: str) -> str:
+    """A schedule's name without its start: ``heun-20/from-8/2x`` is a part of ``heun-20/2x``."""
+    return re.sub(r"/from-\d+", "", schedule)
 
 
 def first_step(steps: int, strength: float, rounds_up: bool) -> int:

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
+from trimtab.program import loop_of
+
 Result = dict[str, Any]
 """What a command prints with --json."""
 
@@ -148,11 +150,14 @@ def inspect(result: Result) -> Iterator[str]:
         )
         rows.append([segment["name"], f"{segment['parameters']:,}", _mb(segment["weight_bytes"]), engines])
     yield _table(["segment", "parameters", "weights MB", "engines"], rows)
-    schedules = [s for s in result["schedules"] if "/" not in s["name"]]
+    loops: dict[tuple[str, str], Result] = {}
+    for schedule in result["schedules"]:
+        # Of those that start later the first is the whole loop.
+        loops.setdefault((schedule["task"], loop_of(schedule["name"])), schedule)
     rows = []
-    for schedule in schedules:
+    for (task, name), schedule in loops.items():
         kinds = collections.Counter(" + ".join(calls) for calls in schedule["calls"])
-        rows += [[schedule["task"], schedule["name"], str(count), kind] for kind, count in kinds.items()]
+        rows += [[task, name, str(count), kind] for kind, count in kinds.items()]
     yield _table(["task", "schedule", "steps", "calls of a step"], rows)
     if result["removal"]:
         yield from _removal(result["removal"])

@@ -36,6 +36,7 @@ from trimtab.export.parts import (
 )
 from trimtab.export.pipeline import _no_pictures, _own_scheduler, _warn_of_scaling
 from trimtab.export.sampler import make_scheduler, probe
+from trimtab.export.sampler.schedules import Sampling, probe_tasks
 from trimtab.export.sizes import latent_space, measure
 from trimtab.export.source import Source
 from trimtab.export.trace import Example, trace
@@ -403,3 +404,22 @@ def test_a_task_that_a_pipeline_has_not_is_refused_with_those_that_it_has() -> N
     parts.start_from_pictures({"image-to-image": 0.6, "inpainting": 1.0})
     with pytest.raises(InputError, match="cannot do text-to-image: it does inpainting"):
         parts.choose_tasks()
+
+
+def test_an_lcm_starts_from_pictures_where_its_scheduler_is_told_the_strength(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "LatentConsistencyModelPipeline"}))
+    source = Source(tmp_path)
+    assert _no_pictures(source, make_scheduler("lcm", {})) is None
+    assert "DDIMScheduler takes none" in str(_no_pictures(source, DDIMScheduler()))
+
+
+def test_few_of_an_lcm_s_steps_are_left_by_no_less_strength_than_they_are() -> None:
+    parts = parts_that_start_from_pictures(())
+    parts.strength, parts.strength_steps, parts.pipeline = (
+        {"image-to-image": 0.8},
+        50,
+        "LatentConsistencyModel",
+    )
+    tables = probe_tasks(parts, Sampling(make_scheduler("lcm", {}), (4,), {}))["image-to-image"]
+    assert list(tables) == [f"lcm-4/from-{k}" for k in range(47)]
+    assert [step.timestep for step in tables["lcm-4/from-46"].evaluations] == [79, 59, 39, 19]

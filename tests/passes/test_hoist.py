@@ -16,13 +16,13 @@ import trimtab
 from trimtab.calibration.draft import draft
 from trimtab.errors import PassError
 from trimtab.passes.all_steps import for_all_steps
-from trimtab.passes.calls import loop_of, step_calls
+from trimtab.passes.calls import step_calls
 from trimtab.passes.hoist import hoist
 from trimtab.passes.inherit import inherit
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import partition
 from trimtab.passes.unread import drop_unread
-from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec
+from trimtab.program import Call, Program, Schedule, Segment, Step, Task, TensorSpec, loop_of
 from trimtab.runtime.load import load
 
 BundleFolder = Callable[[str], Path]

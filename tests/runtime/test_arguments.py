@@ -138,3 +138,16 @@ def test_the_strength_that_is_named_in_the_place_of_another_works(
         choose_schedule([f"euler-{steps}"], task, None, strength)
     named = float(str(refused.value).rpartition(" ")[2])
     assert choose_schedule([f"euler-{steps}"], task, None, named) in task.schedules
+
+
+@pytest.mark.parametrize(("strength", "start"), [(1.0, 0), (0.8, 10), (0.58, 22), (0.08, 46)])
+def test_an_lcm_s_strength_is_a_share_of_the_steps_that_it_was_distilled_from(
+    strength: float, start: int
+) -> None:
+    loops = {f"lcm-4/from-{k}": Schedule(()) for k in range(47)}
+    task = Task((), (), loops, strength=0.8, strength_steps=50)
+    assert choose_schedule(["lcm-4"], task, None, strength) == f"lcm-4/from-{start}"
+    with pytest.raises(
+        InputError, match=r"the strength 0.05 leaves too few of 50 steps: use strength 0\.08$"
+    ):
+        choose_schedule(["lcm-4"], task, None, 0.05)

@@ -79,6 +79,7 @@ _WRAPPERS: Mapping[str, Callable[..., Denoiser]] = {
     "StableDiffusionImg2ImgPipeline": unets.conditional_unet,
     "StableDiffusionInpaintPipeline": unets.conditional_unet,
     "LatentConsistencyModelPipeline": unets.conditional_unet,
+    "LatentConsistencyModelImg2ImgPipeline": unets.conditional_unet,
     "StableDiffusionXLPipeline": unets.xl_unet,
     "StableDiffusionXLImg2ImgPipeline": unets.xl_unet,
     "StableDiffusionXLInpaintPipeline": unets.xl_unet,

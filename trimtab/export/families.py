@@ -29,6 +29,7 @@ FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {
     "StableDiffusionImg2ImgPipeline": stable_diffusion,
     "StableDiffusionInpaintPipeline": stable_diffusion,
     "LatentConsistencyModelPipeline": stable_diffusion,
+    "LatentConsistencyModelImg2ImgPipeline": stable_diffusion,
     "StableDiffusionXLPipeline": stable_diffusion_xl,
     "StableDiffusionXLImg2ImgPipeline": stable_diffusion_xl,
     "StableDiffusionXLInpaintPipeline": stable_diffusion_xl,

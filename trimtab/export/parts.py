@@ -60,6 +60,7 @@ class Parts:
         strength: Task that starts from a picture -> its default strength; what is not here cannot be done, or is not
             asked for.
         strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
+        strength_steps: What strengths are shares of, where that is not a schedule's steps: see `trimtab.program.Task`.
         posterior: Latents are drawn from the distribution that a picture is encoded as; else they are its mean, or
             what an autoencoder without one gives.
         own_posteriors: In image-to-image, pictures with seeds of their own also draw for themselves from the
@@ -97,6 +98,7 @@ class Parts:
     no_pictures: str | None = None
     strength: dict[str, float] = field(default_factory=dict)
     strength_rounds_up: bool = False
+    strength_steps: int | None = None
     posterior: bool = True
     own_posteriors: bool = False
     inpainting_channels: bool = False

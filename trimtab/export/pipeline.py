@@ -77,6 +77,8 @@ def export_pipeline(
     parts.tasks = tasks
     measure(parts)
     parts.no_pictures = _no_pictures(source, chosen)
+    if _is_lcm(source):
+        parts.strength_steps = chosen.config.get("original_inference_steps")
     parts.posterior = source.has("vae") and source.class_name("vae") == "AutoencoderKL"
     _choose_size(parts, size)
     for count in steps:  # a scheduler that no table holds is said before the first model is exported
@@ -167,7 +169,7 @@ def _own_scheduler(source: Source) -> Any:
     if source.pipeline_class == "DDIMPipeline":
         return make_scheduler("ddim", {**scheduler.config, "_class_name": type(scheduler).__name__})
     mended = {}
-    mends = source.pipeline_class != "LatentConsistencyModelPipeline"
+    mends = not _is_lcm(source)
     if mends and FAMILIES[source.pipeline_class] is stable_diffusion:
         if scheduler.config.get("steps_offset", 1) != 1:
             mended["steps_offset"] = 1
@@ -195,11 +197,17 @@ def _warn_of_scaling(pipeline: str, scheduler: Any, steps: int) -> None:
 
 def _no_pictures(source: Source, scheduler: Any) -> str | None:
     """Why a pipeline cannot start from a picture, though its family can."""
+    if _is_lcm(source) and (name := type(scheduler).__name__) != "LCMScheduler":
+        return f"an LCM's pipeline tells its scheduler the strength, and {name} takes none"
     if not can_add_noise(scheduler):
         return f"{type(scheduler).__name__} adds no noise to a picture"
     if source.has("vae") and (channels := source.config("vae").get("in_channels", 3)) != 3:
         return f"the autoencoder reads pictures of {channels} channels, and 3 are given"
     return None
+
+
+def _is_lcm(source: Source) -> bool:
+    return source.pipeline_class.startswith("LatentConsistencyModel")
 
 
 def _choose_size(parts: Parts, size: tuple[int, int] | None) -> None:

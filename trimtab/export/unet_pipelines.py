@@ -43,9 +43,10 @@ def stable_diffusion(parts: PipelineParts) -> None:
     parts.own_posteriors = True
     if isinstance(wrapper, unet_modules.GuidedUNet):
         parts.read_guidance(inputs)
-        strength = {}  # an LCM's time steps depend on the strength, not only on where a schedule starts
-        if source.pipeline_class == "LatentConsistencyModelPipeline":
+        strength = {}
+        if source.pipeline_class.startswith("LatentConsistencyModel"):
             parts.guidance = 8.5
+            strength = {"image-to-image": 0.8}
     elif isinstance(wrapper, unet_modules.ControlledUNet):
         _read_control(parts, inputs)
     elif isinstance(wrapper, unet_modules.InpaintingUNet):

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Iterable, Mapping
 
-from trimtab.program import DENOISER, Call, Program, Schedule, Step, Task
+from trimtab.program import DENOISER, Call, Program, Schedule, Step, Task, loop_of
 
 
 def step_calls(program: Program) -> Iterable[Call]:
@@ -26,11 +25,6 @@ def denoisers(program: Program) -> list[str]:
     """The denoisers that steps call; what only blends with a picture is none."""
     called = dict.fromkeys(call.segment for call in step_calls(program))
     return [name for name in called if name.startswith(DENOISER)]
-
-
-def loop_of(schedule: str) -> str:
-    """A schedule's name without its start: ``heun-20/from-8/2x`` is a part of ``heun-20/2x``."""
-    return re.sub(r"/from-\d+", "", schedule)
 
 
 def whole_loops(tasks: Iterable[Task]) -> dict[str, Schedule]:

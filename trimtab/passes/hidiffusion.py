@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from trimtab.errors import PassError
-from trimtab.passes.calls import loop_of, whole_loops
+from trimtab.passes.calls import whole_loops
 from trimtab.passes.raunet import CONV, POOL, SHIFT, WINDOWS, Places, Swaps, add_alternatives, find_places
 from trimtab.passes.window_attention import SHIFTS
-from trimtab.program import DENOISER, Call, PassEntry, Program, Schedule, Step, TensorSpec
+from trimtab.program import DENOISER, Call, PassEntry, Program, Schedule, Step, TensorSpec, loop_of
 
 SCALES = (2, 4)
 """How many times the trained side there are phases for."""

@@ -22,11 +22,11 @@ import onnx_ir as ir
 
 from trimtab.errors import PassError
 from trimtab.passes.all_steps import for_all_steps
-from trimtab.passes.calls import denoisers, loop_of, whole_loops
+from trimtab.passes.calls import denoisers, whole_loops
 from trimtab.passes.context import CONTEXT
 from trimtab.passes.known_products import LEAST_SHARE, KnownProducts
 from trimtab.passes.time_tables import TABULATE
-from trimtab.program import SLICE, Call, PassEntry, Program, Schedule, Segment, Step, Task
+from trimtab.program import SLICE, Call, PassEntry, Program, Schedule, Segment, Step, Task, loop_of
 
 logger = logging.getLogger(__name__)
 

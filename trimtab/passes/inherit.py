@@ -10,12 +10,12 @@ import dataclasses
 from collections.abc import Mapping
 
 from trimtab.errors import PassError
-from trimtab.passes.calls import denoisers, loop_of, whole_loops
+from trimtab.passes.calls import denoisers, whole_loops
 from trimtab.passes.inherit_plan import InheritPlan
 from trimtab.passes.partition import reach
 from trimtab.passes.regions import check_region, default_region, find_region
 from trimtab.passes.segments import local_nodes
-from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
+from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step, loop_of
 
 
 def inherit(program: Program, plan: InheritPlan) -> Program:

@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence, Set
 import onnx_ir as ir
 
 from trimtab.errors import PassError
-from trimtab.passes.calls import loop_of, step_calls, whole_loops
+from trimtab.passes.calls import step_calls, whole_loops
 from trimtab.passes.unread import conditions
-from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
+from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step, loop_of
 
 
 def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tuple[str, float]]) -> Program:

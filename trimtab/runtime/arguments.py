@@ -121,25 +121,31 @@ def choose_schedule(
         raise InputError(f"the strength {share} is not above 0 and at most 1")
     if share == 1 and name in task.schedules:
         return name  # nothing of the picture is left in the start noise
-    if not (digits := name.rpartition("-")[2]).isdecimal():
-        raise BundleError(f"the schedule {name} says no number of steps: compile the bundle again")
-    total = int(digits)
+    total = _whole_steps(task, name)
     start = first_step(total, share, task.strength_rounds_up)
     if (started := f"{name}/from-{start}") in task.schedules:
         return started
     able = possible_strengths(task, name)
     if not able:
         raise BundleError(f"{name} cannot start from a picture: compile the bundle again")
-    what = f"the strength {share} leaves none of {total} steps"
+    what = f"the strength {share} leaves {'too few' if task.strength_steps else 'none'} of {total} steps"
     raise InputError(
-        f"{what if start >= total else f'{name} cannot start at step {start}'}: use strength "
+        f"{what if start >= total or task.strength_steps else f'{name} cannot start at step {start}'}: use strength "
         f"{min(able, key=lambda each: abs(each - share)):g}"
     )
 
 
+def _whole_steps(task: Task, name: str) -> int:
+    """What a strength is a share of, for a schedule whose name ends with its number of steps (Raises BundleError)."""
+    digits = name.rpartition("-")[2]
+    if not digits.isdecimal():
+        raise BundleError(f"the schedule {name} says no number of steps: compile the bundle again")
+    return task.strength_steps or int(digits)
+
+
 def possible_strengths(task: Task, name: str) -> list[float]:
     """The strengths, in thousandths, that a schedule whose name ends with its number of steps can start at."""
-    total = int(name.rpartition("-")[2])
+    total = _whole_steps(task, name)
     shares = [thousandths / 1000 for thousandths in range(1, 1001)]
     starts = [f"{name}/from-{first_step(total, each, task.strength_rounds_up)}" for each in shares]
     return [each for each, start in zip(shares, starts, strict=True) if start in task.schedules]

@@ -91,6 +91,7 @@ def plan_tasks(
             guidance=parts.task_guidance.get(name, parts.guidance),
             strength=parts.strength.get(name),
             strength_rounds_up=parts.strength_rounds_up,
+            strength_steps=parts.strength_steps if name in parts.strength else None,
         )
     return tasks, sampler
 
@@ -107,13 +108,18 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
         def table(
             start: int | None, keep: bool = False, steps: int = steps, options: Any = options
         ) -> SamplerTable:
+            started = options
+            if start is not None and parts.strength_steps is not None:
+                # The scheduler rounds the share down to whole steps: half a step more is the same.
+                share = (parts.strength_steps - start + 0.5) / parts.strength_steps
+                started = options | {"strength": share}
             return probe(
                 sampling.scheduler,
                 steps,
-                start=start or 0,
+                start=start or 0 if parts.strength_steps is None else 0,
                 from_image=start is not None,
                 keep_start=keep,
-                timesteps_options=options,
+                timesteps_options=started,
                 step_options=sampling.options,
                 denoised=parts.one_step_denoised and steps == 1,
             )
@@ -134,10 +140,13 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
 
 
 def _starts(steps: int, parts: Parts, task: str) -> Iterable[int]:
-    if steps <= ALL_STARTS:
-        return range(steps)
+    whole = parts.strength_steps or steps
+    able = range(steps if parts.strength_steps is None else whole - steps + 1)
+    if whole <= ALL_STARTS:
+        return able
     strengths = (parts.strength[task], *(twentieth / 20 for twentieth in range(1, 21)))
-    return sorted({first_step(steps, strength, parts.strength_rounds_up) for strength in strengths})
+    starts = {first_step(whole, strength, parts.strength_rounds_up) for strength in strengths}
+    return sorted(starts if parts.strength_steps is None else starts.intersection(able))
 
 
 def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
