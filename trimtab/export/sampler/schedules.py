@@ -98,7 +98,7 @@ def plan_tasks(
 
 def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, SamplerTable]]:
     """Reads the tables of every task that the pipeline has: task -> schedule name -> table."""
-    first = parts.from_noise
+    from_noise = parts.from_noise
     tasks: dict[str, dict[str, SamplerTable]] = {}
     short = scheduler_name(sampling.scheduler)
     for steps in sampling.steps:
@@ -108,24 +108,24 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
         def table(
             start: int | None, keep: bool = False, steps: int = steps, options: Any = options
         ) -> SamplerTable:
-            started = options
-            if start is not None and parts.strength_steps is not None:
-                # The scheduler rounds the share down to whole steps: half a step more is the same.
-                share = (parts.strength_steps - start + 0.5) / parts.strength_steps
-                started = options | {"strength": share}
+            first = start or 0
+            if start is not None and (whole := parts.strength_steps) is not None:
+                # The scheduler leaves them out itself. It rounds the share down to whole steps: half a step more is
+                # the same.
+                options, first = options | {"strength": (whole - start + 0.5) / whole}, 0
             return probe(
                 sampling.scheduler,
                 steps,
-                start=start or 0 if parts.strength_steps is None else 0,
+                start=first,
                 from_image=start is not None,
                 keep_start=keep,
-                timesteps_options=started,
+                timesteps_options=options,
                 step_options=sampling.options,
                 denoised=parts.one_step_denoised and steps == 1,
             )
 
-        if first is not None and (not parts.tasks or first in parts.tasks):
-            tasks.setdefault(first, {})[name] = table(None)
+        if from_noise is not None and (not parts.tasks or from_noise in parts.tasks):
+            tasks.setdefault(from_noise, {})[name] = table(None)
         if "image-to-image" in parts.strength:
             found = {k: table(k) for k in _starts(steps, parts, "image-to-image")}
             tasks.setdefault("image-to-image", {}).update({f"{name}/from-{k}": t for k, t in found.items()})
@@ -140,13 +140,13 @@ def probe_tasks(parts: Parts, sampling: Sampling) -> dict[str, dict[str, Sampler
 
 
 def _starts(steps: int, parts: Parts, task: str) -> Iterable[int]:
-    whole = parts.strength_steps or steps
-    able = range(steps if parts.strength_steps is None else whole - steps + 1)
+    whole, least = (steps, 1) if parts.strength_steps is None else (parts.strength_steps, steps)
+    able = range(whole - least + 1)
     if whole <= ALL_STARTS:
         return able
     strengths = (parts.strength[task], *(twentieth / 20 for twentieth in range(1, 21)))
     starts = {first_step(whole, strength, parts.strength_rounds_up) for strength in strengths}
-    return sorted(starts if parts.strength_steps is None else starts.intersection(able))
+    return sorted(starts.intersection(able))
 
 
 def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
