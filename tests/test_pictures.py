@@ -334,7 +334,7 @@ def test_what_is_drawn_along_is_needed_where_it_counts_and_refused_elsewhere(
 def test_a_picture_to_draw_along_is_refused_by_a_model_without_a_controlnet(
     family: str, given: dict[str, Any], load: Load
 ) -> None:
-    with pytest.raises(trimtab.TrimtabError, match="this model draws along none"):
+    with pytest.raises(trimtab.TrimtabError, match="this model draws along no picture"):
         load(family)(label=1, **given)
 
 

@@ -15,6 +15,8 @@ from conftest import made_once
 from PIL import Image
 
 import trimtab
+from trimtab.cli import main
+from trimtab.comparison import compare
 
 PROMPT = "a red cat"
 SIZE = {"width": 80, "height": 64}
@@ -42,8 +44,8 @@ def of_diffusers(pipeline: Any, **given: Any) -> npt.NDArray[Any]:
     return pictures
 
 
-def ours(pipe: trimtab.Pipeline, **given: Any) -> npt.NDArray[Any]:
-    return pipe(PROMPT, seed=4, count=2, size=(80, 64), schedule=3, **given).pixels
+def ours(pipe: trimtab.Pipeline, schedule: int = 3, **given: Any) -> npt.NDArray[Any]:
+    return pipe(PROMPT, seed=4, count=2, size=(80, 64), schedule=schedule, **given).pixels
 
 
 @pytest.mark.parametrize("family", ["flux_control"])
@@ -106,6 +108,37 @@ def test_flux_fill_inpaints_as_diffusers_does_to_the_pixel_of_the_mask(
         assert np.abs(ours(pipe, mask=moved, **given) - expected).max() > 1e-3
 
 
+@pytest.mark.parametrize("family", ["flux_fill"])
+def test_a_model_whose_steps_all_start_from_a_picture_can_switch_to_another(
+    family: str,
+    bundle_folder: BundleFolder,
+    pipeline_folder: BundleFolder,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = bundle_folder(family)
+    trimtab.compile(pipeline_folder(family), tmp_path / "b", steps=(20, 3), switch=f"{whole}@0.5")
+    given: dict[str, Any] = {"image": picture(), "mask": mask(), "strength": 0.9}
+    with trimtab.load(tmp_path / "b") as pipe, trimtab.load(whole) as other:
+        np.testing.assert_array_equal(ours(pipe, **given), ours(other, **given))
+    assert main(["inspect", str(tmp_path / "b")]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["inpainting", "flow-euler-3", "1", f"denoiser-{whole.name}"] in shown
+
+
+@pytest.mark.parametrize("family", ["taesd"])
+def test_a_bundle_that_starts_from_pictures_alone_is_measured_by_all_its_steps(
+    family: str, pipeline_folder: BundleFolder, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"tasks": "image-to-image", "size": "64x64", "hidiffusion": True}
+    options |= {"buckets": "128x128", "targets": ("cpu", "orin-nano-8gb")}
+    trimtab.compile(pipeline_folder(family), tmp_path / "b", steps=1, **options)  # 0.8 of which is none
+    with trimtab.load(tmp_path / "b", target="cpu") as pipe:
+        assert pipe.bundle.path("calibration/ranges.json").exists()
+        assert ours(pipe, image=picture(), strength=1.0, schedule=1).shape == (2, 64, 80, 3)
+    assert compare(tmp_path / "b", tmp_path / "b")["steps"] == [0.0]
+
+
 @pytest.fixture(scope="module")
 def editor(workshop: Path, pipeline_folder: BundleFolder) -> Iterator[Callable[[str], trimtab.Pipeline]]:
     """Family -> its bundle for editing, loaded."""
@@ -151,6 +184,31 @@ def test_what_does_not_fit_a_model_that_changes_pictures_is_refused(
 ) -> None:
     with pytest.raises(trimtab.TrimtabError, match=reason):
         editor(family)(PROMPT, **given)
+
+
+@pytest.mark.parametrize("family", ["flux_fill"])
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({}, "needs a picture and none was given"),
+        ({"image": picture()}, r"inpaints, and no mask was given: give mask= \(--mask FILE\) too"),
+        (
+            {"image": picture(), "mask": mask(), "control_scale": 0.5},
+            "a control scale was given and this model",
+        ),
+    ],
+)
+def test_what_inpainting_lacks_is_said_before_an_engine_is_loaded(
+    given: dict[str, Any],
+    reason: str,
+    family: str,
+    bundle_folder: BundleFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with trimtab.load(bundle_folder(family)) as pipe:
+        monkeypatch.setattr(pipe.engines, "session", lambda _: pytest.fail("an engine is loaded"))
+        with pytest.raises(trimtab.TrimtabError, match=reason):
+            pipe(PROMPT, **given)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_a_toml_file_says_the_same(tmp_path: Path) -> None:
         ({"targets": []}, "at least one"),
         ({"tasks": ["painting"]}, "there is no task painting: choose of text-to-image, class-to-image"),
         ({"tasks": [1]}, "a text is needed"),
+        ({"tasks": ["editing", "editing"]}, "a task is given twice"),
         ({"size": "64"}, "WIDTHxHEIGHT"),
         ({"size": [64, -1]}, "not a width"),
         ({"size": [64]}, "not a width"),

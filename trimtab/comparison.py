@@ -50,7 +50,7 @@ def compare(reference: Path, other: Path, *, seed: int = 0, **options: Any) -> d
         wanted = {name: value for name, value in options.items() if value is not None} | {"seed": seed}
         for pipe in (ours, theirs):
             contents = pipe.bundle.contents
-            wanted = stand_ins(contents.tasks[pipe.tasks[0]].inputs, contents.size) | wanted
+            wanted = stand_ins(contents.tasks[pipe.tasks[0]], contents.size) | wanted
         whole = [pipe(**wanted).pixels for pipe in (ours, theirs)]
         if whole[0].shape != whole[1].shape:
             raise InputError(

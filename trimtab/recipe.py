@@ -112,8 +112,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.steps or any(type(n) is not int or n < 1 for n in self.steps):
             raise InputError(f"steps {_shown(self.steps)}: whole numbers from 1 are needed")
-        if len(set(self.steps)) != len(self.steps) or len(set(self.targets)) != len(self.targets):
-            raise InputError("a number of steps or a target is given twice: give each once")
+        if any(len(set(given)) != len(given) for given in (self.steps, self.targets, self.tasks)):
+            raise InputError("a number of steps, a target or a task is given twice: give each once")
         if not self.targets:
             raise InputError("no target is given: give at least one, such as cpu")
         sizes = (*(() if self.size is None else (self.size,)), *self.buckets)

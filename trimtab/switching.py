@@ -10,6 +10,7 @@ from pathlib import Path
 from trimtab.bundle import MANIFEST, open_bundle
 from trimtab.errors import InputError, PassError
 from trimtab.export.sampler.schedulers import SCHEDULERS
+from trimtab.passes.calls import whole_loops
 from trimtab.passes.experts import AddExperts, load_experts
 from trimtab.passes.removal import load_plan, remove_layers
 from trimtab.passes.student import WEIGHTS, check_weights, put_back
@@ -54,7 +55,7 @@ def check_switches(
             continue
         contents = open_bundle(path).contents
         _check_whole(path, contents.segments)
-        loops = next(iter(contents.tasks.values())).schedules
+        loops = whole_loops(contents.tasks.values())
         for count in steps:
             loop = f"{short or next(iter(loops)).rpartition('-')[0]}-{count}"
             if loop not in loops:

@@ -138,6 +138,12 @@ def test_the_longest_schedule_within_the_budget_is_measured_and_else_the_shortes
     assert schedules(module._requests(long)) == ["more"]
 
 
+def test_of_steps_that_all_start_from_a_picture_those_of_full_strength_are_measured() -> None:
+    denoiser = ["denoiser"]
+    of = {f"{steps}/from-{start}": (steps - start) * denoiser for steps in (3, 20) for start in (0, 2)}
+    assert schedules(module._requests(with_schedules(**of))) == ["20"]
+
+
 def test_segments_that_a_shorter_schedule_alone_calls_are_measured_too() -> None:
     pipe = with_schedules(most=20 * ["denoiser"], few=["denoiser.full"], fewer=["denoiser"])
     assert schedules(module._requests(pipe)) == ["most", "few"]

@@ -63,11 +63,11 @@ SD3_TRANSFORMER: dict[str, Any] = {
 STRENGTH = {"image-to-image": 0.8, "inpainting": 1.0}
 
 
-def with_vae(folder: Path, name: str) -> Source:
+def with_vae(folder: Path, name: str, **config: Any) -> Source:
     """A pipeline with an autoencoder of a class."""
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", name]}
     (folder / "vae").mkdir(exist_ok=True)
-    (folder / "vae" / "config.json").write_text('{"block_out_channels": [8, 8]}')
+    (folder / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [8, 8]} | config))
     (folder / "model_index.json").write_text(json.dumps(index))
     return Source(folder)
 
@@ -90,6 +90,14 @@ def test_a_scheduler_that_adds_no_noise_only_leaves_out_the_tasks_that_start_fro
     assert made.strength == {} and whole.strength == STRENGTH
     with pytest.raises(ExportError, match="for inpainting, and IPNDMScheduler adds no noise"):
         parts(reason, inpainting=True).start_from_pictures(STRENGTH)
+
+
+def test_a_denoiser_that_reads_a_picture_needs_an_autoencoder_for_such(tmp_path: Path) -> None:
+    made = PipelineParts(with_vae(tmp_path, "AutoencoderKL", in_channels=4), lambda _, graph: graph)
+    with pytest.raises(
+        ExportError, match=r"the denoiser reads a picture, and the autoencoder reads .* of 4 channels"
+    ):
+        made.look_at_picture()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trimtab.program import TensorSpec
+from trimtab.program import Task, TensorSpec
 from trimtab.runtime.stand_ins import picture, stand_ins
 
 
@@ -28,5 +28,9 @@ def test_a_picture_s_amplitude_falls_with_the_frequency_as_in_photographs() -> N
 
 def test_a_task_is_given_what_it_has_inputs_for_and_no_more() -> None:
     inputs = [TensorSpec(kind, "float32", (), {"kind": kind}) for kind in ("label", "mask", "noise")]
-    made = stand_ins(inputs, (8, 4))
+    made = stand_ins(Task(tuple(inputs), (), {}), (8, 4))
     assert set(made) == {"label", "mask"} and made["mask"].shape == (4, 8, 1) and made["mask"].all()
+
+
+def test_of_what_starts_from_a_picture_all_steps_run() -> None:
+    assert stand_ins(Task((), (), {}, strength=0.6), (8, 4)) == {"strength": 1.0}

@@ -44,10 +44,9 @@ class Course:
         self.skip = skip
         task_name, task = next(iter(program.tasks.items()))
         whole = whole_loops([task])
-        started = {} if task.strength is None else {"strength": 1.0}
         self.schedules = {name: len(schedule.steps) for name, schedule in whole.items()}
         self.requests: dict[str, dict[str, Any]] = {
-            name: {"schedule": name.partition("/")[0], "size": _least_size(program.size, schedule), **started}
+            name: {"schedule": name.partition("/")[0], "size": _least_size(program.size, schedule)}
             for name, schedule in whole.items()
         }
         ways = {

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from trimtab.calibration.draft import draft, with_whole_texts
 from trimtab.calibration.trajectories import own_requests
 from trimtab.errors import CalibrationError, InputError
+from trimtab.passes.calls import whole_loops
 from trimtab.passes.constants import shared_constant
 from trimtab.passes.operators import FLOAT, MOVES
 from trimtab.passes.precision import SCORES
@@ -140,9 +141,7 @@ def measure_ranges(
 def _requests(pipeline: Pipeline) -> list[dict[str, Any]]:
     """Whole trajectories of `EVALUATIONS`, and one of every shorter schedule that calls what they do not."""
     task = pipeline.bundle.contents.tasks[pipeline.tasks[0]]
-    plain = {name: s for name, s in task.schedules.items() if "/" not in name}
-    if not plain:
-        return own_requests(pipeline, 1)
+    plain = {name: loop for name, loop in whole_loops([task]).items() if "/" not in name}
     # A schedule of one step sees the first time step alone, where a model is asked for noise.
     rising = sorted(plain, key=lambda name: len(plain[name].steps))
     fitting = [name for name in rising if len(plain[name].steps) <= EVALUATIONS]

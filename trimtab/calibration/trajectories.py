@@ -176,7 +176,7 @@ def own_requests(
     """
     task = pipeline.bundle.contents.tasks[pipeline.tasks[0]]
     inputs = {str(spec.source.get("kind")): spec for spec in task.inputs}
-    needed = stand_ins(task.inputs, options.get("size") or pipeline.bundle.contents.size)
+    needed = stand_ins(task, options.get("size") or pipeline.bundle.contents.size)
     texts = PROMPTS if prompts is None else tuple(prompts)
     if not texts:
         raise InputError("no prompts were given: give at least one")

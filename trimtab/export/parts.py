@@ -241,7 +241,12 @@ class PipelineParts(Parts):
         Args:
             picture: Program input; where it has a posterior, what is drawn from that is drawn before all other noise.
             latents: The tensor, and the denoiser's input.
+
+        Raises:
+            ExportError: The autoencoder reads other pictures than are given.
         """
+        if reason := reads_no_pictures(self.source):
+            raise ExportError(f"the denoiser reads a picture, and {reason}: choose another")
         drawn = self.noise(f"{latents}_noise") if self.posterior else None
         if drawn is not None:
             self.inputs.append(drawn)
@@ -323,6 +328,14 @@ class PipelineParts(Parts):
             },
             ["sample"],
         )
+
+
+def reads_no_pictures(source: Source) -> str | None:
+    """Why a pipeline's autoencoder cannot encode the pictures that are given, or None."""
+    channels = source.config("vae").get("in_channels", 3)
+    return (
+        None if channels == 3 else f"the autoencoder reads pictures of {channels} channels, and 3 are given"
+    )
 
 
 def odd_latent(halvings: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 from trimtab.errors import ExportError, InputError
 from trimtab.export.denoisers import CONTROLNET, check_denoiser
 from trimtab.export.families import FAMILIES, has_guidance
-from trimtab.export.parts import Keep, Parts, PipelineParts
+from trimtab.export.parts import Keep, Parts, PipelineParts, reads_no_pictures
 from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks, timesteps_options
 from trimtab.export.sampler.shift import follow_size
@@ -201,9 +201,7 @@ def _no_pictures(source: Source, scheduler: Any) -> str | None:
         return f"an LCM's pipeline tells its scheduler the strength, and {name} takes none"
     if not can_add_noise(scheduler):
         return f"{type(scheduler).__name__} adds no noise to a picture"
-    if source.has("vae") and (channels := source.config("vae").get("in_channels", 3)) != 3:
-        return f"the autoencoder reads pictures of {channels} channels, and 3 are given"
-    return None
+    return reads_no_pictures(source) if source.has("vae") else None
 
 
 def _is_lcm(source: Source) -> bool:

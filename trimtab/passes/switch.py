@@ -54,7 +54,7 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
         if others[name].slots != program.slots:
             raise PassError(
                 f"the denoiser {name} was compiled for {others[name].slots} slots of the sampler and this "
-                f"program has {program.slots}: compile both with the same scheduler and steps"
+                f"program has {program.slots}: compile both with the same scheduler, steps and tasks"
             )
         theirs = whole_loops(others[name].tasks.values())
         for loop, schedule in loops.items():
@@ -102,8 +102,8 @@ def switch(program: Program, others: Mapping[str, Program], ranges: Sequence[tup
 def another_loop(name: str, loop: str) -> PassError:
     """The error for a denoiser that was compiled without one of the program's schedules."""
     return PassError(
-        f"the denoiser {name} was compiled with another {loop}, or with none: compile both with the same scheduler "
-        "and steps"
+        f"the denoiser {name} was compiled with another {loop}, or with none: compile both with the same scheduler, "
+        "steps and tasks"
     )
 
 

@@ -269,7 +269,10 @@ def control_scale(kinds: Mapping[str, TensorSpec], picture: object, scale: float
     """How much the picture that is drawn along counts, 1 by default; whether there is one where one is needed."""
     if "control" not in kinds:
         if picture is not None or scale is not None:
-            raise InputError("a control picture was given and this model draws along none: leave it out")
+            what = "scale" if picture is None else "picture"
+            raise InputError(
+                f"a control {what} was given and this model draws along no picture: leave it out"
+            )
         return 1.0
     if picture is None:
         raise InputError(

@@ -86,7 +86,7 @@ def _loaded(bundle: str, **options: Any) -> tuple[Any, dict[str, Any]]:
 
     pipe = load(bundle, **options)
     contents = pipe.bundle.contents
-    return pipe, {"seed": 0, **stand_ins(contents.tasks[pipe.tasks[0]].inputs, contents.size)}
+    return pipe, {"seed": 0, **stand_ins(contents.tasks[pipe.tasks[0]], contents.size)}
 
 
 def _picture(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:

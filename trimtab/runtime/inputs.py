@@ -321,8 +321,13 @@ def _posterior_noise(spec: TensorSpec, request: Request) -> Array:
 
 def _image(spec: TensorSpec, request: Request) -> Array:
     if request.image is None:
-        raise InputError("this task needs a picture and none was given: give image= (--image FILE)")
+        raise needs_picture()
     return request.image
+
+
+def needs_picture() -> InputError:
+    """The error for a task whose picture is missing."""
+    return InputError("this task needs a picture and none was given: give image= (--image FILE)")
 
 
 def _mask(spec: TensorSpec, request: Request) -> Array:

@@ -34,7 +34,7 @@ from trimtab.runtime.executor import OnStep, Plan, make_plan
 from trimtab.runtime.fixed import fit, fixed_sizes
 from trimtab.runtime.guard import first_not_finite
 from trimtab.runtime.images import Pixels, read_image, to_images
-from trimtab.runtime.inputs import Noise, Request, text_length, unguided
+from trimtab.runtime.inputs import Noise, Request, needs_picture, text_length, unguided
 from trimtab.runtime.sessions import Session
 from trimtab.runtime.tokenizer import Tokenizer
 
@@ -259,6 +259,8 @@ class Pipeline:
         size = whole_size(asked.size) or contents.size
         check_size(size, contents.size, contents.size_multiple, contents.fixed_size, contents.largest_side)
         kinds = {str(spec.source.get("kind")): spec for spec in task.inputs}
+        if asked.image is None and "image" in kinds:  # said before engines are loaded
+            raise needs_picture()
         check_count(asked.count, size)
         prompts = all_texts(kinds, asked.prompt, asked.count)
         labels = all_labels(kinds, asked.label, asked.count)
@@ -355,6 +357,8 @@ class Pipeline:
             wanted = "inpainting"
         elif image is not None and wanted != "editing":
             wanted = "image-to-image"
+        if wanted == "image-to-image" and self.tasks == ("inpainting",):
+            raise InputError("this bundle inpaints, and no mask was given: give mask= (--mask FILE) too")
         if wanted not in self.tasks:
             raise InputError(f"this bundle cannot do {wanted}: it does {', '.join(self.tasks)}")
         return wanted

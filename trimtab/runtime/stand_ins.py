@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from trimtab.program import TensorSpec
+from trimtab.program import Task
 from trimtab.runtime.images import Pixels
 
 
-def stand_ins(inputs: Iterable[TensorSpec], size: tuple[int, int]) -> dict[str, Any]:
-    """Any text and class, `picture` where one is given, and a mask by which all of it is drawn anew.
+def stand_ins(task: Task, size: tuple[int, int]) -> dict[str, Any]:
+    """Any text and class, `picture` where one is given, and a mask by which all of it is drawn anew, in all steps.
 
     Args:
-        inputs: A task's.
+        task: What is measured. Its own strength may leave none of few steps.
         size: (width, height) in pixels.
 
     Returns:
-        ``prompt``, ``label``, ``image``, ``mask`` and ``control`` as `trimtab.runtime.load.Pipeline.prepare` takes
-        them, as far as the task has them.
+        ``prompt``, ``label``, ``image``, ``mask``, ``control`` and ``strength`` as
+        `trimtab.runtime.load.Pipeline.prepare` takes them, as far as the task has them.
     """
-    kinds = {spec.source.get("kind") for spec in inputs}
+    kinds = {spec.source.get("kind") for spec in task.inputs}
     width, height = size
     made: dict[str, tuple[str, Callable[[], Any]]] = {
         "tokens": ("prompt", lambda: "a picture"),
@@ -31,7 +31,8 @@ def stand_ins(inputs: Iterable[TensorSpec], size: tuple[int, int]) -> dict[str, 
         "mask": ("mask", lambda: np.ones((height, width, 1), np.float32)),
         "control": ("control", lambda: picture(size)),
     }
-    return {name: make() for kind, (name, make) in made.items() if kind in kinds}
+    needed = {name: make() for kind, (name, make) in made.items() if kind in kinds}
+    return needed if task.strength is None else needed | {"strength": 1.0}
 
 
 def picture(size: tuple[int, int]) -> Pixels:
