@@ -260,6 +260,38 @@ def test_weights_that_are_none_of_the_bundle_s_are_refused_where_graphs_are_read
         read_program(open_bundle(copied_bundle))
 
 
+@pytest.mark.parametrize("place", ["function", "branch of a function", "default of a function", "list"])
+def test_a_file_that_a_graph_names_is_refused_wherever_in_it_its_name_stands(
+    copied_bundle: Path, tmp_path: Path, place: str
+) -> None:
+    import onnx
+    from onnx import helper
+
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(16))
+    tensor = onnx.TensorProto(name="t", data_type=onnx.TensorProto.FLOAT, dims=[4])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=str(secret))
+    constant = helper.make_node("Constant", [], ["c"], value=tensor)
+    if place == "branch of a function":
+        branch = helper.make_graph([constant], "branch", [], [])
+        constant = helper.make_node("If", ["x"], ["c"], then_branch=branch, else_branch=branch)
+    path = copied_bundle / "graphs" / "denoiser.onnx"
+    model = onnx.load(path, load_external_data=False)
+    if place == "list":
+        model.graph.node.append(helper.make_node("Odd", [], ["c"], "odd", tensors=[tensor]))
+    else:
+        function = model.functions.add(name="Read", domain="odd", output=["c"])
+        if place == "default of a function":
+            function.attribute_proto.append(helper.make_attribute("value", tensor))
+            constant = helper.make_node("Constant", [], ["c"], value_float=0.0)
+        function.node.append(constant)
+    path.write_bytes(model.SerializeToString())
+    seal(copied_bundle, "graphs/denoiser.onnx")
+    with pytest.raises(BundleError, match=r"secret is not in the list of files"):
+        read_program(open_bundle(copied_bundle))
+
+
 def test_weights_of_two_names_are_refused_where_graphs_are_read_and_draw_all_the_same(
     copied_bundle: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 from trimtab.weights import (
     INLINE_BYTES,
     WeightStore,
+    load_model,
     parameter_count,
     repeated_bytes,
     same_numbers,
@@ -110,3 +111,20 @@ def test_numbers_are_the_same_in_one_type_and_shape_whether_or_not_they_are_any(
     assert same_numbers(broken, broken.copy()) and not same_numbers(broken, np.array([np.nan, 1], np.float32))
     assert not same_numbers(BIG, BIG.astype(np.int32)) and not same_numbers(BIG, BIG.reshape(25, 40))
     assert same_numbers(BIG.astype(np.uint8), BIG.astype(np.uint8))
+
+
+def test_a_function_reads_no_file_out_of_the_folder_of_its_graph(tmp_path: Path) -> None:
+    import onnx
+
+    (tmp_path / "secret").write_bytes(bytes(4))
+    (tmp_path / "model").mkdir()
+    tensor = onnx.TensorProto(name="t", data_type=onnx.TensorProto.FLOAT, dims=[1])
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value=str(tmp_path / "secret"))
+    proto = onnx.parser.parse_model('<ir_version: 8, opset_import: ["" : 17]> g () => (float[1] y) {}')
+    function = proto.functions.add(name="Read", domain="odd", output=["c"])
+    function.node.append(onnx.helper.make_node("Constant", [], ["c"], value=tensor))
+    onnx.save(proto, tmp_path / "model" / "a.onnx")
+    (read,) = load_model(tmp_path / "model" / "a.onnx").functions.values()
+    with pytest.raises(ValueError, match="outside the base directory"):
+        read[0].attributes["value"].value.numpy()

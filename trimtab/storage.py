@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
@@ -13,7 +13,7 @@ from trimtab.bundle import Bundle
 from trimtab.errors import BundleError, first_line
 from trimtab.manifest import Contents, Engine, SegmentEntry
 from trimtab.program import Program, Segment, TensorSpec
-from trimtab.weights import WeightStore, parameter_count, weight_bytes
+from trimtab.weights import WeightStore, external_tensors, load_model, parameter_count, weight_bytes
 
 GRAPHS = "graphs"
 """The folder of graphs and weights in a bundle."""
@@ -125,10 +125,9 @@ def read_graph(bundle: Bundle, path: str) -> ir.Model:
     file = bundle.path(path)
     sizes = {entry.path: entry.bytes for entry in bundle.contents.files}
     try:
-        model = ir.load(file)
-        tensors = list(_external(model))
+        model = load_model(file)
         needed: dict[str, int] = {}
-        for tensor in tensors:
+        for tensor in external_tensors(model):
             place = (PurePosixPath(path).parent / tensor.location).as_posix()
             if (tensor.offset or 0) < 0 or min(tensor.shape.numpy(), default=0) < 0:
                 raise ValueError(f"{tensor.name} has a place or a size below 0")
@@ -157,18 +156,6 @@ def _segment(bundle: Bundle, entry: SegmentEntry) -> Segment:
                 f"{bundle.folder}: {entry.graph} is not the graph that was written: compile again"
             )
     return Segment(entry.name, model)
-
-
-def _external(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    """Every tensor of a graph that lies in a file."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                yield value.const_value
-        for node in graph:
-            for attribute in node.attributes.values():
-                if isinstance(attribute.value, ir.ExternalTensor):
-                    yield attribute.value
 
 
 def _specs(values: Iterable[ir.Value]) -> tuple[TensorSpec, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,43 @@ def _bytes(tensor: ir.TensorProtocol) -> memoryview:
         return memoryview(tensor.tobytes())
     array = np.ascontiguousarray(tensor.numpy())
     return memoryview(array.reshape(-1).view(np.uint8).data)
+
+
+def load_model(file: Path) -> ir.Model:
+    """A graph whose tensors in files all have its folder.
+
+    `onnx_ir.load` leaves it out for those of functions, and onnx_ir then reads whatever path they name.
+    """
+    model = ir.load(file)
+    for tensor in external_tensors(model):
+        tensor.base_dir = file.parent
+    return model
+
+
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+    """Every tensor of a model that lies in a file: weights and attributes, those of functions and subgraphs too."""
+    yield from _external(model.graph)
+    for function in model.functions.values():
+        yield from _external(function.graph)
+        yield from _external_attributes(function.attributes.values())
+
+
+def _external(graph: ir.Graph) -> Iterator[ir.ExternalTensor]:
+    for value in graph.initializers.values():
+        if isinstance(value.const_value, ir.ExternalTensor):
+            yield value.const_value
+    for node in graph:
+        yield from _external_attributes(node.attributes.values())
+
+
+def _external_attributes(attributes: Iterable[ir.Attr]) -> Iterator[ir.ExternalTensor]:
+    for attribute in attributes:
+        whole = attribute.value
+        for part in whole if isinstance(whole, list | tuple) else (whole,):
+            if isinstance(part, ir.ExternalTensor):
+                yield part
+            elif isinstance(part, ir.Graph):
+                yield from _external(part)
 
 
 def parameter_count(model: ir.Model) -> int:
