@@ -57,3 +57,11 @@ def test_what_is_no_graph_is_refused(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.onnx").write_bytes(data)
     with pytest.raises(BundleError, match="cannot be read as a graph"):
         external_locations(tmp_path / "a.onnx")
+
+
+def test_a_key_that_other_readers_cut_to_32_bits_hides_no_place(tmp_path: Path) -> None:
+    data = outside("/hidden").SerializeToString()
+    graph = b"\xaa\x80\x80\x80\x10" + bytes([len(data)]) + data  # field 5, and a bit above the 32nd
+    (tmp_path / "a.onnx").write_bytes(bytes([7 << 3 | 2, len(graph)]) + graph)
+    with pytest.raises(BundleError, match="cannot be read as a graph"):
+        external_locations(tmp_path / "a.onnx")

@@ -62,6 +62,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes]]:
     place = 0
     while place < len(data):
         key, place = _varint(data, place)
+        if key >> 32:  # C++'s reader cuts it to 32 bits, and sees another field than this one
+            raise ValueError("a key of more than 32 bits")
         wire = key & 7
         if wire == _VARINT:
             _, place = _varint(data, place)
