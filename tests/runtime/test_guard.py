@@ -49,6 +49,21 @@ def test_what_one_picture_left_behind_does_not_spoil_the_next(bundle_folder: Cal
         assert np.array_equal(pipe(**REQUEST).pixels, expected)  # type: ignore[arg-type]
 
 
+def test_what_an_interrupted_picture_left_behind_does_not_spoil_the_next(
+    bundle_folder: Callable[[str], Path],
+) -> None:
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        expected = pipe(**REQUEST).pixels  # type: ignore[arg-type]
+    with trimtab.load(bundle_folder("dit")) as pipe:
+        poison(pipe, "denoiser", "next_sample", lambda run: run == 0)
+        with pytest.raises(KeyboardInterrupt):
+            pipe(**REQUEST, on_step=interrupt)  # type: ignore[arg-type]
+        assert np.array_equal(pipe(**REQUEST).pixels, expected)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("step", [1, 2, 3])
 def test_the_segment_and_the_step_are_named(bundle_folder: Callable[[str], Path], step: int) -> None:
     with trimtab.load(bundle_folder("dit")) as pipe:

@@ -223,7 +223,11 @@ class Pipeline:
         pictures, total = [], len(requests) * len(plan.steps)
         for part, request in enumerate(requests):
             done = part * len(plan.steps)
-            plan.run(request, on_step and (lambda step, _, done=done: on_step(done + step, total)))  # type: ignore[misc]
+            try:
+                plan.run(request, on_step and (lambda step, _, done=done: on_step(done + step, total)))  # type: ignore[misc]
+            except BaseException:
+                self._plan = None  # its state may hold a NaN, and no weight of zero hides one from the next
+                raise
             pictures.append(np.array(plan.buffers[self.bundle.contents.outputs[0].name]))
             if not np.isfinite(pictures[-1]).all():
                 raise self._not_finite(plan, replace(request, noise=request.noise.again()))
