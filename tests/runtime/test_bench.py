@@ -5,12 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 
 from trimtab.child import Child
 from trimtab.errors import TrimtabError
 from trimtab.runtime import bench
+from trimtab.runtime.executor import BoundCalls, BoundStep, Plan
 
 
 def test_memory_is_measured_by_what_the_system_has(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -25,6 +29,33 @@ def test_memory_is_measured_by_what_the_system_has(monkeypatch: pytest.MonkeyPat
     assert counted is not None and counted > 10e6
     monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
     assert bench.peak_bytes() is None
+
+
+def test_a_step_is_the_step_alone_and_a_picture_has_the_decoder_where_the_device_works_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, queued = 0.0, 0.0
+
+    def calls(seconds: float) -> BoundCalls:
+        def run() -> None:
+            nonlocal queued
+            queued += seconds
+
+        return BoundCalls((), run, wait)
+
+    def wait() -> None:
+        nonlocal clock, queued
+        clock, queued = clock + queued, 0.0
+
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock))
+    step = BoundStep((), np.zeros(1), np.zeros(1), calls(2), {})
+    plan = Plan((), {}, calls(30), (step,), calls(500))
+    pipe: Any = SimpleNamespace(
+        prepare=lambda: (None, plan, {}),
+        bundle=SimpleNamespace(contents=SimpleNamespace(segments={})),
+    )
+    drawn = bench._drawn(pipe, {}, one_by_one=False)
+    assert (drawn["picture"], drawn["steps"]) == (532, [2])
 
 
 @pytest.mark.parametrize(

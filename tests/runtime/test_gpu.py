@@ -137,7 +137,7 @@ def test_bench_times_steps_as_they_run_and_calls_in_a_picture_of_their_own(
         drawn = _picture(pipe, options)
     launches = [line for line in cuda.log if line.startswith("launch")]
     assert len(launches) == 3 and cuda.log.index(launches[0]) < cuda.log.index("run denoiser")
-    assert len(drawn["calls"]["denoiser"]) == 3 and len(drawn["steps"]) == 2
+    assert len(drawn["calls"]["denoiser"]) == 3 and len(drawn["steps"]) == 3
 
 
 def test_an_engine_runs_once_before_it_is_captured(

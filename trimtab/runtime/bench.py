@@ -99,28 +99,32 @@ def _picture(pipe: Any, options: dict[str, Any]) -> dict[str, Any]:
 
 def _drawn(pipe: Any, options: dict[str, Any], *, one_by_one: bool) -> dict[str, Any]:
     calls: dict[str, list[float]] = {}
-    marks: list[float] = []
-    start = time.perf_counter()
-    request, plan, _ = pipe.prepare(**options)
     in_calls = 0.0
-    in_steps: list[float] = []
 
     def on_call(segment: str, seconds: float) -> None:
         nonlocal in_calls
         in_calls += seconds
         calls.setdefault(segment, []).append(seconds)
 
-    def on_step(done: int, total: int) -> None:
-        nonlocal in_calls
+    told = on_call if one_by_one else None
+    start = time.perf_counter()
+    request, plan, _ = pipe.prepare(**options)
+    # As `Plan.run` does it, which returns while a GPU still works, and says nothing of where the first step begins.
+    plan.begin(request, told)
+    plan.prologue.wait()
+    marks = [time.perf_counter()]
+    in_steps: list[float] = []
+    for step in plan.steps:
+        in_calls = 0.0
+        step.run(request, told)
+        step.bound.wait()
         marks.append(time.perf_counter())
         in_steps.append(in_calls)
-        in_calls = 0.0
-
-    plan.run(request, on_step, on_call if one_by_one else None)
+    plan.epilogue.run(told)
+    plan.epilogue.wait()
     whole = time.perf_counter() - start
-    # The first step's engine time has the prologue's in it: it is left out of what python takes.
-    steps = [b - a for a, b in itertools.pairwise(marks)] or [whole]
-    python = [step - inside for step, inside in zip(steps, in_steps[1:], strict=False)] or [0.0]
+    steps = [b - a for a, b in itertools.pairwise(marks)]
+    python = [step - inside for step, inside in zip(steps, in_steps, strict=True)]
     segments = pipe.bundle.contents.segments
     return {
         "picture": whole,
