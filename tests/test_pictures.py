@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 import trimtab
+from trimtab.bundle import open_bundle, write_manifest
 
 TOLERANCE = 1e-3
 """On a 0..1 scale. Measured: 4e-6 and less."""
@@ -412,6 +414,27 @@ def test_a_model_that_predicts_as_many_channels_as_it_takes_need_not_say_how_man
     denoiser = trimtab.Denoiser(bundle_folder(family), original)
     sample = torch.zeros(2, 4, 8, 8)
     assert denoiser(sample, 5, class_labels=torch.tensor([1, 2])).sample.shape == sample.shape
+
+
+@pytest.mark.parametrize("family", ["dit"])
+def test_a_compiled_denoiser_takes_the_engine_that_was_built_for_the_latents_it_is_given(
+    family: str, copied_bundle: Path
+) -> None:
+    contents = open_bundle(copied_bundle).contents
+    denoiser, decoder = (contents.segments[name].engines[0] for name in ("denoiser", "vae_decoder"))
+    engines = (  # of which only the second is a denoiser
+        replace(decoder, shapes={"state": (contents.slots, 2, 4, 16, 16)}),
+        replace(denoiser, shapes={"state": (contents.slots, 2, 4, 8, 8)}),
+    )
+    segment = replace(contents.segments["denoiser"], engines=engines)
+    write_manifest(copied_bundle, replace(contents, segments={**contents.segments, segment.name: segment}))
+    original = torch.nn.Module()
+    original.config = SimpleNamespace(out_channels=4)
+    ours = trimtab.Denoiser(copied_bundle, original)
+    labels = {"class_labels": torch.tensor([1, 2])}
+    assert ours(torch.zeros(2, 4, 8, 8), 5, **labels).sample.shape == (2, 4, 8, 8)
+    with pytest.raises(trimtab.TrimtabError, match=r"take state of .* ask for a size that they were built"):
+        ours(torch.zeros(1, 4, 8, 8), 5, class_labels=torch.tensor([1]))
 
 
 @pytest.mark.parametrize("family", ["sd15"])

@@ -219,7 +219,7 @@ class Denoiser(torch.nn.Module):
         inputs["sample_weights"][0] = 1
         inputs["mix"][0] = 1
         outputs = {spec.name: new(shape(spec.shape, symbols), spec.dtype) for spec in self._segment.outputs}
-        self._pipeline.session(DENOISER).bind(inputs, outputs)()
+        self._pipeline.engines.session(DENOISER, inputs).bind(inputs, outputs)()
         return np.array(outputs["model_output"])
 
 
