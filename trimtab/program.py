@@ -30,6 +30,9 @@ Dim = int | str
 DENOISER = "denoiser"
 """The segment that runs in every step; what the names of its parts and versions begin with."""
 
+SHIFT = "shift"
+"""The segment that makes the numbers of a schedule that follows the picture's size."""
+
 STATE = "state"
 """The sampler's state: (slots, batch, *latent) float32. Slot 0 holds the start noise, slot 1 an image's latents."""
 

@@ -250,9 +250,20 @@ CASES: dict[str, tuple[str, str]] = {
         "multiple = 3 is no multiple of 2",
     ),
     "a size that latents have not": (using("four.onnx") + DECODER, "both must be multiples of 8"),
+    "a name of trimtab's own": (
+        READS.replace("[text]", "[shift]").replace("text.hidden", "shift.hidden"),
+        r"\[shift\] cannot be the name of a graph: .* but not vae_decoder, pixels, shift",
+    ),
     "fractions of steps": (
         using("whole.onnx").replace('"DDIMScheduler"\nclip_sample = false', '"EulerDiscreteScheduler"'),
         "the schedule euler-3 has the time step 499.5 and whole.onnx takes whole ones",
+    ),
+    "steps that follow the size": (
+        using("whole.onnx").replace(
+            '"DDIMScheduler"\nclip_sample = false',
+            '"FlowMatchEulerDiscreteScheduler"\nuse_dynamic_shifting = true',
+        ),
+        "the schedule flow-euler-3 has time steps that follow the size and whole.onnx takes whole ones",
     ),
 }
 

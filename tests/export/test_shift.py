@@ -28,8 +28,8 @@ from trimtab.export.sampler.schedules import (
     time_shift,
     timesteps_options,
 )
-from trimtab.export.sampler.shift import SEGMENT, follow_size, shifted
-from trimtab.program import Task, TensorSpec
+from trimtab.export.sampler.shift import follow_size, shifted
+from trimtab.program import SHIFT, Task, TensorSpec
 
 STEPS = (1, 4, 20)
 SIZES = [(1024, 1024), (512, 512), (256, 1536), (1040, 688), (16, 16), (2048, 2048)]
@@ -95,7 +95,7 @@ def test_tables_follow_the_scheduler_at_every_size(pipeline: str, config: dict[s
     assert parts.fixed_size is None
     compared = 0
     for width, height in SIZES:
-        tables = _run(parts.segments[SEGMENT], (2, 4, height // 8, width // 8))
+        tables = _run(parts.segments[SHIFT], (2, 4, height // 8, width // 8))
         other = _parts(pipeline, (width, height))
         for steps in STEPS:
             options = timesteps_options(scheduler, steps, other)
@@ -147,7 +147,7 @@ def test_tables_stretch_to_the_terminal_sigma() -> None:
     parts = _parts()
     sampling, tasks = _planned(parts, scheduler, (4, 20))
     followed = follow_size(parts, sampling, tasks)
-    tables = _run(parts.segments[SEGMENT], (1, 4, 48, 80))
+    tables = _run(parts.segments[SHIFT], (1, 4, 48, 80))
     options = timesteps_options(scheduler, 20, _parts(size=(640, 384)))
     expected = [e.timestep for e in probe(scheduler, 20, timesteps_options=options).evaluations]
     steps = followed["text-to-image"].schedules["flow-euler-20"].steps
@@ -167,7 +167,7 @@ def test_a_constant_stays_one_in_a_loop_where_no_step_s_varies() -> None:
         assert not step.constants.keys() & {"timestep", "next_weights"}
     single = followed["text-to-image"].schedules["flow-euler-1"]  # from 1 to 0 in one step
     assert single.steps[0].constants["timestep"] == (1000.0,) and single.prologue == ()
-    assert followed["text-to-image"].schedules["flow-euler-4"].prologue[-1].segment == SEGMENT
+    assert followed["text-to-image"].schedules["flow-euler-4"].prologue[-1].segment == SHIFT
 
 
 @pytest.mark.parametrize(("pipeline", "large"), [(FLUX, 1.15), (SD3, 1.16)])

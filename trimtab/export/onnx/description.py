@@ -14,12 +14,15 @@ from typing import Any
 
 from trimtab.errors import InputError
 from trimtab.export.onnx.toml_table import Table, is_number, nearest
-from trimtab.program import DENOISER
+from trimtab.program import DENOISER, SHIFT
 from trimtab.toml_file import read_toml
 
 DECODER = "decoder"
 FACTOR = 8
 """Pixels to a latent along a side, where the file does not say: so in every Stable Diffusion and in Flux."""
+
+RESERVED = ("vae_decoder", "pixels", SHIFT)
+"""Segments that are made beside the graphs, and whose names no table can have."""
 
 HOST = ("guidance", "given")
 """Inputs without options: the guidance scale, and 0 in the rows of a negative prompt that was not given."""
@@ -233,10 +236,11 @@ def _scheduler(table: Table) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 
 def _graph(table: Table, name: str) -> GraphTable:
-    if not _NAME.fullmatch(name) or name.startswith(DENOISER) or name in ("vae_decoder", "pixels"):
+    if not _NAME.fullmatch(name) or name.startswith(DENOISER) or name in RESERVED:
         raise InputError(
             f"{table.path}: [{name}] cannot be the name of a graph: what runs in the steps is [{DENOISER}], "
-            f"what makes the picture [{DECODER}], and others have names of letters, digits, _ and -"
+            f"what makes the picture [{DECODER}], and others have names of letters, digits, _ and -, but not "
+            f"{', '.join(RESERVED)}"
         )
     if "file" not in table:
         raise InputError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -153,11 +154,14 @@ def _check_whole_steps(program: Program, foreign: Foreign) -> None:
     for task in program.tasks.values():
         for name, schedule in task.schedules.items():
             for step in schedule.steps:
-                value = step.constants["timestep"][0]
-                if value != round(value):
+                # What follows the picture's size is in a table of the program's, and not whole.
+                value = step.constants.get("timestep", (math.nan,))[0]
+                if not value.is_integer():
+                    moved = math.isnan(value)
+                    has = "time steps that follow the size" if moved else f"the time step {value:g}"
                     raise ExportError(
-                        f"the schedule {name} has the time step {value:g} and {foreign.file.name} takes whole "
-                        "ones: export it with a float32 time step, or choose another scheduler"
+                        f"the schedule {name} has {has} and {foreign.file.name} takes whole ones: export it with a "
+                        "float32 time step, or choose another scheduler"
                     )
 
 

@@ -37,11 +37,9 @@ from trimtab.export.sampler.schedules import (
     timesteps_options,
 )
 from trimtab.export.trace import Example, trace
-from trimtab.program import STATE, Call, Schedule, Step, Task
+from trimtab.program import SHIFT, STATE, Call, Schedule, Step, Task
 
 logger = logging.getLogger(__name__)
-
-SEGMENT = "shift"
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-6
 """How far a table may be from the scheduler. Both are computed in float32 from sigmas of about 1, whose
@@ -156,7 +154,7 @@ class ShiftedTables(nn.Module):
 
 
 def follow_size(parts: Parts, sampling: Sampling, tasks: Tasks) -> dict[str, Task]:
-    """Tasks whose schedules are right at every size; adds the segment `SEGMENT` where they need it.
+    """Tasks whose schedules are right at every size; adds the segment `SHIFT` where they need it.
 
     Where that cannot be done, the tasks come back as they are and ``parts.fixed_size`` says why.
 
@@ -178,7 +176,7 @@ def follow_size(parts: Parts, sampling: Sampling, tasks: Tasks) -> dict[str, Tas
         noise = torch.zeros(ROWS, parts.channels, height, width)
         example = Example(noise, ("batch", None, "latent_height", "latent_width"))
         model = trace(module, {"noise": example}, [_table_name(name) for name in module.names])
-        parts.segments[SEGMENT] = parts.keep(SEGMENT, model)
+        parts.segments[SHIFT] = parts.keep(SHIFT, model)
     return followed
 
 
@@ -214,7 +212,7 @@ def shifted(parts: Parts, sampling: Sampling, tasks: Tasks) -> tuple[ShiftedTabl
     if not tables:
         return None, followed
     names = [_table_name(name) for name in tables]
-    call = Call(SEGMENT, {"noise": f"{STATE}[0]"}, {name: name for name in names})
+    call = Call(SHIFT, {"noise": f"{STATE}[0]"}, {name: name for name in names})
     followed = {name: _with_prologue(task, call) for name, task in followed.items()}
     rows = {name: tuple(numbers) for name, numbers in tables.items()}
     module = ShiftedTables(parts, config, sigmas, rows)
