@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 import trimtab
-from trimtab.bundle import DIGEST, MANIFEST, open_bundle
+from trimtab.bundle import DIGEST, MANIFEST, open_bundle, update_manifest, write_manifest
 from trimtab.cli import main
 from trimtab.errors import BundleError, InputError, TargetError, WrongDevice
 from trimtab.inspection import inspect
@@ -290,6 +291,14 @@ def test_a_file_that_a_graph_names_is_refused_wherever_in_it_its_name_stands(
     seal(copied_bundle, "graphs/denoiser.onnx")
     with pytest.raises(BundleError, match=r"secret is not in the list of files"):
         read_program(open_bundle(copied_bundle))
+
+
+def test_what_could_not_be_read_back_does_not_take_a_bundle_s_place(copied_bundle: Path) -> None:
+    contents = open_bundle(copied_bundle).contents
+    for write in (write_manifest, update_manifest):
+        with pytest.raises(TypeError, match="'8' is not int"):
+            write(copied_bundle, dataclasses.replace(contents, size_multiple="8"))  # type: ignore[arg-type]
+    assert open_bundle(copied_bundle).contents == contents
 
 
 def test_weights_of_two_names_are_refused_where_graphs_are_read_and_draw_all_the_same(

@@ -215,7 +215,6 @@ def write_manifest(folder: Path, contents: Contents) -> None:
             files.append(FileEntry(relative, path.stat().st_size, file_hash(path)))
     contents = replace(contents, files=tuple(files))
     text = _text(contents)
-    from_json(json.loads(text))  # what could not be read back must not take an older bundle's place
     (folder / MANIFEST).write_bytes(text)
     (folder / DIGEST).write_bytes(hashlib.sha256(text).hexdigest().encode())
 
@@ -242,7 +241,9 @@ def update_manifest(folder: Path, contents: Contents) -> None:
 def _text(contents: Contents) -> bytes:
     data = to_json(contents)
     data["files"] = [{"path": f.path, "bytes": f.bytes, "sha256": f.sha256} for f in contents.files]
-    return json.dumps(data, separators=(",", ":")).encode()
+    text = json.dumps(data, separators=(",", ":")).encode()
+    from_json(json.loads(text))  # what could not be read back must not take an older bundle's place
+    return text
 
 
 def _check_wiring(folder: Path, contents: Contents) -> None:

@@ -21,6 +21,7 @@ from trimtab.errors import BuildFailed, InputError, TrimtabError
 from trimtab.targets.base import BuildOptions
 from trimtab.targets.cache import CacheEntry, EngineCache, clock, engine_key
 from trimtab.targets.engines import open_cache
+from trimtab.targets.entry import NOTE, _hash
 
 spawn = multiprocessing.get_context("spawn")
 
@@ -158,6 +159,30 @@ def test_a_damaged_entry_is_removed_and_built_again(
     assert again.source == "built" and again.path.read_bytes() == builder.payload
     assert [record.levelname for record in caplog.records] == ["WARNING"] and "damaged" in caplog.text
     assert get(cache, builder).source == "local"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("bytes", "3"),
+        ("bytes", None),
+        ("seconds", "1"),
+        ("peak_bytes", -1),
+        ("backend", 7),
+        ("backend_version", "10\x1b[2J"),
+        ("activation_bytes", 1.5),
+        ("activation_bytes", 2**63),
+    ],
+)
+def test_an_entry_whose_note_holds_what_no_bundle_can_is_built_again(
+    cache: EngineCache, builder: FakeBuilder, field: str, value: object
+) -> None:
+    note = get(cache, builder).path.parent / NOTE
+    data = json.loads(note.read_text())
+    del data["sha256"]
+    data["info"][field] = value
+    note.write_text(json.dumps(data | {"sha256": _hash(data)}))
+    assert get(cache, builder).source == "built"
 
 
 def versions(cache: EngineCache) -> set[str]:

@@ -72,7 +72,7 @@ def verified(folder: Path, key: EngineKey) -> EngineInfo | str:
     try:
         note: Any = json.loads((folder / NOTE).read_bytes())
         sealed = note.pop("sha256") == _hash(note)
-        info = EngineInfo(**note["info"])
+        info = _info(note["info"])
         size, written = note["engine"]["bytes"], note["engine"]["pieces_sha256"]
         ours = note["schema"] == _SCHEMA and note["key"] == key.plain()
     except FileNotFoundError:
@@ -93,6 +93,19 @@ def verified(folder: Path, key: EngineKey) -> EngineInfo | str:
         return "the engine is missing"
     except OSError as error:  # a failing disk
         return f"the engine cannot be read: {error.strerror}"
+    return info
+
+
+def _info(data: Any) -> EngineInfo:
+    """What a note says of an engine; raises TypeError, ValueError or AttributeError where a bundle could not."""
+    info = EngineInfo(**data)
+    counts = [n for n in (info.bytes, info.peak_bytes, info.activation_bytes) if n is not None]
+    if info.bytes is None or any(type(n) is not int or not 0 <= n < 2**63 for n in counts):
+        raise ValueError("sizes that are none")
+    if type(info.seconds) not in (int, float) or not info.seconds >= 0:
+        raise ValueError("a time that is none")
+    if not (info.backend.isprintable() and info.backend_version.isprintable()):
+        raise ValueError("names that are none")
     return info
 
 
