@@ -59,6 +59,11 @@ def test_weights_of_any_variant_are_loaded(variants: tuple[str, ...], loaded: st
     assert float(found.detach().mean()) == variants.index(loaded)
 
 
+def test_a_variant_that_is_not_read_may_be_cut_short(folder: Path) -> None:
+    (folder / NAME.format(".fp16")).write_bytes((folder / NAME.format("")).read_bytes()[:100])
+    Source(folder).load("text_encoder")
+
+
 @pytest.mark.parametrize(
     ("library", "name"),
     [

@@ -111,14 +111,14 @@ def find_checkpoint(folder: Path, stem: str) -> Checkpoint:
             f"{folder} holds {found}, and a .safetensors file is needed: save the pipeline again with "
             "safe_serialization=True"
         )
-    weights = {file.name: _weights(file) for file in files}
+    there = {file.name for file in files}
     wanted = _variant(_variant_of(file.name, stem) for file in files)
     variant = f".{wanted}" if wanted else ""
     whole = f"{stem}{variant}.safetensors"
-    names = {whole} if whole in weights else _shards(folder, stem, variant)
-    if missing := names - weights.keys():
+    names = {whole} if whole in there else _shards(folder, stem, variant)
+    if missing := names - there:
         raise InputError(f"{folder} lacks {min(missing)}, a shard of its weights: copy it again")
-    return Checkpoint(folder, stem, wanted, tuple(w for name in sorted(names) for w in weights[name]))
+    return Checkpoint(folder, stem, wanted, tuple(w for n in sorted(names) for w in _weights(folder / n)))
 
 
 def check_room(checkpoints: Collection[Checkpoint], scratch: Path) -> None:
