@@ -36,6 +36,23 @@ def test_damaged_exif_is_passed_over(tmp_path: Path) -> None:
     assert read_image(path, (9, 6)).shape == (1, 6, 9, 3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "find", "broken"),
+    [
+        ("png", lambda data: data.rindex(b"IDAT"), b"\xff\xff\xff\xff"),
+        ("dds", lambda data: 80, bytes(4)),
+    ],
+)
+def test_a_damaged_picture_is_one_line(tmp_path: Path, kind: str, find: Any, broken: bytes) -> None:
+    path = tmp_path / f"photo.{kind}"
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (200, 200, 3), np.uint8)).save(path)
+    data = path.read_bytes()
+    place = find(data)  # in a PNG, of the second of its pieces
+    path.write_bytes(data[:place] + broken + data[place + 4 :])
+    with pytest.raises(InputError, match=rf"photo\.{kind} cannot be read as a picture \(.*\): give a PNG"):
+        read_image(path, (200, 200))
+
+
 @pytest.mark.parametrize(("low", "high"), [(0, 255), (-1, 1)])
 def test_an_array_of_floats_far_from_0_to_1_is_refused(low: float, high: float) -> None:
     array = np.linspace(low, high, 48, dtype=np.float32).reshape(4, 4, 3)

@@ -105,7 +105,13 @@ def _open(path: str | Path) -> Image:
             return _converted(str(path), _eight_bits(str(path), upright), "RGB")
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: give a picture") from None
-    except (PIL.UnidentifiedImageError, OSError, ValueError, PIL.Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,  # of a PNG's chunks
+        NotImplementedError,  # of a DDS's formats
+        PIL.Image.DecompressionBombError,
+    ) as error:
         raise InputError(f"{path} cannot be read as a picture ({error}): give a PNG or JPEG") from None
 
 
