@@ -169,6 +169,30 @@ def test_fixed_sizes(tmp_path: Path) -> None:
     assert np.abs(found - picture(sampled(linear, noise((2, 3, 4, 8), 1)))).max() < 1e-5
 
 
+def test_a_file_s_name_may_hold_what_no_bundle_does(tmp_path: Path) -> None:
+    write(tmp_path / "den\u00a0oiser.onnx", *(text.replace("N,3,H,W", "2,4,2,4") for text in LINEAR))
+    write(
+        tmp_path / "dec\u200boder.onnx",
+        "float[B,4,2,4] z",
+        "float[B,3,4,8] rgb",
+        "<float[4] sizes = {1, 1, 2, 2}, float[3,4,1,1] kernel = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0}> "
+        '{ u = Resize<mode = "nearest">(z, , sizes) rgb = Conv(u, kernel) }',
+    )
+    decoder = '[decoder]\nfile = "dec\u200boder.onnx"\nfactor = 2\n'
+    toml = PIXELS.replace("denoiser.onnx", "den\u00a0oiser.onnx") + decoder
+    with (
+        compiled(tmp_path, toml, steps=1) as ours,
+        pytest.raises(InputError, match=r"den\?oiser\.onnx was exported for this size"),
+    ):
+        ours(size=(16, 16))
+    write(tmp_path / "den\u00a0oiser.onnx", *(text.replace("N,3", "N,4") for text in LINEAR))
+    with (
+        compiled(tmp_path, toml, steps=1) as ours,
+        pytest.raises(InputError, match=r"dec\?oder\.onnx was exported for this size"),
+    ):
+        ours(size=(16, 16))
+
+
 def test_fixed_batch_with_guidance(tmp_path: Path) -> None:
     body = LINEAR[2].replace(
         "out_sample = Add(s, t)",

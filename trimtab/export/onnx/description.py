@@ -102,6 +102,11 @@ class GraphTable:
     file: Path
     inputs: Mapping[str, Wire]
 
+    @property
+    def title(self) -> str:
+        """The file's name as a bundle can hold it."""
+        return _title(self.file)
+
     def references(self) -> list[tuple[str, str]]:
         """The outputs of other graphs that it reads, as (table, output)."""
         wires = [wire for wire in self.inputs.values() if isinstance(wire, Outputs)]
@@ -182,10 +187,19 @@ class OnnxFiles:
     guidance: float | None
 
     @property
+    def title(self) -> str:
+        """The file's name as a bundle can hold it."""
+        return _title(self.path)
+
+    @property
     def tables(self) -> list[GraphTable]:
         """All graphs, in the order in which they run."""
         last = [self.decoder] if self.decoder else []
         return [*self.graphs.values(), self.denoiser, *last]
+
+
+def _title(file: Path) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in file.name)
 
 
 def read_onnx_toml(path: Path) -> OnnxFiles:

@@ -66,8 +66,7 @@ def export_onnx(
     opened = {table.name: open_graph(table.name, table.file) for table in files.tables}
     _check_references(files, opened)
 
-    title = "".join(letter if letter.isprintable() else "?" for letter in path.name)
-    parts = Parts(f"ONNX files ({title})", keep)
+    parts = Parts(f"ONNX files ({files.title})", keep)
     parts.tasks = tasks
     parts.strength = {}  # pictures as inputs need an encoder and a draw from its posterior
     _guide(files, parts)

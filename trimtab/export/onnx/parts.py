@@ -225,7 +225,7 @@ def _choose_size(files: OnnxFiles, parts: Parts, foreign: Foreign, dims: list[in
             f"{files.path}: size = {list(parts.size)}, and both must be multiples of {parts.multiple}"
         )
     if any(fixed):
-        parts.fixed_size = f"{foreign.file.name} was exported for this size"
+        parts.fixed_size = f"{files.denoiser.title} was exported for this size"
 
 
 def add_decoder(files: OnnxFiles, foreign: Foreign | None, parts: Parts) -> None:
@@ -266,7 +266,7 @@ def add_decoder(files: OnnxFiles, foreign: Foreign | None, parts: Parts) -> None
     for axis, side in enumerate(sides, 2):
         dim = latents.shape[axis]
         if isinstance(dim, int):
-            parts.fixed_size = parts.fixed_size or f"{foreign.file.name} was exported for this size"
+            parts.fixed_size = parts.fixed_size or f"{table.title} was exported for this size"
             if dim != side:
                 raise InputError(
                     f"{foreign.file} takes latents of {[*latents.shape[2:]]} and {sides} are decoded"
