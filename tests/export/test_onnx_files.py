@@ -320,6 +320,44 @@ def test_weights_outside_of_the_file(linked: bool, tmp_path: Path) -> None:
     assert np.abs(found - picture(sampled(linear, noise((1, 3, 4, 8), 1)))).max() < 1e-5
 
 
+@pytest.mark.parametrize("place", ["constant", "function", "branch"])
+def test_constants_outside_of_the_file_are_weights_too(place: str, tmp_path: Path) -> None:
+    rates = np.full((600, 1, 1), 0.001, np.float32)  # of which each picture reads three
+    rates.tofile(tmp_path / "rates.data")
+    tensor = onnx.TensorProto(name="t", data_type=onnx.TensorProto.FLOAT, dims=rates.shape)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="rates.data")
+    node = onnx.helper.make_node("Constant", [], ["rates"], value=tensor)
+    body = (
+        "<float scale = {0.25}, int64[1] zero = {0}, int64[1] three = {3}, bool yes = {1}> "
+        "{ rate = Slice(rates, zero, three, zero) t = Mul(timestep, rate) s = Mul(sample, scale) "
+        "out_sample = Add(s, t) }"
+    )
+    model = onnx.load(write(tmp_path / "denoiser.onnx", *LINEAR[:2], body))
+    if place == "function":
+        function = model.functions.add(name="Rates", domain="own", output=["rates"])
+        function.opset_import.add(domain="", version=17)
+        function.node.append(node)
+        model.opset_import.add(domain="own", version=1)
+        node = onnx.helper.make_node("Rates", [], ["rates"], domain="own")
+    elif place == "branch":
+        made = onnx.helper.make_tensor_value_info("rates", onnx.TensorProto.FLOAT, rates.shape)
+        branch = onnx.helper.make_graph([node], "branch", [], [made])
+        node = onnx.helper.make_node("If", ["yes"], ["rates"], then_branch=branch, else_branch=branch)
+    model.graph.node.insert(0, node)
+    onnx.save(model, tmp_path / "denoiser.onnx")
+    with compiled(tmp_path, PIXELS) as ours:
+        found = ours(seed=1).pixels
+    assert np.abs(found - picture(sampled(linear, noise((1, 3, 4, 8), 1)))).max() < 1e-5
+    (tmp_path / "rates.data").unlink()
+    with pytest.raises(InputError, match=r"rates\.data, which holds weights of denoiser\.onnx, is missing"):
+        trimtab.compile(tmp_path / "model.toml", tmp_path / "again", steps=3)
+    away = model.SerializeToString().replace(b"rates.data", b"../rates.x")
+    (tmp_path / "denoiser.onnx").write_bytes(away)
+    with pytest.raises(InputError, match="out of its folder"):
+        trimtab.compile(tmp_path / "model.toml", tmp_path / "again", steps=3)
+
+
 def test_weights_outside_of_the_file_that_cannot_be_read(tmp_path: Path) -> None:
     toml, data = with_weights_outside(tmp_path), tmp_path / "denoiser.data"
     whole = data.read_bytes()

@@ -23,7 +23,7 @@ from trimtab.export.onnx.tidy import tidy
 from trimtab.export.onnx.toml_table import nearest
 from trimtab.passes.scopes import SCOPES
 from trimtab.shapes import FUNCTIONS, evaluate
-from trimtab.weights import INLINE_BYTES
+from trimtab.weights import INLINE_BYTES, external_tensors, load_model
 
 OLDEST_OPSET = 15
 """What trimtab's own nodes need (Shape with a start). Older graphs are converted."""
@@ -82,12 +82,11 @@ def open_graph(name: str, file: Path) -> Foreign:
         ExportError: Of an opset that cannot be converted.
     """
     try:
-        model = ir.load(file)
+        model = load_model(file)
     except Exception as error:  # protobuf's errors and onnx_ir's share no base
         raise InputError(f"{file} cannot be read as ONNX ({_cause(error)}): export it again") from error
     if not model.graph.outputs or not len(model.graph):
         raise InputError(f"{file} holds no ONNX graph: give a file that an ONNX exporter wrote")
-    _find_weights(model, file)
     if lost := _read_and_not_made(model):
         raise InputError(f"{file} reads {lost!r}, which nothing in it makes: export it again")
     passes: list[ir.passes.PassBase] = [
@@ -102,6 +101,7 @@ def open_graph(name: str, file: Path) -> Foreign:
             model = step(model).model
     except Exception as error:  # onnx_ir's errors share no base
         raise InputError(f"{file} cannot be taken apart ({_cause(error)}): export it again") from error
+    _find_weights(model, file)  # here, where the Constants of functions and branches are among them
     model = _convert(model, file)
     tidy(model.graph)
     # Version 3 demands that weights be inputs, too.
@@ -136,14 +136,12 @@ def _read_and_not_made(model: ir.Model) -> str | None:
 
 
 def _find_weights(model: ir.Model, file: Path) -> None:
-    """Refuses weights that are missing or out of the folder, and reads those that are small enough for the graph.
+    """Refuses weights that are missing or out of the folder, and reads those that stay in the graph.
 
-    The others are named by the path that links lead to: a hub's cache is made of links, and onnx_ir follows none.
+    The others, of `INLINE_BYTES` and more, are named by the path that links lead to: a hub's cache is made of links,
+    and onnx_ir follows none.
     """
-    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
-        tensor = value.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            continue
+    for tensor in external_tensors(model):
         path, location = Path(tensor.path), PurePath(tensor.location)
         if location.is_absolute() or ".." in location.parts:
             raise InputError(f"{file} reads weights at {location}, out of its folder: export it again")
@@ -155,18 +153,23 @@ def _find_weights(model: ir.Model, file: Path) -> None:
         size = path.stat().st_size
         if size < needed:
             raise InputError(f"{path} is cut short: {size} of {needed} bytes for {file.name}; copy it again")
-        found = ir.ExternalTensor(
-            path.resolve(),
-            tensor.offset,
-            tensor.length,
-            tensor.dtype,
-            shape=tensor.shape,
-            name=value.name or "",
-        )
-        small = found.nbytes < INLINE_BYTES
-        value.const_value = (
-            ir.Tensor(found.numpy().copy(), dtype=found.dtype, name=found.name) if small else found
-        )
+    for value in (value for graph in model.graphs() for value in graph.initializers.values()):
+        if isinstance(value.const_value, ir.ExternalTensor):
+            found = _resolved(value.const_value, value.name or "")
+            value.const_value = _inside(found) if found.nbytes < INLINE_BYTES else found
+    for node in model.graph.all_nodes():  # a branch may give a Constant as its result
+        for name, attribute in [*node.attributes.items()]:
+            if isinstance(attribute.value, ir.ExternalTensor):
+                node.attributes[name] = ir.AttrTensor(name, _inside(_resolved(attribute.value, name)))
+
+
+def _resolved(tensor: ir.ExternalTensor, name: str) -> ir.ExternalTensor:
+    path = Path(tensor.path).resolve()
+    return ir.ExternalTensor(path, tensor.offset, tensor.length, tensor.dtype, shape=tensor.shape, name=name)
+
+
+def _inside(tensor: ir.ExternalTensor) -> ir.TensorProtocol:
+    return ir.Tensor(tensor.numpy().copy(), dtype=tensor.dtype, name=tensor.name)
 
 
 def _convert(model: ir.Model, file: Path) -> ir.Model:
