@@ -99,6 +99,14 @@ def test_prompts_that_are_no_texts_are_refused_in_one_line(value: Any) -> None:
         all_negatives(KINDS, value, 1, 1)
 
 
+@pytest.mark.parametrize("value", ["caf\udce9", ["cat", "caf\udce9"]])
+def test_a_prompt_that_is_no_unicode_is_refused_whether_or_not_it_is_read(value: Any) -> None:
+    with pytest.raises(InputError, match=r"the prompt 'caf\\udce9' is not valid Unicode: give it in UTF-8"):
+        all_texts(KINDS, value, 1)
+    with pytest.raises(InputError, match=r"the negative prompt .* is not valid Unicode"):
+        all_negatives(KINDS, value, 2, 1)
+
+
 @pytest.mark.parametrize("value", ["high", [1, 2], 10**400, object()])
 def test_what_is_no_number_is_refused_in_one_line(value: Any) -> None:
     task = Task((), (), {"ddim-2": Schedule(())}, guidance=7.5, strength=0.8)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from trimtab.errors import BundleError, InputError
+from trimtab.errors import BundleError
 from trimtab.runtime.tokenizer import LONGEST, Tokenizer
 
 
@@ -66,11 +66,6 @@ def test_a_file_that_makes_rust_panic_is_one_line(tmp_path: Path) -> None:
     path.write_text(json.dumps(data))
     with pytest.raises(BundleError, match="cannot read a prompt"):
         Tokenizer(path).encode(["a b a b a"])
-
-
-def test_a_prompt_that_is_no_unicode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="UTF-8"):
-        Tokenizer(saved(tmp_path, 3, 3)).encode(["caf\udce9"])
 
 
 def test_a_token_of_several_vectors_stands_for_all_of_them(tmp_path: Path) -> None:

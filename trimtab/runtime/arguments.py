@@ -224,11 +224,14 @@ def _texts(what: str, value: str | Sequence[str]) -> list[str]:
     """One text, or several, as a list.
 
     Raises:
-        InputError: It is neither.
+        InputError: It is neither, or no Unicode, as bytes of another encoding on a command line are none.
     """
     texts = [value] if isinstance(value, str) else _several(value)
     if texts is None or not all(isinstance(text, str) for text in texts):
         raise InputError(f"the {what} {value!r:.60} is no text: give one, or one for each picture")
+    for text in texts:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise InputError(f"the {what} {text!r:.60} is not valid Unicode: give it in UTF-8")
     return texts
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trimtab.errors import BundleError, InputError, first_line
+from trimtab.errors import BundleError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +53,8 @@ class Tokenizer:
         A text that is too long is cut, with one warning that says what was left out.
 
         Raises:
-            InputError: A text is no Unicode, as bytes of another encoding on a command line are none.
             BundleError: The tokenizer does not do what it says.
         """
-        for text in texts:
-            if any("\ud800" <= c <= "\udfff" for c in text):
-                raise InputError(f"the prompt {text!r:.60} is not valid Unicode: give it in UTF-8")
         try:
             if self._vectors:
                 texts = [self._spelled_out(text) for text in texts]
