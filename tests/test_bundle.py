@@ -53,6 +53,16 @@ def _constants(data: dict[str, Any]) -> dict[str, Any]:
     return constants
 
 
+def _segment(data: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(entry for entry in data["segments"] if entry["name"] == name)
+    return found
+
+
+def _input(data: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(i for i in _segment(data, "denoiser")["inputs"] if i["name"] == name)
+    return found
+
+
 def _source(data: dict[str, Any], kind: str) -> dict[str, Any]:
     sources = [spec.get("source", {}) for spec in data["tasks"][0]["inputs"]]
     return next(source for source in sources if source.get("kind") == kind)
@@ -369,6 +379,8 @@ def test_a_graph_that_is_none_is_refused_where_graphs_are_read(copied_bundle: Pa
         lambda d: [s.update(least_pixels=2**62) for s in d["tasks"][0]["schedules"]],
         lambda d: _constants(d).update(timestep=[float("inf")]),
         lambda d: _constants(d).update(timestep=[1e39]),
+        lambda d: _input(d, "timestep").update(dtype="uint8"),  # 666
+        lambda d: _segment(d, "vae_decoder")["outputs"][0].update(shape=[]),
         lambda d: _source(d, "label").pop("classes"),
         lambda d: _source(d, "label").update(classes=float("inf")),
         lambda d: _source(d, "label").update(null=10**400),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trimtab.errors import InputError
+from trimtab.errors import BundleError, InputError
 from trimtab.program import Schedule, Task, TensorSpec, first_step
 from trimtab.runtime.arguments import (
     all_labels,
@@ -126,6 +126,13 @@ def test_a_class_that_is_neither_number_nor_name_is_refused_in_one_line() -> Non
     kinds = {"label": TensorSpec("label", "int64", ("rows*batch",), {"kind": "label"})}
     with pytest.raises(InputError, match=r"the class 1\.5 is neither a whole number nor a name"):
         all_labels(kinds, 1.5, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["x", "x-y", pytest.param("x-" + "9" * 400, id="x-9...")])
+def test_a_schedule_that_says_no_number_of_steps_cannot_be_cut(name: str) -> None:
+    task = Task((), (), {}, strength=0.5)
+    with pytest.raises(BundleError, match=r"^the schedule x.{,60} says no number of steps"):
+        choose_schedule([name], task, None, 0.3)
 
 
 def started(steps: int, starts: Iterable[int], rounds_up: bool = False) -> Task:

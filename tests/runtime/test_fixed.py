@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trimtab.errors import InputError
+from trimtab.errors import BundleError, InputError
 from trimtab.manifest import Contents
 from trimtab.program import Task, TensorSpec
 from trimtab.runtime.fixed import Fixed, fit
@@ -52,6 +52,15 @@ def test_a_size_that_nothing_was_built_for_names_those_that_are(contents: Conten
     ):
         fit(request(contents, size=(3 * w, h)), built, contents)
     assert fit(request(contents, size=(2 * w, h)), built, contents)
+
+
+@pytest.mark.parametrize(("native", "state"), [((64, 64), (9,)), ((64, 64), ()), ((4, 4), (8, 8))])
+def test_what_is_no_size_is_one_line(
+    contents: Contents, native: tuple[int, int], state: tuple[int, ...]
+) -> None:
+    odd = dataclasses.replace(contents, size=native)
+    with pytest.raises(BundleError, match=r"fits no size, and \(\d, \d\) is the native one"):
+        fit(request(odd), (Fixed(1, 2, state),), odd)
 
 
 def test_without_guidance_an_engine_for_one_row_is_the_first_choice(contents: Contents) -> None:

@@ -49,6 +49,14 @@ def test_prompts_are_written_as_the_model_reads_them_and_negative_ones_without_a
     assert make_input(mask, asked).sum(1).tolist() == [len(row) for row in rows]
 
 
+@pytest.mark.parametrize("kind", ["noise", "posterior_noise"])
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)])
+def test_noise_without_axes_is_one_line(kind: str, seeds: tuple[int, ...]) -> None:
+    asked = Request(2, 1, (64, 64), Noise(seeds))
+    with pytest.raises(BundleError, match="is one number, and pictures need some each: compile again"):
+        make_input(TensorSpec("noise", "float32", (), {"kind": kind}), asked)
+
+
 @pytest.mark.parametrize(("length", "warned"), [(1, True), (2, False), (LENGTH, False)])
 def test_a_negative_prompt_of_which_less_is_read_than_of_others_is_cut_with_a_warning(
     length: int, warned: bool, asked: Request, caplog: pytest.LogCaptureFixture

@@ -170,6 +170,14 @@ def test_what_takes_more_than_latents_is_refused() -> None:
         bind_tiled(SEGMENT, inputs, outputs, 32, lambda name, given: pytest.fail("loaded"), OnnxRuntimeCpu())
 
 
+@pytest.mark.parametrize(("latent", "pixel"), [(0, 0), (0, 8), (40, 20)])
+def test_what_makes_no_picture_of_latents_is_refused(latent: int, pixel: int) -> None:
+    inputs = {"latents": np.zeros((1, 4, latent, latent), np.float32)}
+    outputs = {"image": np.zeros((1, pixel, pixel, 3), np.float32)}
+    with pytest.raises(InputError, match="vae_decoder cannot be run on tiles"):
+        bind_tiled(SEGMENT, inputs, outputs, 32, lambda name, given: pytest.fail("loaded"), OnnxRuntimeCpu())
+
+
 @pytest.mark.xdist_group("dit")
 def test_a_pipeline_decodes_on_tiles(bundle_folder: Callable[[str], Path]) -> None:
     folder = bundle_folder("dit")

@@ -138,8 +138,8 @@ def choose_schedule(
 def _whole_steps(task: Task, name: str) -> int:
     """What a strength is a share of, for a schedule whose name ends with its number of steps (Raises BundleError)."""
     digits = name.rpartition("-")[2]
-    if not digits.isdecimal():
-        raise BundleError(f"the schedule {name} says no number of steps: compile the bundle again")
+    if not digits.isdecimal() or len(digits) > 9:  # more are no schedule's, nor a float's
+        raise BundleError(f"the schedule {name:.60} says no number of steps: compile the bundle again")
     return task.strength_steps or int(digits)
 
 

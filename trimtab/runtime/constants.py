@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from trimtab.errors import BundleError
 from trimtab.manifest import Contents
 from trimtab.program import Call, Step, TensorSpec
 from trimtab.runtime.sessions.base import ALIGNMENT, Backend, Buffer
@@ -90,5 +91,10 @@ def once(
 
 
 def _values(spec: TensorSpec, values: tuple[float, ...]) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
-    array = np.array(values, spec.dtype)
+    try:
+        array = np.array(values, spec.dtype)
+    except OverflowError:
+        raise BundleError(
+            f"the constant for {spec.name} is {max(values, key=abs):g}, which is no {spec.dtype}: compile again"
+        ) from None
     return array.reshape(()) if not spec.shape and len(values) == 1 else array

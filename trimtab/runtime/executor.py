@@ -220,7 +220,8 @@ def make_plan(
         bound_steps.append(BoundStep(draws, row, constants.place, shared[key], results))
     last = together(bound(call) for call in contents.epilogue)
     for spec in contents.outputs:
-        table.get(spec.name)
+        if not table.get(spec.name).ndim:
+            raise BundleError(f"the picture {spec.name} is one number: compile again")
     return Plan(inputs, table.buffers, first, tuple(bound_steps), last)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from trimtab.errors import InputError
+from trimtab.errors import BundleError, InputError
 from trimtab.manifest import Contents, Engine
 from trimtab.program import STATE
 from trimtab.runtime.inputs import Noise, NoiseTape, Request
@@ -64,13 +64,14 @@ def fit(request: Request, sizes: tuple[Fixed, ...], contents: Contents) -> list[
 
     Raises:
         InputError: The engines were built for another size, or without guidance.
+        BundleError: They were built for what is no size.
     """
     if not sizes:
         return [request]
     latent = _latent(request, contents)
     able = [size for size in sizes if latent is None or size.latent == latent]
     if not able:
-        built = ", ".join(dict.fromkeys(_pixels(_size(size.latent, contents)) for size in sizes))
+        built = ", ".join(dict.fromkeys(_size(size.latent, contents) for size in sizes))
         raise InputError(
             f"{_pixels(request.size)} was asked for and the engines were built for {built}: ask for one of them, or "
             f"compile with --size {_pixels(request.size)}"
@@ -116,12 +117,17 @@ def _latent(request: Request, contents: Contents) -> tuple[int, ...] | None:
     return None
 
 
-def _size(latent: tuple[int, ...], contents: Contents) -> tuple[int, int]:
-    """The picture's (width, height) for a state of this (height, width): in the proportion of the native ones."""
+def _size(latent: tuple[int, ...], contents: Contents) -> str:
+    """The picture's size for a state of this (height, width): in the proportion of the native ones.
+
+    Raises:
+        BundleError: The state has no height and width, or none at the native size.
+    """
     native = _latent(Request(1, 1, contents.size, Noise(())), contents)
-    assert native is not None
+    if native is None or not len(latent) == len(native) == 2 or not all(native):
+        raise BundleError(f"a state of {latent} fits no size, and {native} is the native one: compile again")
     width, height = contents.size
-    return width * latent[1] // native[1], height * latent[0] // native[0]
+    return _pixels((width * latent[1] // native[1], height * latent[0] // native[0]))
 
 
 def _pixels(size: tuple[int, int]) -> str:

@@ -306,14 +306,21 @@ def _guidance(spec: TensorSpec, request: Request) -> Array:
     return np.array(request.guidance, np.float32)
 
 
+def _drawn(spec: TensorSpec, request: Request) -> tuple[int, ...]:
+    """What is drawn for an input, pictures along its first axis; raises BundleError where it has no axes."""
+    if not spec.shape:
+        raise BundleError(f"the noise {spec.name} is one number, and pictures need some each: compile again")
+    return shape(spec.shape, request.symbols)
+
+
 def _noise(spec: TensorSpec, request: Request) -> Array:
-    sizes = shape(spec.shape, request.symbols)
+    sizes = _drawn(spec, request)
     return request.noise.normal(sizes, shared="batch" not in spec.shape)
 
 
 def _posterior_noise(spec: TensorSpec, request: Request) -> Array:
     """One draw for all pictures, or where the model wants it one for each that has a seed of its own."""
-    sizes = shape(spec.shape, request.symbols)
+    sizes = _drawn(spec, request)
     if spec.source.get("own") and len(request.noise.seeds) > 1:
         return request.noise.normal(sizes)
     return np.broadcast_to(request.noise.normal((1, *sizes[1:]), shared=True), sizes)

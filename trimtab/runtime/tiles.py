@@ -108,7 +108,8 @@ def bind_tiled(
 def _factor(segment: SegmentEntry, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]) -> int:
     """Pixels to a latent, along both sides and at any size."""
     latents, picture = next(iter(inputs.values())), next(iter(outputs.values()))
-    if len(inputs) == len(outputs) == 1 and latents.ndim == picture.ndim == 4:
+    four = len(inputs) == len(outputs) == 1 and latents.ndim == picture.ndim == 4
+    if four and 0 < latents.shape[2] <= picture.shape[1]:
         factor = picture.shape[1] // latents.shape[2]
         symbols: dict[str, int] = {}
         small = (*latents.shape[:2], OVERLAP, OVERLAP)
