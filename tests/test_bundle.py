@@ -86,6 +86,8 @@ _PLAN = {
         ({"removed": 3}, "removed is 3 and must be a list"),
         ({"removed": ["a", 3]}, "removed.1. is 3 and must be a text"),
         ({"method": None}, "method is None and must be a text"),
+        ({"method": "\x1b[2J"}, r"method is '\\x1b\[2J' and must be a line of text"),
+        ({"removed": ["a\nb"]}, r"removed\[0\] is 'a\\nb' and must be a line of text"),
         ({"reached": "much"}, "reached is 'much' and must be a number"),
         ({"joint_loss": [1]}, "joint_loss is .1. and must be a number"),
         ({"predicted_loss": None}, "one is missing"),

@@ -87,6 +87,8 @@ def _check_removal(plan: dict[str, Any]) -> None:
         texts["details.device"] = plan["details"].get("device")
     for name, value in texts.items():
         need(name, value, str, what="a text")
+        if not value.isprintable():  # it is shown on a terminal
+            raise TypeError(f"{name} is {value!r:.60} and must be a line of text")
     for name in ("share", "reached", "predicted_loss", "joint_loss", "rank_correlation"):
         need(name, plan.setdefault(name, None), int, float, type(None), what="a number or null")
         float(plan[name] or 0)  # a whole number of JSON may be larger than any
