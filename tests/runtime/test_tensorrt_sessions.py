@@ -64,6 +64,16 @@ def test_the_first_engine_without_room_leaves_nothing(graph: Path) -> None:
     backend.close()
 
 
+def test_more_than_any_address_reaches_is_no_room() -> None:
+    cuda = NullCuda()
+    backend = TensorRT("tensorrt", Driver(cuda), NullTensorRT(cuda))
+    for sides in ((2**62, 4), (2**62, 2**62, 2**62)):  # of which as many bytes as fit in 64 bits are 0
+        with pytest.raises(TargetError, match="memory of Null GPU is full"):
+            backend.new(sides, "float32")
+    assert not cuda.live
+    backend.close()
+
+
 def test_an_empty_file_is_no_engine(graph: Path) -> None:
     cuda = NullCuda()
     backend = TensorRT("tensorrt", Driver(cuda), NullTensorRT(cuda))

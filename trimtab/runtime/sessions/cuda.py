@@ -85,6 +85,8 @@ class Driver:
         Raises:
             TargetError: There is no room.
         """
+        if size >= 2**63:  # beyond 2**64 a c_size_t begins at 0 again
+            raise self._full(size)
         pointer = c_void_p()
         self._call("cuMemAlloc_v2", byref(pointer), c_size_t(max(size, 1)), wanted=size)
         return int(pointer.value or 0)
@@ -180,11 +182,7 @@ class Driver:
         if status == 0:
             return
         if status == _OUT_OF_MEMORY:
-            asked = f"{wanted / 2**20:.0f} MiB more were" if wanted is not None else "more was"
-            raise TargetError(
-                f"the memory of {self.name} is full and {asked} needed: close other programs, ask for a smaller "
-                "size, or load with --low-memory"
-            )
+            raise self._full(wanted)
         text = c_char_p()
         self._library.cuGetErrorName(c_int(status), byref(text))
         reason = text.value.decode() if text.value else f"error {status}"
@@ -194,6 +192,13 @@ class Driver:
                 "one, or run on the CPU: --target cpu, and no --provider"
             )
         raise TargetError(f"the GPU failed ({reason} from {name}): restart the program, then the machine")
+
+    def _full(self, wanted: int | None) -> TargetError:
+        asked = f"{wanted >> 20} MiB more were" if wanted is not None else "more was"
+        return TargetError(
+            f"the memory of {self.name} is full and {asked} needed: close other programs, ask for a smaller "
+            "size, or load with --low-memory"
+        )
 
 
 class Graph:
