@@ -66,15 +66,15 @@ def _models(source: Source) -> list[str]:
 
 def _wrapper(source: Source) -> Callable[..., Denoiser]:
     """Raises ExportError for a pipeline's class that has none."""
-    wrap = _WRAPPERS.get(source.pipeline_class)
+    wrap = WRAPPERS.get(source.pipeline_class)
     if wrap is None:
         raise ExportError(
-            f"{source.pipeline_class} is not supported: give one of {', '.join(sorted(_WRAPPERS))}"
+            f"{source.pipeline_class} is not supported: give one of {', '.join(sorted(WRAPPERS))}"
         )
     return wrap
 
 
-_WRAPPERS: Mapping[str, Callable[..., Denoiser]] = {
+WRAPPERS: Mapping[str, Callable[..., Denoiser]] = {
     "StableDiffusionPipeline": unets.conditional_unet,
     "StableDiffusionImg2ImgPipeline": unets.conditional_unet,
     "StableDiffusionInpaintPipeline": unets.conditional_unet,

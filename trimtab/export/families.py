@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+from trimtab.export import transformer_denoisers as transformers
+from trimtab.export import unet_denoisers as unets
+from trimtab.export.denoisers import WRAPPERS
+from trimtab.export.modules import Denoiser
 from trimtab.export.parts import PipelineParts
 from trimtab.export.source import Source
 from trimtab.export.transformer_pipelines import dit, flux, flux2, pixart, sana, stable_diffusion_3, z_image
@@ -24,42 +28,24 @@ def has_guidance(source: Source) -> bool:
     return family is not unconditional
 
 
+_OF_WRAPPER: Mapping[Callable[..., Denoiser], Callable[[PipelineParts], None]] = {
+    unets.conditional_unet: stable_diffusion,
+    unets.controlled_unet: stable_diffusion,
+    unets.xl_unet: stable_diffusion_xl,
+    unets.controlled_xl_unet: stable_diffusion_xl,
+    unets.pixel_unet: unconditional,
+    transformers.sd3: stable_diffusion_3,
+    transformers.flux: flux,
+    transformers.flux_control: flux,
+    transformers.flux_fill: flux,
+    transformers.flux2: flux2,
+    transformers.pixart: pixart,
+    transformers.sana: sana,
+    transformers.z_image: z_image,
+    transformers.dit: dit,
+}
+
 FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {
-    "StableDiffusionPipeline": stable_diffusion,
-    "StableDiffusionImg2ImgPipeline": stable_diffusion,
-    "StableDiffusionInpaintPipeline": stable_diffusion,
-    "LatentConsistencyModelPipeline": stable_diffusion,
-    "LatentConsistencyModelImg2ImgPipeline": stable_diffusion,
-    "StableDiffusionXLPipeline": stable_diffusion_xl,
-    "StableDiffusionXLImg2ImgPipeline": stable_diffusion_xl,
-    "StableDiffusionXLInpaintPipeline": stable_diffusion_xl,
-    "StableDiffusionControlNetPipeline": stable_diffusion,
-    "StableDiffusionControlNetImg2ImgPipeline": stable_diffusion,
-    "StableDiffusionControlNetInpaintPipeline": stable_diffusion,
-    "StableDiffusionXLControlNetPipeline": stable_diffusion_xl,
-    "StableDiffusionXLControlNetImg2ImgPipeline": stable_diffusion_xl,
-    "StableDiffusionXLControlNetInpaintPipeline": stable_diffusion_xl,
-    "StableDiffusion3Pipeline": stable_diffusion_3,
-    "StableDiffusion3Img2ImgPipeline": stable_diffusion_3,
-    "StableDiffusion3InpaintPipeline": stable_diffusion_3,
-    "FluxPipeline": flux,
-    "FluxImg2ImgPipeline": flux,
-    "FluxInpaintPipeline": flux,
-    "FluxControlPipeline": flux,
-    "FluxControlImg2ImgPipeline": flux,
-    "FluxControlInpaintPipeline": flux,
-    "FluxFillPipeline": flux,
-    "FluxKontextPipeline": flux,
-    "Flux2KleinPipeline": flux2,
-    "PixArtAlphaPipeline": pixart,
-    "PixArtSigmaPipeline": pixart,
-    "SanaPipeline": sana,
-    "SanaSprintPipeline": sana,
-    "ZImagePipeline": z_image,
-    "ZImageImg2ImgPipeline": z_image,
-    "ZImageInpaintPipeline": z_image,
-    "DiTPipeline": dit,
-    "DDPMPipeline": unconditional,
-    "DDIMPipeline": unconditional,
+    name: _OF_WRAPPER[wrapper] for name, wrapper in WRAPPERS.items()
 }
 """Pipeline class -> family."""
