@@ -7,7 +7,6 @@ sizes that follow from those.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from trimtab.export.onnx.tidy import tidy
 from trimtab.export.onnx.toml_table import nearest
 from trimtab.passes.scopes import SCOPES
 from trimtab.shapes import FUNCTIONS, evaluate
+from trimtab.silence import errors_alone
 from trimtab.weights import INLINE_BYTES, external_tensors, load_model
 
 OLDEST_OPSET = 15
@@ -181,16 +181,12 @@ def _convert(model: ir.Model, file: Path) -> ir.Model:
         return model
     from onnxscript import version_converter
 
-    converter = logging.getLogger("onnxscript")
-    level = converter.level
-    converter.setLevel(logging.ERROR)  # it warns where it succeeds, too
     reason = "the converter gave up"
     try:
-        version_converter.convert_version(model, CONVERTED_OPSET, fallback=True)
+        with errors_alone("onnxscript"):  # it warns where it succeeds, too
+            version_converter.convert_version(model, CONVERTED_OPSET, fallback=True)
     except Exception as error:  # the converter's errors share no base
         reason = first_line(error)
-    finally:
-        converter.setLevel(level)
     if model.graph.opset_imports.get("", 0) < OLDEST_OPSET:
         raise ExportError(
             f"{file} has opset {found}, and it cannot be converted to {CONVERTED_OPSET} ({reason}): "
