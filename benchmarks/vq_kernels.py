@@ -172,7 +172,7 @@ def compiled(sm: int, tune: bool, sizes: Sequence[int] = ROWS) -> Book:
     for n, k in LINEARS.values():
         book[decoder_key((n, k))] = [Candidate("", True, decode_kernel(sm, (n, k)))]
         for rows in sizes:
-            table = tiles(sm, rows, n, k)
+            table = tiles(sm, rows, k)
             cuts = [*table, *(cut for cut in candidates(sm, rows) if tune and cut not in table)]
             limit = SHARED_LIMIT[sm] * 1024 if tune else STATIC_LIMIT
             made = [(cut, matmul_kernels(sm, rows, n, k, limit=limit, cuts=(cut,))) for cut in cuts]

@@ -30,7 +30,7 @@ Fake = Callable[..., Callable[[], list[Any]]]
 """Of the fixture `fake`: how a TensorRT that is not there is to behave -> what was asked of it."""
 
 NANO = "orin-nano-8gb"
-ORIN = Machine("Orin", "8.7", "36.4.3", "6.2", "10.3.0.30", 6 << 30, 7 << 30)
+ORIN = Machine("Orin", "8.7", "36.4.3", "6.2", "10.3.0.30", 6 << 30)
 """What a board of it says of itself."""
 
 

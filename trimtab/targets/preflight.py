@@ -52,7 +52,6 @@ class Machine:
         backend_version: Of the backend that is to build, as its module says.
         trouble: Why that module cannot be loaded, where it is installed and cannot.
         free_bytes: Memory that an engine can get: on a Jetson what the system would give to a program.
-        total_bytes: All of that memory.
     """
 
     gpu: str | None = None
@@ -61,7 +60,6 @@ class Machine:
     jetpack: str | None = None
     backend_version: str | None = None
     free_bytes: int | None = None
-    total_bytes: int | None = None
     trouble: str | None = None
 
 
@@ -94,12 +92,10 @@ def look(
         trouble = str(error)
     gpu = driver()
     try:
-        free, total = gpu.memory()
+        free, _ = gpu.memory()
         if gpu.integrated:
             # CUDA leaves out the page cache, which the system gives back to whoever asks.
-            meminfo = read(MEMINFO)
-            free = meminfo_bytes(meminfo, "MemAvailable") or free
-            total = meminfo_bytes(meminfo, "MemTotal") or total
+            free = meminfo_bytes(read(MEMINFO), "MemAvailable") or free
         l4t = l4t_version(read(JETSON))
         return Machine(
             gpu=gpu.name,
@@ -108,7 +104,6 @@ def look(
             jetpack=jetpack_version(run(DPKG), l4t) if l4t else None,
             backend_version=installed,
             free_bytes=free,
-            total_bytes=total,
             trouble=trouble,
         )
     finally:

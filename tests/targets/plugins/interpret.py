@@ -6,14 +6,15 @@ Has a process of its own, started with TRITON_INTERPRET=1: Triton reads that whe
 from __future__ import annotations
 
 import json
+import math
 
 import numpy as np
 import torch
 import triton.language as tl
 
 from trimtab.targets.plugins.codes import as_words, grouped
-from trimtab.targets.plugins.kernels import launch_decode, launch_matmul
-from trimtab.targets.plugins.tiles import Tile, order
+from trimtab.targets.plugins.kernels import constants, vq_decode, vq_matmul
+from trimtab.targets.plugins.tiles import DECODE, Tile, order
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
@@ -36,6 +37,70 @@ def weights(codes: np.ndarray, codebook: torch.Tensor, k: int) -> torch.Tensor:
                 if c * codebook.shape[1] + e < k:
                     out[n, c * codebook.shape[1] + e] = value
     return out
+
+
+def _integers(codebook: torch.Tensor) -> torch.Tensor:
+    """A codebook (k, d) of a 16-bit type as one integer a codeword, as the kernels read it."""
+    return codebook.contiguous().view({2: torch.int32, 4: torch.int64}[codebook.shape[1]]).reshape(-1)
+
+
+def _programs(tile: Tile, rows: int, columns: int) -> int:
+    """How many programs cover a result of this size."""
+    return -(-rows // tile.rows) * -(-columns // tile.columns)
+
+
+def launch_matmul(
+    x: torch.Tensor,
+    words: torch.Tensor,
+    codebook: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor,
+    tile: Tile,
+    bits: int = 8,
+) -> torch.Tensor:
+    """Runs `vq_matmul`.
+
+    Args:
+        x: (m, k) fp16 or bf16.
+        words: (n, stride) int32.
+        codebook: (256 or 64, d) of the type of x.
+        scale: (n) fp32.
+        bias: (n) of the type of x.
+        tile: How the work is cut.
+        bits: A code's, 8 or 6.
+    """
+    (m, k), n = x.shape, words.shape[0]
+    y = x.new_empty((m, n))
+    vq_matmul[(_programs(tile, m, n),)](
+        x, words, _integers(codebook), scale, bias, m, n, k, words.shape[1], y,
+        **constants(tile, k % tile.depth == 0, codebook.shape[1], bits), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
+
+
+def launch_decode(
+    words: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor, shape: tuple[int, ...], bits: int = 8
+) -> torch.Tensor:
+    """Runs `vq_decode`.
+
+    Args:
+        words: (n, stride) int32, the codes in the `order` of the shape.
+        codebook: (256 or 64, d) fp16 or bf16.
+        scale: (n) fp32.
+        shape: Of W, (n, channels, taps...).
+        bits: A code's, 8 or 6.
+    """
+    d = codebook.shape[1]
+    n, taps = shape[0], math.prod(shape[2:])
+    arranged = order(shape, d)
+    tile = DECODE[arranged]
+    y = codebook.new_empty(shape)
+    vq_decode[(_programs(tile, shape[1] * taps, n),)](
+        words, _integers(codebook), scale, n, shape[1] * taps, words.shape[1], taps, y,
+        D=d, BITS=bits, ORDER=arranged, SHARED=tile.shared, BLOCK_N=tile.columns, BLOCK_K=tile.rows,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return y
 
 
 def case(

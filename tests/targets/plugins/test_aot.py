@@ -50,7 +50,7 @@ def check(sm: int, rows: int, folder: Path) -> None:
     assert SIZES[0] in fused
     for size in fused:
         kernels = matmul_kernels(sm, rows, *size, limit=SHARED_LIMIT[sm] * 1024)
-        assert 0 < len(kernels) == len(set(kernels)) <= len(tiles(sm, rows, *size))
+        assert 0 < len(kernels) == len(set(kernels)) <= len(tiles(sm, rows, size[1]))
         for kernel in kernels:
             said = assemble(kernel, sm, folder)
             assert "0 bytes spill stores" in said
@@ -96,7 +96,7 @@ def test_a_deep_layers_turns_are_shared_by_more_warps() -> None:
 
 def test_where_two_cuts_are_one_its_kernel_comes_once() -> None:
     once = matmul_kernels(87, 1, 320, 320)  # four and twelve warps at the most are three in both
-    assert len(once) == len(set(once)) == len(tiles(87, 1, 320, 320)) - 1
+    assert len(once) == len(set(once)) == len(tiles(87, 1, 320)) - 1
 
 
 def test_the_decoder_assembles(tmp_path: Path) -> None:

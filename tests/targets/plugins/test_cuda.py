@@ -256,7 +256,7 @@ def test_a_kernel_of_each_list_can_be_launched_without_asking_for_more_memory(
     sm: int, d: int, bits: int
 ) -> None:
     for rows, k in itertools.product((1, 8, 9, 16, 17, 64, 65, 256), (1, 8, 320, 1152, 1160, 15360)):
-        cuts = [cut for cut in tiles(sm, rows, 320, k) if not isinstance(cut, Tile)]
+        cuts = [cut for cut in tiles(sm, rows, k) if not isinstance(cut, Tile)]
         asked = [cut.shared_bytes(k, d, bits) for cut in cuts]
         assert min(asked, default=0) <= STATIC_LIMIT and max(asked, default=0) <= SHARED_LIMIT[sm] * 1024
         assert all(cut.threads(k, d, bits) <= 1024 for cut in cuts)

@@ -87,7 +87,7 @@ def check_kernels(sm: int) -> None:
         UnsupportedOp: No kernel is compiled for it.
         MissingDependency: There is no Triton, or no compiler of CUDA's.
     """
-    tiles(sm, 1, 1, 1)
+    tiles(sm, 1, 1)
     _triton_kernels()
     nvrtc.library()
 
@@ -123,7 +123,7 @@ def matmul_kernels(
         MissingDependency: There is no Triton, or no compiler of CUDA's.
     """
     kernels = []
-    for cut in cuts or tiles(sm, m, n, k):
+    for cut in cuts or tiles(sm, m, k):
         if isinstance(cut, Tile):
             kernel = _compile_matmul(sm, cut, _divisor(n), _divisor(k), k % cut.depth == 0, d, bits, dtype)
         elif cut.shared_bytes(k, d, bits) <= limit:
@@ -141,7 +141,7 @@ def decode_kernel(sm: int, shape: Sequence[int], *, d: int = 4, bits: int = 8, d
 
     ``shape`` is (n, channels, taps...). The other arguments and the errors are those of `matmul_kernels`.
     """
-    tiles(sm, 1, 1, 1)
+    tiles(sm, 1, 1)
     n, k, arranged = shape[0], math.prod(shape[1:]), order(shape, d)
     tile = DECODE[arranged]
     signature = {"words": "*i32", "codebook": f"*i{16 * d}", "scale": "*fp32", **_SIZES, "taps": "i32",

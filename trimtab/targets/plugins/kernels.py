@@ -10,13 +10,10 @@ inputs and the output because that is the order in which TensorRT passes argumen
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from trimtab.targets.plugins.tiles import DECODE, Tile, order
+from trimtab.targets.plugins.tiles import Tile
 
 
 @triton.jit
@@ -139,13 +136,6 @@ def vq_decode(words, codebook, scale, n, k, stride, taps, y, D: tl.constexpr, BI
     tl.store(y + out_n[:, None] * k + place[None, :], weights, mask=inside)
 
 
-def integers(codebook: Any) -> Any:
-    """A codebook (k, d) of a 16-bit type as one integer a codeword, as the kernels read it. Takes a torch tensor."""
-    import torch
-
-    return codebook.contiguous().view({2: torch.int32, 4: torch.int64}[codebook.shape[1]]).reshape(-1)
-
-
 def constants(tile: Tile, even: bool, d: int, bits: int) -> dict[str, int | bool]:
     """The compile-time arguments of `vq_matmul` for one tile; ``even``: its depth divides the rows of the weights."""
     return {
@@ -156,47 +146,3 @@ def constants(tile: Tile, even: bool, d: int, bits: int) -> dict[str, int | bool
         "BLOCK_N": tile.columns,
         "BLOCK_K": tile.depth,
     }
-
-
-def launch_matmul(x: Any, words: Any, codebook: Any, scale: Any, bias: Any, tile: Tile, bits: int = 8) -> Any:
-    """Runs `vq_matmul` on torch tensors: on a GPU, or on the CPU under Triton's interpreter.
-
-    Args:
-        x: (m, k) fp16 or bf16.
-        words: (n, stride) int32.
-        codebook: (256 or 64, d) of the type of x.
-        scale: (n) fp32.
-        bias: (n) of the type of x.
-        tile: How the work is cut.
-        bits: A code's, 8 or 6.
-    """
-    (m, k), n = x.shape, words.shape[0]
-    y = x.new_empty((m, n))
-    vq_matmul[(tile.programs(m, n),)](
-        x, words, integers(codebook), scale, bias, m, n, k, words.shape[1], y,
-        **constants(tile, k % tile.depth == 0, codebook.shape[1], bits), num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return y
-
-
-def launch_decode(words: Any, codebook: Any, scale: Any, shape: tuple[int, ...], bits: int = 8) -> Any:
-    """Runs `vq_decode` on torch tensors.
-
-    Args:
-        words: (n, stride) int32, the codes in the `order` of the shape.
-        codebook: (256 or 64, d) fp16 or bf16.
-        scale: (n) fp32.
-        shape: Of W, (n, channels, taps...).
-        bits: A code's, 8 or 6.
-    """
-    d = codebook.shape[1]
-    n, taps = shape[0], math.prod(shape[2:])
-    arranged = order(shape, d)
-    tile = DECODE[arranged]
-    y = codebook.new_empty(shape)
-    vq_decode[(tile.programs(shape[1] * taps, n),)](
-        words, integers(codebook), scale, n, shape[1] * taps, words.shape[1], taps, y,
-        D=d, BITS=bits, ORDER=arranged, SHARED=tile.shared, BLOCK_N=tile.columns, BLOCK_K=tile.rows,
-        num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-    return y

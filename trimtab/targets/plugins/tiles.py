@@ -113,10 +113,6 @@ class Tile:
     stages: int = 3
     shared: bool = False
 
-    def programs(self, rows: int, columns: int) -> int:
-        """How many programs cover a result of this size."""
-        return -(-rows // self.rows) * -(-columns // self.columns)
-
 
 Cut = FewRows | ManyRows | Tile
 
@@ -182,14 +178,13 @@ def fuses(sm: int, rows: int, n: int, k: int) -> bool:
     return rows <= 1024
 
 
-def tiles(sm: int, rows: int, n: int, k: int) -> tuple[Cut, ...]:
+def tiles(sm: int, rows: int, k: int) -> tuple[Cut, ...]:
     """The cuts worth trying, the best guess first. One of them fits `STATIC_LIMIT` on every SM.
 
     Args:
         sm: As in sm_87.
         rows: Of x: batch times tokens.
-        n: Output channels.
-        k: Input channels; with so many of each as `fuses` takes.
+        k: Input channels; of a product that `fuses` takes.
 
     Raises:
         UnsupportedOp: No kernel is compiled for this SM.
