@@ -130,8 +130,7 @@ def test_a_model_whose_steps_all_start_from_a_picture_can_switch_to_another(
 def test_a_bundle_that_starts_from_pictures_alone_is_measured_by_all_its_steps(
     family: str, pipeline_folder: BundleFolder, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"tasks": "image-to-image", "size": "64x64", "hidiffusion": True}
-    options |= {"buckets": "128x128", "targets": ("cpu", "orin-nano-8gb")}
+    options: dict[str, Any] = {"tasks": "image-to-image", "targets": ("cpu", "orin-nano-8gb")}
     trimtab.compile(pipeline_folder(family), tmp_path / "b", steps=1, **options)  # 0.8 of which is none
     with trimtab.load(tmp_path / "b", target="cpu") as pipe:
         assert pipe.bundle.path("calibration/ranges.json").exists()

@@ -363,14 +363,14 @@ def sd3(folder: Path) -> Any:
     )
 
 
-def _flux(cls: Any, folder: Path, channels: int = 64) -> Any:
+def _flux(cls: Any, folder: Path, channels: int = 64, single_layers: int = 1) -> Any:
     return cls(
         transformer=FluxTransformer2DModel(
             patch_size=1,
             in_channels=channels,
             out_channels=64,
             num_layers=1,
-            num_single_layers=2,
+            num_single_layers=single_layers,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=32,
@@ -388,7 +388,7 @@ def _flux(cls: Any, folder: Path, channels: int = 64) -> Any:
 
 
 def flux(folder: Path) -> Any:
-    return _flux(FluxPipeline, folder)
+    return _flux(FluxPipeline, folder, single_layers=2)
 
 
 def flux_control(folder: Path) -> Any:
