@@ -167,7 +167,7 @@ def test_who_stops_waiting_ends_the_build(fake: Fake, tmp_path: Path) -> None:
     pid = tmp_path / "site" / "pid"
 
     def interrupt(text: str) -> None:
-        if pid.exists():
+        if pid.exists() and pid.read_text():  # a file is there before what is written to it
             raise KeyboardInterrupt
 
     builder = TensorRTBuilder()
