@@ -48,22 +48,14 @@ def test_denoisers_may_follow_one_another_and_come_back() -> None:
     assert used(result) == ["denoiser"] * 2 + ["denoiser-small"] * 2 + ["denoiser-own"] * 2
 
 
-def test_a_schedule_that_starts_later_switches_at_the_same_place() -> None:
+@pytest.mark.parametrize("part", ["s/from-2", "s/from-1"], ids=["plain", "two evaluations a step"])
+def test_a_schedule_that_starts_later_switches_at_the_same_evaluation(part: str) -> None:
     whole, small = two()
     task = whole.tasks["t"]
     late = dataclasses.replace(task.schedules["s"], steps=task.schedules["s"].steps[2:])
-    task = dataclasses.replace(task, schedules={**task.schedules, "s/from-2": late})
+    task = dataclasses.replace(task, schedules={**task.schedules, part: late})
     result = switch(dataclasses.replace(whole, tasks={"t": task}), {"small": small}, [("small", 0.5)])
-    assert used(result, "s/from-2") == ["denoiser"] + ["denoiser-small"] * 3
-
-
-def test_a_start_at_a_step_of_two_evaluations_switches_at_the_same_evaluation() -> None:
-    whole, small = two()
-    task = whole.tasks["t"]
-    late = dataclasses.replace(task.schedules["s"], steps=task.schedules["s"].steps[2:])
-    task = dataclasses.replace(task, schedules={**task.schedules, "s/from-1": late})
-    result = switch(dataclasses.replace(whole, tasks={"t": task}), {"small": small}, [("small", 0.5)])
-    assert used(result, "s/from-1") == ["denoiser"] + ["denoiser-small"] * 3
+    assert used(result, part) == ["denoiser"] + ["denoiser-small"] * 3
 
 
 def test_a_program_that_only_starts_from_pictures_is_held_against_another_s_sampler_too() -> None:

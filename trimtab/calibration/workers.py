@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 
 from trimtab.calibration.gates import Array, GatedDenoiser
 from trimtab.child import Child, NoAnswer, serve
 from trimtab.errors import CalibrationError, InputError, MissingDependency, first_line
 from trimtab.runtime.engines import MAX_THREADS
+from trimtab.weights import external_tensors, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -205,8 +205,7 @@ def _room(ray: Any, threads: int) -> tuple[int, int]:
 
 def _files(graph: Path) -> list[Path]:
     """The graph and the files that hold its weights, of all that lie beside it."""
-    weights = (value.const_value for value in ir.load(graph).graph.initializers.values())
-    names = {str(weight.location) for weight in weights if isinstance(weight, ir.ExternalTensor)}
+    names = {str(tensor.location) for tensor in external_tensors(load_model(graph))}
     return [graph, *(graph.parent / name for name in sorted(names))]
 
 

@@ -44,6 +44,7 @@ _OF_WRAPPER: Mapping[Callable[..., Denoiser], Callable[[PipelineParts], None]] =
     transformers.z_image: z_image,
     transformers.dit: dit,
 }
+"""Wrapper of a denoiser -> the family of its pipelines."""
 
 FAMILIES: Mapping[str, Callable[[PipelineParts], None]] = {
     name: _OF_WRAPPER[wrapper] for name, wrapper in WRAPPERS.items()

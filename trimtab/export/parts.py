@@ -247,26 +247,22 @@ class PipelineParts(Parts):
         """
         if reason := reads_no_pictures(self.source):
             raise ExportError(f"the denoiser reads a picture, and {reason}: choose another")
-        drawn = self.noise(f"{latents}_noise") if self.posterior else None
-        if drawn is not None:
-            self.inputs.append(drawn)
-        self.call(
-            "vae_encoder",
-            {"image": picture, "noise": drawn.name if drawn else START_NOISE},
-            {"latents": latents},
-        )
+        noise = START_NOISE
+        if self.posterior:
+            noise = f"{latents}_noise"
+            self.inputs.append(self.noise(noise))
+        self.call("vae_encoder", {"image": picture, "noise": noise}, {"latents": latents})
         self.conditioning[latents] = latents
 
     def look_at_picture(self) -> None:
         """Adds the picture that the denoiser changes by a text, of which it reads the latents."""
         self.posterior = False  # its mean, and nothing is drawn
-        self.inputs.append(TensorSpec("image", "float32", (1, "height", "width", 3), {"kind": "image"}))
+        self.inputs.append(picture_input("image", "image"))
         self.read_latents("image", "reference")
 
     def read_control(self) -> None:
         """Adds the picture that is drawn along."""
-        shape = (1, "height", "width", 3)
-        self.inputs.append(TensorSpec("control_image", "float32", shape, {"kind": "control"}))
+        self.inputs.append(picture_input("control_image", "control"))
 
     def read_guidance(self, inputs: dict[str, Example]) -> None:
         """Of a denoiser that reads the guidance scale itself (LCM, Flux, Sana-Sprint): no second, negative row."""
@@ -328,6 +324,11 @@ class PipelineParts(Parts):
             },
             ["sample"],
         )
+
+
+def picture_input(name: str, kind: str) -> TensorSpec:
+    """A program input of one picture for all."""
+    return TensorSpec(name, "float32", (1, "height", "width", 3), {"kind": kind})
 
 
 def reads_no_pictures(source: Source) -> str | None:

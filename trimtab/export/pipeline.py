@@ -130,7 +130,6 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
         ExportError: The scheduler has no table, or the denoiser's graph cannot take it in.
     """
     _choose_size(parts, size)
-    parts.choose_tasks()
     tables = probe_tasks(parts, sampling)
     planned, sampler = plan_tasks(parts, tables)
     tasks = follow_size(parts, sampling, planned)

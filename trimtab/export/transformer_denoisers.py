@@ -41,9 +41,8 @@ def flux_control(source: Source, transformer: Any) -> Denoiser:
 
 def flux_fill(source: Source, transformer: Any) -> Denoiser:
     channels, factor = latent_space(source)
-    _check_channels(
-        source, transformer, packed=4, beside=channels + factor**2
-    )  # the mask's pixels are stacked
+    pixels = factor**2  # of the mask, stacked along channels
+    _check_channels(source, transformer, packed=4, beside=channels + pixels)
     return FluxTransformer(transformer)
 
 

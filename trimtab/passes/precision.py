@@ -291,9 +291,8 @@ class _Rewrite:
             elif value not in born:
                 self._read_by(self._cast(value, self.dtype, self.suffix), places)
         for value in made:
-            others = {use for use in value.uses() if use.node.op_type not in TYPELESS} - lower.get(
-                value, set()
-            )
+            low = lower.get(value, set())
+            others = {use for use in value.uses() if use not in low and use.node.op_type not in TYPELESS}
             value.type = ir.TensorType(self.dtype)
             if value.is_graph_output():
                 self._give_as_float(value, others)

@@ -128,11 +128,13 @@ def choose_schedule(
     able = possible_strengths(task, name)
     if not able:
         raise BundleError(f"{name} cannot start from a picture: compile the bundle again")
-    what = f"the strength {share} leaves {'too few' if task.strength_steps else 'none'} of {total} steps"
-    raise InputError(
-        f"{what if start >= total or task.strength_steps else f'{name} cannot start at step {start}'}: use strength "
-        f"{min(able, key=lambda each: abs(each - share)):g}"
-    )
+    if task.strength_steps:
+        what = f"the strength {share} leaves too few of {total} steps"
+    elif start >= total:
+        what = f"the strength {share} leaves none of {total} steps"
+    else:
+        what = f"{name} cannot start at step {start}"
+    raise InputError(f"{what}: use strength {min(able, key=lambda each: abs(each - share)):g}")
 
 
 def _whole_steps(task: Task, name: str) -> int:

@@ -75,6 +75,7 @@ def export_onnx(
         add_prologue(files, opened[table.name], table, wires)
     whole_steps, rows = add_denoiser(files, opened[DENOISER], wires)
     add_decoder(files, opened.get(DECODER), parts)
+    parts.choose_tasks()
     program = finish(parts, Sampling(chosen, steps, parts.step_options | dict(step_options or {})), size)
     if whole_steps:
         _check_whole_steps(program, opened[DENOISER])

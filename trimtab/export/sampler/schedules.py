@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from trimtab.export.parts import START_NOISE, Parts
+from trimtab.export.parts import START_NOISE, Parts, picture_input
 from trimtab.export.sampler import SamplerTable, probe, scheduler_name
 from trimtab.program import DENOISER, STATE, Call, Schedule, Step, Task, TensorSpec, first_step
 
@@ -207,7 +207,7 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
     if name not in ("image-to-image", "inpainting"):
         return [*inputs, noise], prologue, conditioning
 
-    inputs.append(TensorSpec("image", "float32", (1, "height", "width", 3), {"kind": "image"}))
+    inputs.append(picture_input("image", "image"))
     own = name == "image-to-image" and parts.own_posteriors
     posterior = replace(noise, name="posterior_noise", source={"kind": "posterior_noise", "own": own})
     inputs += [posterior, noise] if parts.posterior else [noise]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
-from trimtab.export.parts import EVEN_LATENT, ROWS, Parts
+from trimtab.export.parts import EVEN_LATENT, ROWS, START_NOISE, Parts
 from trimtab.export.sampler.schedules import (
     MANY_TOKENS,
     Sampling,
@@ -37,7 +37,7 @@ from trimtab.export.sampler.schedules import (
     timesteps_options,
 )
 from trimtab.export.trace import Example, trace
-from trimtab.program import SHIFT, STATE, Call, Schedule, Step, Task
+from trimtab.program import SHIFT, Call, Schedule, Step, Task
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +212,7 @@ def shifted(parts: Parts, sampling: Sampling, tasks: Tasks) -> tuple[ShiftedTabl
     if not tables:
         return None, followed
     names = [_table_name(name) for name in tables]
-    call = Call(SHIFT, {"noise": f"{STATE}[0]"}, {name: name for name in names})
+    call = Call(SHIFT, {"noise": START_NOISE}, {name: name for name in names})
     followed = {name: _with_prologue(task, call) for name, task in followed.items()}
     rows = {name: tuple(numbers) for name, numbers in tables.items()}
     module = ShiftedTables(parts, config, sigmas, rows)
