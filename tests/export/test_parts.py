@@ -25,15 +25,14 @@ from graphs import run
 from tiny import clip_text, clip_tokenizer, unet
 
 from trimtab.errors import ExportError, InputError
-from trimtab.export.parts import (
-    Parts,
-    PipelineParts,
+from trimtab.export.examples import (
     halving_example,
     odd_latent,
     patched_example,
     sample_example,
     timestep_example,
 )
+from trimtab.export.parts import Parts, PipelineParts
 from trimtab.export.pipeline import _no_pictures, _own_scheduler, _warn_of_scaling
 from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sampler.schedules import Sampling, probe_tasks

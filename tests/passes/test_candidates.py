@@ -15,7 +15,7 @@ from chains import run_model
 from diffusers import UNet2DConditionModel
 
 from trimtab.errors import PassError
-from trimtab.export.parts import hidden_example, pooled_example, sample_example, timestep_example
+from trimtab.export.examples import hidden_example, pooled_example, sample_example, timestep_example
 from trimtab.export.trace import Example, trace
 from trimtab.export.unet_modules import ConditionalUNet, XLUNet
 from trimtab.passes.candidates import Candidates

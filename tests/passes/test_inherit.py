@@ -264,7 +264,7 @@ def test_branches_of_the_published_architectures_are_deepcaches(name: str, block
     import tiny
     import torch
 
-    from trimtab.export.parts import hidden_example, sample_example, timestep_example
+    from trimtab.export.examples import hidden_example, sample_example, timestep_example
     from trimtab.export.trace import trace
     from trimtab.export.unet_modules import ConditionalUNet
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 import torch
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export.encoders import Blend, MaskEncoder, VaeDecoder, VaeEncoder, latent_scale
+from trimtab.export.examples import EVEN_LATENT, ROWS
 from trimtab.export.source import Source, tokenizer_json
 from trimtab.export.trace import Example, trace
 from trimtab.program import DENOISER, STATE, TEXT, Call, TensorSpec
@@ -22,12 +23,6 @@ Keep = Callable[[str, ir.Model], ir.Model]
 
 START_NOISE = f"{STATE}[0]"
 """Slot where sampler tables look for the noise that sampling starts from."""
-
-# Example sizes for tracing. They differ from each other and from 0 and 1, which torch.export would take for constants.
-EVEN_LATENT = (12, 10)
-PATCHES = (6, 5)
-ROWS = 2
-TOKENS = 11
 
 
 @dataclass
@@ -337,62 +332,3 @@ def reads_no_pictures(source: Source) -> str | None:
     return (
         None if channels == 3 else f"the autoencoder reads pictures of {channels} channels, and 3 are given"
     )
-
-
-def odd_latent(halvings: int) -> tuple[int, int]:
-    """Sides for a U-Net's general path, in which an upsampler is told the size of its skip.
-
-    Three and two halves and one more are 2 where they have been halved to the end: a 1 would be taken for a constant.
-
-    Args:
-        halvings: How often the sides are halved, rounded up.
-    """
-    half = 2 ** max(halvings - 1, 2)
-    return 3 * half + 1, 2 * half + 1
-
-
-def sample_example(channels: int, latent: tuple[int, int] | None = None) -> Example:
-    """The denoiser's sample: (rows * batch, channels, h, w)."""
-    size = latent or odd_latent(3)
-    return Example(torch.randn(ROWS, channels, *size), ("prompts", None, "latent_height", "latent_width"))
-
-
-def patched_example(parts: Parts) -> Example:
-    """A sample of whole patches, and no more of them than a transformer's table of positions has."""
-    patch = parts.multiple // parts.factor
-    most = max(PATCHES) if parts.largest_side is None else parts.largest_side // parts.multiple
-    height, width = (patch * min(count, most) for count in PATCHES)
-    return sample_example(parts.channels, (height, width))
-
-
-def picture_example(parts: Parts) -> Example:
-    """Latents of a picture beside a sample of `patched_example`'s."""
-    sample = patched_example(parts)
-    return replace(sample, dims=("batch", *sample.dims[1:]))
-
-
-def halving_example(parts: Parts) -> Example:
-    """A sample for a U-Net whose upsamplers only double: its sides halve at every level."""
-    multiple = parts.multiple // parts.factor
-    sample = sample_example(parts.channels, (3 * multiple, 2 * multiple))
-    return replace(sample, multiples=dict.fromkeys(("latent_height", "latent_width"), multiple))
-
-
-def timestep_example() -> Example:
-    """The denoiser's time step: a float32 scalar."""
-    return Example(torch.tensor(500.0))
-
-
-def hidden_example(width: int) -> Example:
-    """Text embeddings: (rows * batch, tokens, width)."""
-    return Example(torch.randn(ROWS, TOKENS, width), ("prompts", "tokens", None))
-
-
-def pooled_example(width: int) -> Example:
-    """Pooled text embeddings: (rows * batch, width)."""
-    return Example(torch.randn(ROWS, width), ("prompts", None))
-
-
-def tokens_example() -> Example:
-    """Token ids: (rows * batch, tokens)."""
-    return Example(torch.randint(3, 30, (ROWS, TOKENS)), ("prompts", "tokens"))

@@ -11,7 +11,8 @@ import torch
 
 from trimtab.errors import ExportError, first_line
 from trimtab.export import encoders
-from trimtab.export.parts import ROWS, TOKENS, PipelineParts, tokens_example
+from trimtab.export.examples import ROWS, TOKENS, mask_example, tokens_example
+from trimtab.export.parts import PipelineParts
 from trimtab.export.trace import Example
 from trimtab.program import TensorSpec
 
@@ -40,7 +41,7 @@ def clip(
     inputs = {"tokens": tokens_example()}
     wires = {"tokens": tokens}
     if masks:
-        inputs["attention_mask"] = Example(example_mask(), ("prompts", "tokens"))
+        inputs["attention_mask"] = mask_example()
         wires["attention_mask"] = f"{tokens}_mask"
     parts.add("text_encoder" + suffix, encoders.ClipText(model, hidden, pooled), inputs, outputs)
     parts.call("text_encoder" + suffix, wires, {n: n + suffix for n in outputs})
@@ -60,7 +61,7 @@ def masked_t5(parts: PipelineParts, length: int) -> None:
     parts.add(
         "text_encoder",
         encoders.MaskedT5Text(parts.source.load("text_encoder")),
-        {"tokens": tokens_example(), "attention_mask": Example(example_mask(), ("prompts", "tokens"))},
+        {"tokens": tokens_example(), "attention_mask": mask_example()},
         ["hidden", "mask"],
     )
     parts.call(
@@ -137,7 +138,7 @@ def chat(
     parts.add(
         "text_encoder",
         encoders.ChatText(model, layers, masks),
-        {"tokens": tokens_example(), "attention_mask": Example(example_mask(), ("prompts", "tokens"))},
+        {"tokens": tokens_example(), "attention_mask": mask_example()},
         ["hidden", "mask"] if masks else ["hidden"],
     )
     parts.call(
@@ -175,10 +176,3 @@ def _around(tokenizer: Any, thinking: bool) -> tuple[str, str]:
             "the tokenizer's chat template changes the prompt, and one that writes around it is supported: give another"
         )
     return before, after
-
-
-def example_mask() -> torch.Tensor:
-    """Which tokens of `tokens_example` are words: (rows * batch, tokens) int64."""
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
-    mask[0, TOKENS // 2 :] = 0
-    return mask

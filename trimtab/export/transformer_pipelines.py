@@ -15,16 +15,16 @@ import torch
 from trimtab.errors import InputError
 from trimtab.export import encoders, texts, transformer_modules
 from trimtab.export.denoisers import denoiser_module
-from trimtab.export.parts import (
+from trimtab.export.examples import (
     ROWS,
     TOKENS,
-    PipelineParts,
     hidden_example,
     patched_example,
     picture_example,
     pooled_example,
     timestep_example,
 )
+from trimtab.export.parts import PipelineParts
 from trimtab.export.trace import Example
 from trimtab.export.transformer_denoisers import Z_IMAGE_LENGTH, caption_width
 from trimtab.program import TensorSpec

@@ -11,9 +11,8 @@ import torch
 from trimtab.errors import ExportError
 from trimtab.export import encoders, texts, unet_modules
 from trimtab.export.denoisers import CONTROLNET, denoiser_module
-from trimtab.export.parts import (
+from trimtab.export.examples import (
     ROWS,
-    PipelineParts,
     halving_example,
     hidden_example,
     odd_latent,
@@ -21,6 +20,7 @@ from trimtab.export.parts import (
     sample_example,
     timestep_example,
 )
+from trimtab.export.parts import PipelineParts
 from trimtab.export.trace import Example
 from trimtab.export.unet_denoisers import SIZE_CONDITIONS, check_conditions
 from trimtab.program import TensorSpec

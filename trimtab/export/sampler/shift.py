@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.errors import TrimtabError
-from trimtab.export.parts import EVEN_LATENT, ROWS, START_NOISE, Parts
+from trimtab.export.examples import EVEN_LATENT, ROWS
+from trimtab.export.parts import START_NOISE, Parts
 from trimtab.export.sampler.schedules import (
     MANY_TOKENS,
     Sampling,
