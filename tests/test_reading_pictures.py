@@ -39,7 +39,11 @@ def of_diffusers(pipeline: Any, **given: Any) -> npt.NDArray[Any]:
     """Two pictures of one seed, in three steps."""
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(4)
-    options = {"num_inference_steps": 3, "num_images_per_prompt": 2, "output_type": "np", **SIZE}
+    options: dict[str, Any] = {"num_inference_steps": 3, "num_images_per_prompt": 2, "output_type": "np"}
+    if not type(pipeline).__name__.startswith(
+        "StableDiffusionInstruct"
+    ):  # it draws as large as the picture is
+        options |= SIZE
     pictures: npt.NDArray[Any] = pipeline(prompt=PROMPT, generator=generator, **options, **given).images
     return pictures
 
@@ -157,7 +161,10 @@ def editor(workshop: Path, pipeline_folder: BundleFolder) -> Iterator[Callable[[
         pipe.close()
 
 
-@pytest.mark.parametrize("family", ["flux_kontext", pytest.param("flux2", marks=pytest.mark.slow)])
+SLOW_EDITORS = [pytest.param(name, marks=pytest.mark.slow) for name in ("flux2", "pix2pix_xl")]
+
+
+@pytest.mark.parametrize("family", ["flux_kontext", "pix2pix", *SLOW_EDITORS])
 def test_a_picture_is_changed_as_diffusers_does_it(
     family: str, editor: Callable[[str], trimtab.Pipeline], diffusers_pipeline: Callable[[str], Any]
 ) -> None:
@@ -167,6 +174,43 @@ def test_a_picture_is_changed_as_diffusers_does_it(
     assert pipe.tasks == ("editing",)
     np.testing.assert_allclose(ours(pipe, image=picture()), expected, atol=1e-4)
     assert np.abs(ours(pipe, image=picture(1)) - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["pix2pix", pytest.param("pix2pix_xl", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("guidance", "of_picture", "negative"),
+    [(7.5, 1.0, None), (3.0, 2.5, "blue"), (1.0, 1.5, None)],
+)
+def test_text_and_picture_guide_as_in_diffusers(
+    guidance: float,
+    of_picture: float,
+    negative: str | None,
+    family: str,
+    editor: Callable[[str], trimtab.Pipeline],
+    diffusers_pipeline: Callable[[str], Any],
+) -> None:
+    given: dict[str, Any] = {"image": picture(), "negative_prompt": negative}
+    theirs = given | {"guidance_scale": guidance, "image_guidance_scale": of_picture}
+    expected = of_diffusers(diffusers_pipeline(family), **theirs)
+    pipe = editor(family)
+    drawn = ours(pipe, **given, guidance=guidance, image_guidance=of_picture)
+    np.testing.assert_allclose(drawn, expected, atol=1e-4)
+    assert np.abs(ours(pipe, **given) - expected).max() > 1e-3  # 7.5 and 1.5
+
+
+@pytest.mark.parametrize(
+    ("family", "scale", "reason"),
+    [
+        ("pix2pix", 0.5, "the image guidance scale 0.5 is below 1: give 1, which guides nothing, or more"),
+        ("pix2pix", np.nan, "is not a finite number of 32 bits"),
+        ("flux_kontext", 1.5, "this model has none, only InstructPix2Pix has: leave it out"),
+    ],
+)
+def test_an_image_guidance_scale_that_does_not_fit_is_refused(
+    family: str, scale: float, reason: str, editor: Callable[[str], trimtab.Pipeline]
+) -> None:
+    with pytest.raises(trimtab.TrimtabError, match=reason):
+        editor(family)(PROMPT, image=picture(), image_guidance=scale)
 
 
 @pytest.mark.parametrize("family", ["flux_kontext"])
@@ -216,12 +260,14 @@ def test_what_inpainting_lacks_is_said_before_an_engine_is_loaded(
         ("flux_control", "hands over both as one"),
         ("flux_fill", "hands over all three as one"),
         ("flux_kontext", "puts behind the sample's"),
+        ("pix2pix", "hands over a third row"),
     ],
 )
 def test_a_denoiser_that_reads_a_picture_is_no_drop_in(
     family: str, reason: str, editor: Callable[[str], trimtab.Pipeline], bundle_folder: BundleFolder
 ) -> None:
-    folder = editor(family).bundle.folder if family == "flux_kontext" else bundle_folder(family)
+    edits = family in ("flux_kontext", "pix2pix")
+    folder = editor(family).bundle.folder if edits else bundle_folder(family)
     original = torch.nn.Module()
     original.config = SimpleNamespace()
     with pytest.raises(trimtab.TrimtabError, match=reason):

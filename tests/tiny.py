@@ -44,8 +44,10 @@ from diffusers import (
     StableDiffusion3Pipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -254,6 +256,28 @@ def sd21_v(folder: Path) -> Any:
 def inpaint9(folder: Path) -> Any:
     return _stable_diffusion(
         folder, DDIMScheduler(**SD_BETAS), cls=StableDiffusionInpaintPipeline, in_channels=9, **ONE_LEVEL
+    )
+
+
+def pix2pix(folder: Path) -> Any:
+    return _stable_diffusion(
+        folder,
+        EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=0
+        ),
+        cls=StableDiffusionInstructPix2PixPipeline,
+        in_channels=8,
+        **ONE_LEVEL,
+    )
+
+
+def pix2pix_xl(folder: Path) -> Any:
+    parts = {
+        k: v for k, v in sdxl(folder).components.items() if k not in ("image_encoder", "feature_extractor")
+    }
+    widened = unet(**{**parts["unet"].config, "in_channels": 8})
+    return StableDiffusionXLInstructPix2PixPipeline(
+        **(parts | {"unet": widened}), add_watermarker=False, is_cosxl_edit=True
     )
 
 
@@ -641,6 +665,8 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
         sd_below,
         sd21_v,
         inpaint9,
+        pix2pix,
+        pix2pix_xl,
         controlnet,
         controlnet_xl,
         lcm,

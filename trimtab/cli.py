@@ -308,6 +308,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             strength=arguments.strength,
             control=arguments.control,
             control_scale=arguments.control_scale,
+            image_guidance=arguments.image_guidance,
             on_step=on_step,
         )
     paths = save(result.pixels, result.settings, arguments.output)

@@ -40,6 +40,7 @@ _DRIVEN_OTHERWISE = {
 _READ_OTHERWISE = {
     "control_scale": "holds its ControlNet with its U-Net, and diffusers runs them one after the other",
     "control": "reads a picture beside the sample, and diffusers' pipeline hands over both as one",
+    "image_guidance": "is guided by a picture, for which diffusers' pipeline hands over a third row",
     "reference": "looks at a picture, whose tokens diffusers' pipeline puts behind the sample's",
 }
 """The denoiser's input -> the same."""

@@ -124,6 +124,12 @@ def request_arguments(command: argparse.ArgumentParser) -> None:
         "--control-scale", type=float, metavar="S", help="how much --control counts (default 1)"
     )
     command.add_argument(
+        "--image-guidance",
+        type=float,
+        metavar="G",
+        help="guidance scale of --image (InstructPix2Pix, default 1.5)",
+    )
+    command.add_argument(
         "--seed", type=int, metavar="N", help="start noise as torch's CPU generator draws it"
     )
     command.add_argument("-n", "--count", type=int, default=1, metavar="COUNT", help="pictures")

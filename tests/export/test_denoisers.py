@@ -58,7 +58,7 @@ def test_it_takes_the_graphs_inputs_by_name(pipeline_folder: PipelineFolder) -> 
     assert prediction.shape == sample.shape and factor > 1
 
 
-def saved_xl(folder: Path, **config: Any) -> Source:
+def saved_xl(folder: Path, cls: str = "StableDiffusionXLPipeline", **config: Any) -> Source:
     """An SDXL pipeline as far as its denoiser goes, with another U-Net than that of the family."""
     made = unet(
         **TWO_LEVELS
@@ -69,7 +69,7 @@ def saved_xl(folder: Path, **config: Any) -> Source:
     made.save_pretrained(folder / "unet")
     vae().save_pretrained(folder / "vae")
     clip_text(projection=True).save_pretrained(folder / "text_encoder_2")
-    index: dict[str, Any] = {"_class_name": "StableDiffusionXLPipeline"}
+    index: dict[str, Any] = {"_class_name": cls}
     index |= {"unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {"text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -127,6 +127,21 @@ def test_an_sdxl_unet_with_an_aesthetic_score_is_refused(tmp_path: Path) -> None
 def test_a_unet_that_reads_a_mask_and_the_guidance_scale_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"reads a mask \(9 channels\) and the guidance scale"):
         denoiser_module(saved_xl(tmp_path, in_channels=9, time_cond_proj_dim=16))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"in_channels": 9}, "takes 9 channels, and StableDiffusionXLInstructPix2PixPipeline gives it 8"),
+        ({"in_channels": 8, "time_cond_proj_dim": 16}, "reads a picture and the guidance scale"),
+    ],
+)
+def test_a_unet_that_reads_something_else_than_the_picture_it_changes_is_refused(
+    config: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    source = saved_xl(tmp_path, cls="StableDiffusionXLInstructPix2PixPipeline", **config)
+    with pytest.raises(ExportError, match=reason):
+        check_denoiser(source)
 
 
 def test_a_learned_time_embedding_is_looked_up(tmp_path: Path) -> None:

@@ -105,6 +105,8 @@ def test_a_denoiser_that_reads_a_picture_needs_an_autoencoder_for_such(tmp_path:
         ("DDIMPipeline", "DDIMScheduler", True),
         ("DDPMPipeline", "DDPMScheduler", True),
         ("LatentConsistencyModelPipeline", "DDPMScheduler", True),
+        ("StableDiffusionControlNetPipeline", "DDPMScheduler", True),
+        ("StableDiffusionInstructPix2PixPipeline", "DDPMScheduler", True),
         ("StableDiffusionPipeline", "DDPMScheduler", False),
     ],
 )

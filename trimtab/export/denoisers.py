@@ -83,6 +83,8 @@ WRAPPERS: Mapping[str, Callable[..., Denoiser]] = {
     "StableDiffusionXLPipeline": unets.xl_unet,
     "StableDiffusionXLImg2ImgPipeline": unets.xl_unet,
     "StableDiffusionXLInpaintPipeline": unets.xl_unet,
+    "StableDiffusionInstructPix2PixPipeline": unets.editing_unet,
+    "StableDiffusionXLInstructPix2PixPipeline": unets.editing_xl_unet,
     "StableDiffusionControlNetPipeline": unets.controlled_unet,
     "StableDiffusionControlNetImg2ImgPipeline": unets.controlled_unet,
     "StableDiffusionControlNetInpaintPipeline": unets.controlled_unet,

@@ -30,8 +30,10 @@ def has_guidance(source: Source) -> bool:
 
 _OF_WRAPPER: Mapping[Callable[..., Denoiser], Callable[[PipelineParts], None]] = {
     unets.conditional_unet: stable_diffusion,
+    unets.editing_unet: stable_diffusion,
     unets.controlled_unet: stable_diffusion,
     unets.xl_unet: stable_diffusion_xl,
+    unets.editing_xl_unet: stable_diffusion_xl,
     unets.controlled_xl_unet: stable_diffusion_xl,
     unets.pixel_unet: unconditional,
     transformers.sd3: stable_diffusion_3,

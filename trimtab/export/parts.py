@@ -56,6 +56,7 @@ class Parts:
             asked for.
         strength_rounds_up: Whether ``steps * strength`` is rounded up to whole steps, or down.
         strength_steps: What strengths are shares of, where that is not a schedule's steps: see `trimtab.program.Task`.
+        picture_scale: What the latents of a given picture are multiplied by, where it is not the sample's scale.
         posterior: Latents are drawn from the distribution that a picture is encoded as; else they are its mean, or
             what an autoencoder without one gives.
         own_posteriors: In image-to-image, pictures with seeds of their own also draw for themselves from the
@@ -94,6 +95,7 @@ class Parts:
     strength: dict[str, float] = field(default_factory=dict)
     strength_rounds_up: bool = False
     strength_steps: int | None = None
+    picture_scale: float | None = None
     posterior: bool = True
     own_posteriors: bool = False
     inpainting_channels: bool = False
@@ -249,9 +251,10 @@ class PipelineParts(Parts):
         self.call("vae_encoder", {"image": picture, "noise": noise}, {"latents": latents})
         self.conditioning[latents] = latents
 
-    def look_at_picture(self) -> None:
-        """Adds the picture that the denoiser changes by a text, of which it reads the latents."""
+    def look_at_picture(self, scale: float | None = None) -> None:
+        """Adds the picture that the denoiser changes by a text, of which it reads the latents (``picture_scale``)."""
         self.posterior = False  # its mean, and nothing is drawn
+        self.picture_scale = scale
         self.inputs.append(picture_input("image", "image"))
         self.read_latents("image", "reference")
 
@@ -276,11 +279,11 @@ class PipelineParts(Parts):
         )
         if self.strength or any(call.segment == "vae_encoder" for call in self.prologue):
             # The encoder's sizes are counted in latents, so that no size is asked for that it would cut off.
-            unit = self.factor
+            unit, own = self.factor, self.picture_scale
             image = Example(torch.rand(1, height * unit, width * unit, 3), (None, "height", "width", None))
             self.add(
                 "vae_encoder",
-                VaeEncoder(vae, scale, shift, draws=self.posterior),
+                VaeEncoder(vae, *((scale, shift) if own is None else (own, 0.0)), draws=self.posterior),
                 {"image": image, "noise": latents},
                 ["latents"],
             )

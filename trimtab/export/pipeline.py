@@ -14,10 +14,10 @@ from trimtab.export.sampler import make_scheduler, probe
 from trimtab.export.sampler.schedules import Sampling, plan_tasks, probe_tasks, timesteps_options
 from trimtab.export.sampler.shift import follow_size
 from trimtab.export.sampler.walk import can_add_noise
-from trimtab.export.sizes import measure
+from trimtab.export.sizes import MENDING, measure
 from trimtab.export.source import Source
 from trimtab.export.transformer_pipelines import dit
-from trimtab.export.unet_pipelines import stable_diffusion, unconditional
+from trimtab.export.unet_pipelines import unconditional
 from trimtab.passes.sampler import FuseSampler
 from trimtab.program import (
     DENOISER,
@@ -162,14 +162,13 @@ def finish(parts: Parts, sampling: Sampling, size: tuple[int, int] | None = None
 def _own_scheduler(source: Source) -> Any:
     """The pipeline's scheduler, as the pipeline takes it.
 
-    DDIM's makes every scheduler one of DDIM; Stable Diffusion's mend its configuration, and LCM's does not.
+    DDIM's makes every scheduler one of DDIM; Stable Diffusion's own three mend its configuration.
     """
     scheduler = source.load("scheduler")
     if source.pipeline_class == "DDIMPipeline":
         return make_scheduler("ddim", {**scheduler.config, "_class_name": type(scheduler).__name__})
     mended = {}
-    mends = not _is_lcm(source)
-    if mends and FAMILIES[source.pipeline_class] is stable_diffusion:
+    if source.pipeline_class in MENDING:
         if scheduler.config.get("steps_offset", 1) != 1:
             mended["steps_offset"] = 1
         if source.pipeline_class == "StableDiffusionInpaintPipeline":

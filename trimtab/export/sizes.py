@@ -80,7 +80,7 @@ def measure(parts: PipelineParts) -> None:
             parts.multiple = 2 ** (len(config["block_out_channels"]) - 1)
         # Flux's configuration says no size; its pipeline's default is 128 latents of its autoencoder's.
         sides = config.get("sample_size") or (64 if source.pipeline_class.startswith("Flux2") else 128)
-        if source.pipeline_class in _MENDING and _is_old(config):
+        if source.pipeline_class in MENDING and _is_old(config):
             sides = max(sides, 64)
         height, width = (sides, sides) if isinstance(sides, int) else sides
         parts.size = (int(width) * parts.factor, int(height) * parts.factor)
@@ -103,8 +103,8 @@ def _halvings(up_blocks: Sequence[str]) -> int:
     return 1 if _TOLD_SIZES.issuperset(up_blocks[:-1]) else 2 ** (len(up_blocks) - 1)
 
 
-_MENDING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
-"""Pipelines that take a smaller size than 64 latents for an old error."""
+MENDING = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+"""Pipelines that mend what old configurations say: a size of less than 64 latents, and fields of the scheduler's."""
 
 
 def _is_old(config: Mapping[str, Any]) -> bool:

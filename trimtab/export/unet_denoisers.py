@@ -12,9 +12,11 @@ from trimtab.export.unet_modules import (
     ConditionalUNet,
     ControlledUNet,
     ControlledXLUNet,
+    EditingUNet,
     GuidedUNet,
     InpaintingUNet,
     PixelUNet,
+    XLEditingUNet,
     XLInpaintingUNet,
     XLUNet,
 )
@@ -37,6 +39,18 @@ def xl_unet(source: Source, unet: Any) -> Denoiser:
     _check_told(unet)
     wrapper = XLInpaintingUNet if _reads_mask(source, unet) else XLUNet
     return wrapper(unet, latent_space(source)[1])
+
+
+def editing_unet(source: Source, unet: Any) -> Denoiser:
+    _check_told(unet, addition_embed_type="text")
+    _check_edits(source, unet)
+    return EditingUNet(unet)
+
+
+def editing_xl_unet(source: Source, unet: Any) -> Denoiser:
+    _check_told(unet)
+    _check_edits(source, unet)
+    return XLEditingUNet(unet, latent_space(source)[1])
 
 
 def controlled_unet(source: Source, unet: Any, controlnet: Any) -> Denoiser:
@@ -87,7 +101,7 @@ def _reads_mask(source: Source, unet: Any) -> bool:
     if unet.config.in_channels not in (channels, 2 * channels + 1):
         raise ExportError(
             f"the U-Net takes {unet.config.in_channels} channels, and {channels} (plain) or {2 * channels + 1} "
-            "(inpainting) are supported: depth, upscaling and instruction models are not"
+            "(inpainting) are supported: depth and upscaling models are not"
         )
     inpainting = bool(unet.config.in_channels != channels)
     if inpainting and unet.config.time_cond_proj_dim is not None:
@@ -96,6 +110,25 @@ def _reads_mask(source: Source, unet: Any) -> bool:
             "(time_cond_proj_dim), and one of both is supported: give a plain LCM or a plain inpainting model"
         )
     return inpainting
+
+
+def _check_edits(source: Source, unet: Any) -> None:
+    """Refuses a U-Net that does not read a picture's latents beside the sample, or the guidance scale too.
+
+    Raises:
+        ExportError: With the reason.
+    """
+    wanted = 2 * latent_space(source)[0]
+    if unet.config.in_channels != wanted:
+        raise ExportError(
+            f"the U-Net takes {unet.config.in_channels} channels, and {source.pipeline_class} gives it {wanted}, its "
+            "sample's and a picture's: give another pipeline"
+        )
+    if unet.config.time_cond_proj_dim is not None:
+        raise ExportError(
+            "the U-Net reads a picture and the guidance scale (time_cond_proj_dim), and one of both is supported: give "
+            "another"
+        )
 
 
 def _check_controlled(source: Source, unet: Denoiser, controlnet: Any) -> None:

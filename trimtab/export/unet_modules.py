@@ -45,6 +45,51 @@ class InpaintingUNet(Denoiser):
         return self.model(sample, timestep, encoder_hidden_states, return_dict=False)[0]
 
 
+def _with_unseen(values: Tensor, batch: int) -> Tensor:
+    """The guidance rows of what a U-Net reads, and the first ones, the negative prompt's, once more behind them."""
+    return torch.cat([values, values[:batch]])
+
+
+def _seen(sample: Tensor, reference: Tensor) -> Tensor:
+    """A sample with the latents of the picture that is changed along its channels, and `_with_unseen` none.
+
+    sample: (rows * batch, C, h, w); reference: (batch, C, h, w). Returns ((rows + 1) * batch, 2 C, h, w).
+    """
+    pictures = torch.cat([for_rows(reference, sample), torch.zeros_like(reference)])
+    return torch.cat([_with_unseen(sample, reference.shape[0]), pictures], dim=1)
+
+
+def _guided_by_picture(prediction: Tensor, reference: Tensor, image_guidance: Tensor) -> Tensor:
+    """Moves the guidance rows of a prediction away from the last ones, which saw no picture.
+
+    With p, n and u what is predicted for the prompt, the negative prompt, and that without the picture, the sampler's
+    n' + s (p' - n') then is u + s (p - n) + t (n - u) (Brooks et al. 2023, https://arxiv.org/abs/2211.09800, eq. 3),
+    for the scales s of the text and t of the picture.
+    """
+    batch = reference.shape[0]
+    guided, unseen = prediction[:-batch], prediction[-batch:]
+    return guided + for_rows((image_guidance - 1) * (guided[:batch] - unseen), guided)
+
+
+class EditingUNet(Denoiser):
+    """InstructPix2Pix's U-Net, which reads the latents of the picture that it changes beside the sample.
+
+    reference: (batch, C, h, w); image_guidance: a scalar, 1 where the text does not guide either.
+    """
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        reference: Tensor,
+        image_guidance: Tensor,
+    ) -> Tensor:
+        text = _with_unseen(encoder_hidden_states, reference.shape[0])
+        prediction = self.model(_seen(sample, reference), timestep, text, return_dict=False)[0]
+        return _guided_by_picture(prediction, reference, image_guidance)
+
+
 def _guidance_frequencies(width: int) -> Tensor:
     """The frequencies of a guidance scale's embedding, (width // 2,).
 
@@ -135,6 +180,23 @@ class XLInpaintingUNet(XLUNet):
     ) -> Tensor:
         sample = _with_known(sample, mask, masked_latents)
         return super().forward(sample, timestep, encoder_hidden_states, text_embeds)
+
+
+class XLEditingUNet(XLUNet):
+    """The same as `EditingUNet` of SDXL."""
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        reference: Tensor,
+        image_guidance: Tensor,
+    ) -> Tensor:
+        text, pooled = (_with_unseen(x, reference.shape[0]) for x in (encoder_hidden_states, text_embeds))
+        prediction = super().forward(_seen(sample, reference), timestep, text, pooled)
+        return _guided_by_picture(prediction, reference, image_guidance)
 
 
 def _without_embedding(controlnet: Any) -> Any:

@@ -49,6 +49,9 @@ def stable_diffusion(parts: PipelineParts) -> None:
             strength = {"image-to-image": 0.8}
     elif isinstance(wrapper, unet_modules.ControlledUNet):
         _read_control(parts, inputs)
+    elif isinstance(wrapper, unet_modules.EditingUNet):
+        _change_picture(parts, inputs, 1.0)
+        strength = {}
     elif isinstance(wrapper, unet_modules.InpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
@@ -101,6 +104,10 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     elif isinstance(wrapper, unet_modules.ControlledXLUNet):
         _read_control(parts, inputs)
         strength["image-to-image"], parts.task_guidance = 0.8, {}  # as its own pipelines have it
+    elif isinstance(wrapper, unet_modules.XLEditingUNet):
+        cosxl = bool(source.index.get("is_cosxl_edit"))
+        _change_picture(parts, inputs, float(source.config("vae")["scaling_factor"]) if cosxl else 1.0)
+        strength = {}
     elif isinstance(wrapper, unet_modules.XLInpaintingUNet):
         inputs |= _known_examples(parts)
         parts.inpainting_channels = True
@@ -155,6 +162,17 @@ def _read_control(parts: PipelineParts, inputs: dict[str, Example]) -> None:
     features = torch.randn(1, controlnet.config.block_out_channels[0], *sample.tensor.shape[2:])
     inputs["control"] = Example(features, (None, None, "latent_height", "latent_width"), sample.multiples)
     inputs["control_scale"] = Example(torch.tensor(1.0))
+
+
+def _change_picture(parts: PipelineParts, inputs: dict[str, Example], scale: float) -> None:
+    """Of a denoiser that changes a picture: its latents, ``scale`` times, and how much it guides."""
+    parts.look_at_picture(scale)
+    parts.inputs.append(TensorSpec("image_guidance", "float32", (), {"kind": "image_guidance"}))
+    parts.conditioning["image_guidance"] = "image_guidance"
+    sample = inputs["sample"]
+    latents = torch.randn_like(sample.tensor)
+    inputs["reference"] = Example(latents, ("batch", *sample.dims[1:]), sample.multiples)
+    inputs["image_guidance"] = Example(torch.tensor(1.5))
 
 
 def _join_xl_examples(parts: PipelineParts, pooled: int) -> dict[str, Example]:

@@ -44,6 +44,7 @@ class Asked:
     strength: float | None = None
     control: str | Path | Image | Pixels | None = None
     control_scale: float | None = None
+    image_guidance: float | None = None
 
 
 def check_count(count: int, size: tuple[int, int]) -> None:
@@ -82,9 +83,7 @@ def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float 
     if task.guidance is None:
         check_guidance(guidance, has_guidance=False)
         return 1.0, 1
-    scale = number("guidance scale", task.guidance if guidance is None else guidance)
-    if not abs(scale) <= float(np.finfo(np.float32).max):  # NaN neither
-        raise InputError(f"the guidance scale {scale} is not a finite number of 32 bits: give a smaller one")
+    scale = _finite("guidance scale", task.guidance if guidance is None else guidance)
     # As in diffusers, a scale of 1 or less, or of 0 for some, turns classifier-free guidance off.
     mix = kinds.get("mix")
     rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > unguided(kinds) else 1
@@ -287,9 +286,30 @@ def control_scale(kinds: Mapping[str, TensorSpec], picture: object, scale: float
         raise InputError(
             "a control scale was given and this model has none, only ControlNets do: leave it out"
         )
-    found = 1.0 if scale is None else number("control scale", scale)
-    if not np.isfinite(np.float32(found)):
-        raise InputError(f"the control scale {found} is not a finite number of 32 bits: give a smaller one")
+    return _finite("control scale", 1.0 if scale is None else scale)
+
+
+def image_guidance_scale(kinds: Mapping[str, TensorSpec], scale: float | None) -> float:
+    """The guidance scale of the picture that is changed, 1.5 by default as in diffusers; 1 for a model without."""
+    if "image_guidance" not in kinds:
+        if scale is not None:
+            raise InputError(
+                "an image guidance scale was given and this model has none, only InstructPix2Pix has: leave it out"
+            )
+        return 1.0
+    found = _finite("image guidance scale", 1.5 if scale is None else scale)
+    if found < 1:
+        raise InputError(
+            f"the image guidance scale {found:g} is below 1: give 1, which guides nothing, or more"
+        )
+    return found
+
+
+def _finite(what: str, value: Any) -> float:
+    """A number that float32 holds."""
+    found = number(what, value)
+    if not abs(found) <= float(np.finfo(np.float32).max):  # NaN neither
+        raise InputError(f"the {what} {found} is not a finite number of 32 bits: give a smaller one")
     return found
 
 

@@ -46,6 +46,7 @@ class Request:
         mask: (1, height, width, 1) in 0..1, or None.
         control: (1, height, width, 3) in 0..1, what a ControlNet draws along, or None.
         control_scale: How much it does.
+        image_guidance: The guidance scale of the picture that is changed.
         noise: Where all random numbers come from, in the order of the task's inputs and steps.
         tokenizers: The bundle's, by name.
         tokens: Of every text, where inputs leave their number open (`text_length`).
@@ -64,6 +65,7 @@ class Request:
     mask: Array | None = None
     control: Array | None = None
     control_scale: float = 1.0
+    image_guidance: float = 1.0
     tokenizers: Mapping[str, Tokenizer] = field(default_factory=dict)
     tokens: int = 0
 
@@ -355,6 +357,11 @@ def _control_scale(spec: TensorSpec, request: Request) -> Array:
     return np.array(request.control_scale, np.float32)
 
 
+def _image_guidance(spec: TensorSpec, request: Request) -> Array:
+    """The scale; 1, which changes nothing, where the text does not guide either."""
+    return np.array(request.image_guidance if request.rows == 2 else 1.0, np.float32)
+
+
 def _window_shifts(spec: TensorSpec, request: Request) -> Array:
     """Shifts of attention windows, drawn from the first seed by a generator of their own: noise stays diffusers'."""
     generator = np.random.RandomState(request.noise.seeds[0] & 0xFFFFFFFF)
@@ -375,6 +382,7 @@ SOURCES: Mapping[str, Callable[[TensorSpec, Request], Array]] = {
     "mask": _mask,
     "control": _control,
     "control_scale": _control_scale,
+    "image_guidance": _image_guidance,
     "window_shifts": _window_shifts,
 }
 """Kind of input -> what makes it."""

@@ -25,6 +25,7 @@ from trimtab.runtime.arguments import (
     control_scale,
     for_size,
     guidance_scale,
+    image_guidance_scale,
     number,
     plain,
     whole_size,
@@ -163,6 +164,7 @@ class Pipeline:
         strength: float | None = None,
         control: str | Path | Image | Pixels | None = None,
         control_scale: float | None = None,
+        image_guidance: float | None = None,
         on_step: OnStep | None = None,
     ) -> Result:
         """Makes pictures. Threads that share a pipeline take turns.
@@ -184,6 +186,7 @@ class Pipeline:
             control: What a model with a ControlNet or a Flux Control draws along, as a file, PIL, or
                 (height, width, 3) in 0..1: edges, depth or a pose, whatever it was trained on.
             control_scale: How much it counts for a ControlNet; None for 1.
+            image_guidance: InstructPix2Pix's guidance scale of the picture, 1 or more; None for 1.5.
             on_step: Told (steps done, steps in all). It may raise to end the call, and may not draw with this pipeline.
 
         Raises:
@@ -205,6 +208,7 @@ class Pipeline:
             strength,
             control,
             control_scale,
+            image_guidance,
         )
         with self._turn:
             if self._drawing:  # this thread, from within on_step
@@ -271,6 +275,7 @@ class Pipeline:
         batch = len(prompts) or len(labels) or asked.count
         scale, rows = guidance_scale(task, kinds, asked.guidance)
         control = control_scale(kinds, asked.control, asked.control_scale)
+        image_scale = image_guidance_scale(kinds, asked.image_guidance)
         seeds = all_seeds(asked.seed, batch)
         negative = asked.negative_prompt
         whole = Request(
@@ -287,6 +292,7 @@ class Pipeline:
             mask=None if asked.mask is None else read_image(asked.mask, size, gray=True),
             control=None if asked.control is None else read_image(asked.control, size),
             control_scale=control,
+            image_guidance=image_scale,
             tokenizers=self._load_tokenizers(),
         )
         # Engines of fixed sizes take the longest text.
@@ -313,6 +319,7 @@ class Pipeline:
             "tile": self._tile,
             "strength": task.strength if asked.strength is None else number("strength", asked.strength),
             "control_scale": control if "control_scale" in kinds else None,
+            "image_guidance": image_scale if "image_guidance" in kinds else None,
             "model": contents.metadata.get("pipeline"),
             "trimtab": contents.version,
             "count": batch,
