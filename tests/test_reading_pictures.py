@@ -40,9 +40,8 @@ def of_diffusers(pipeline: Any, **given: Any) -> npt.NDArray[Any]:
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator("cpu").manual_seed(4)
     options: dict[str, Any] = {"num_inference_steps": 3, "num_images_per_prompt": 2, "output_type": "np"}
-    if not type(pipeline).__name__.startswith(
-        "StableDiffusionInstruct"
-    ):  # it draws as large as the picture is
+    as_given = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLImg2ImgPipeline")
+    if type(pipeline).__name__ not in as_given:  # they draw as large as their picture is
         options |= SIZE
     pictures: npt.NDArray[Any] = pipeline(prompt=PROMPT, generator=generator, **options, **given).images
     return pictures
@@ -211,6 +210,42 @@ def test_an_image_guidance_scale_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(trimtab.TrimtabError, match=reason):
         editor(family)(PROMPT, image=picture(), image_guidance=scale)
+
+
+@pytest.mark.parametrize("family", ["sdxl_refiner"])
+@pytest.mark.parametrize(
+    ("task", "given"),
+    [
+        ("image-to-image", {"strength": 0.7}),
+        ("image-to-image", {"guidance": 1.0, "strength": 1.0}),
+        ("inpainting", {"negative_prompt": "blue", "strength": 0.7}),
+    ],
+)
+def test_a_refiner_goes_on_from_pictures_as_in_diffusers(
+    task: str,
+    given: dict[str, Any],
+    family: str,
+    bundle_folder: BundleFolder,
+    diffusers_pipeline: Callable[[str], Any],
+) -> None:
+    from diffusers import StableDiffusionXLInpaintPipeline
+
+    pipeline = diffusers_pipeline(family)
+    given = given | {"image": picture()}
+    theirs = {"guidance_scale" if name == "guidance" else name: value for name, value in given.items()}
+    if task == "inpainting":
+        config = {
+            name: pipeline.config[name]
+            for name in ("requires_aesthetics_score", "force_zeros_for_empty_prompt")
+        }
+        pipeline = StableDiffusionXLInpaintPipeline(**pipeline.components, **config, add_watermarker=False)
+        given["mask"] = theirs["mask_image"] = mask()
+    expected = of_diffusers(pipeline, **theirs)
+    with trimtab.load(bundle_folder(family)) as pipe:
+        assert pipe.tasks == ("image-to-image", "inpainting")
+        np.testing.assert_allclose(ours(pipe, **given), expected, atol=1e-4)
+        with pytest.raises(trimtab.TrimtabError, match="needs a picture and none was given"):
+            pipe(PROMPT)
 
 
 @pytest.mark.parametrize("family", ["flux_kontext"])

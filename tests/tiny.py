@@ -47,6 +47,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -271,13 +272,26 @@ def pix2pix(folder: Path) -> Any:
     )
 
 
+def _sdxl_parts(folder: Path, **config: Any) -> dict[str, Any]:
+    """The components of SDXL with another, shallow U-Net."""
+    parts = sdxl(folder).components
+    shallow = {"transformer_layers_per_block": 1, "attention_head_dim": 2, **ONE_LEVEL}
+    parts["unet"] = unet(**{**parts["unet"].config, **shallow, **config})
+    return {name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")}
+
+
 def pix2pix_xl(folder: Path) -> Any:
-    parts = {
-        k: v for k, v in sdxl(folder).components.items() if k not in ("image_encoder", "feature_extractor")
-    }
-    widened = unet(**{**parts["unet"].config, "in_channels": 8})
-    return StableDiffusionXLInstructPix2PixPipeline(
-        **(parts | {"unet": widened}), add_watermarker=False, is_cosxl_edit=True
+    parts = _sdxl_parts(folder, in_channels=8)
+    return StableDiffusionXLInstructPix2PixPipeline(**parts, add_watermarker=False, is_cosxl_edit=True)
+
+
+def sdxl_refiner(folder: Path) -> Any:
+    told = {"projection_class_embeddings_input_dim": 8 * 5 + 16, "cross_attention_dim": 16}
+    return StableDiffusionXLImg2ImgPipeline(
+        **(_sdxl_parts(folder, **told) | {"text_encoder": None, "tokenizer": None}),
+        add_watermarker=False,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
     )
 
 
@@ -667,6 +681,7 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
         inpaint9,
         pix2pix,
         pix2pix_xl,
+        sdxl_refiner,
         controlnet,
         controlnet_xl,
         lcm,

@@ -28,7 +28,7 @@ from trimtab.export.trace import Example, trace
 from trimtab.export.transformer_denoisers import caption_width
 from trimtab.export.transformer_modules import PixArtTransformer
 from trimtab.export.unet_denoisers import check_conditions
-from trimtab.export.unet_modules import GuidedUNet, PixelUNet
+from trimtab.export.unet_modules import GuidedUNet, PixelUNet, XLRefiningUNet
 
 PipelineFolder = Callable[[str], Path]
 
@@ -118,10 +118,24 @@ def test_a_graph_is_told_the_guidance_scale_as_exactly_as_torch(scale: float) ->
     assert np.abs(found - expected.numpy()).max() <= 1e-6
 
 
-def test_an_sdxl_unet_with_an_aesthetic_score_is_refused(tmp_path: Path) -> None:
-    check_conditions(saved_xl(tmp_path))
-    with pytest.raises(ExportError, match="reads 5 conditions beside the text, and 6 are supported"):
-        check_conditions(saved_xl(tmp_path, projection_class_embeddings_input_dim=8 * 5 + 16))
+@pytest.mark.parametrize(("refines", "told"), [(False, 6), (True, 5)])
+def test_an_sdxl_unet_is_told_what_its_pipeline_tells_it(tmp_path: Path, refines: bool, told: int) -> None:
+    def source(count: int, **config: Any) -> Source:
+        found = saved_xl(tmp_path, projection_class_embeddings_input_dim=8 * count + 16, **config)
+        found.index["requires_aesthetics_score"] = refines
+        return found
+
+    check_conditions(source(told))
+    wrapper = denoiser_module(source(told))
+    assert isinstance(wrapper, XLRefiningUNet) is refines
+    other = 11 - told
+    with pytest.raises(
+        ExportError, match=f"reads {other} conditions beside the text, and {told} are what its"
+    ):
+        check_conditions(source(other))
+    if refines:
+        with pytest.raises(ExportError, match="a refiner is supported that reads neither"):
+            check_denoiser(source(told, in_channels=9))
 
 
 def test_a_unet_that_reads_a_mask_and_the_guidance_scale_is_refused(tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ BundleFolder = Callable[[str], Path]
     [
         ("sd15", 11, {"prompt": "a red circle"}),
         ("ddpm", 8, {}),
+        (
+            "pix2pix",
+            5,
+            {"prompt": "a red circle", "image": np.full((64, 64, 3), 0.25, np.float32)},
+        ),  # a row more
         ("pixart_sigma", 2, {"prompt": "a red circle"}),  # of which one is made of the other
         ("dit", 2, {"label": 3}),
         ("z_image", 5, {"prompt": "a red circle", "size": (64, 64)}),

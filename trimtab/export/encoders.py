@@ -129,13 +129,16 @@ class ChatText(nn.Module):
 
 
 class JoinXLText(nn.Module):
-    """SDXL's two encoders side by side; an absent negative prompt is zeros where the pipeline says so."""
+    """SDXL's two encoders side by side, or the second alone; a negative prompt that is absent may be zeros.
+
+    given: (rows, 1), 0 for rows of an absent negative prompt, else 1.
+    """
 
     def forward(
-        self, hidden: Tensor, hidden_2: Tensor, pooled_2: Tensor, given: Tensor
+        self, hidden_2: Tensor, pooled_2: Tensor, given: Tensor, hidden: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        # given (rows, 1): 0 for rows of an absent negative prompt, else 1.
-        return torch.cat([hidden, hidden_2], dim=-1) * given[..., None], pooled_2 * given
+        both = hidden_2 if hidden is None else torch.cat([hidden, hidden_2], dim=-1)
+        return both * given[..., None], pooled_2 * given
 
 
 class JoinSD3Text(nn.Module):

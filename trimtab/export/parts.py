@@ -61,6 +61,7 @@ class Parts:
             what an autoencoder without one gives.
         own_posteriors: In image-to-image, pictures with seeds of their own also draw for themselves from the
             posterior of the picture that they start from.
+        refines: The denoiser is for pictures that have been drawn, and starts from nothing else.
         inpainting_channels: The denoiser reads mask and masked picture itself.
         mask_pixels: Of such a mask it reads every pixel, stacked along channels, and not one for each latent.
         masked_first: A masked picture is encoded, and drawn from its posterior, before all else; or behind the noise.
@@ -98,6 +99,7 @@ class Parts:
     picture_scale: float | None = None
     posterior: bool = True
     own_posteriors: bool = False
+    refines: bool = False
     inpainting_channels: bool = False
     mask_pixels: bool = False
     masked_first: bool = False
@@ -116,8 +118,8 @@ class Parts:
 
     @property
     def from_noise(self) -> str | None:
-        """The task that starts from noise alone, or None for a denoiser that only inpaints."""
-        if self.inpainting_channels:
+        """The task that starts from noise alone, or None for a denoiser that only inpaints or refines."""
+        if self.inpainting_channels or self.refines:
             return None
         kinds = {spec.source.get("kind") for spec in self.inputs}
         if "image" in kinds:
@@ -148,8 +150,9 @@ class Parts:
             self.strength = dict(strength)
             if self.inpainting_channels:
                 self.strength.pop("image-to-image", None)
-        elif self.inpainting_channels:
-            raise ExportError(f"the denoiser is for inpainting, and {self.no_pictures}: choose another")
+        elif self.from_noise is None:
+            what = "inpainting" if self.inpainting_channels else "pictures that have been drawn"
+            raise ExportError(f"the denoiser is for {what}, and {self.no_pictures}: choose another")
         elif strength:
             logger.info("%s are left out: %s", " and ".join(strength), self.no_pictures)
 

@@ -18,6 +18,7 @@ from trimtab.export.unet_modules import (
     PixelUNet,
     XLEditingUNet,
     XLInpaintingUNet,
+    XLRefiningUNet,
     XLUNet,
 )
 
@@ -37,8 +38,14 @@ def conditional_unet(source: Source, unet: Any) -> Denoiser:
 
 def xl_unet(source: Source, unet: Any) -> Denoiser:
     _check_told(unet)
-    wrapper = XLInpaintingUNet if _reads_mask(source, unet) else XLUNet
-    return wrapper(unet, latent_space(source)[1])
+    inpainting, factor = _reads_mask(source, unet), latent_space(source)[1]
+    if refines(source):
+        if inpainting or unet.config.time_cond_proj_dim is not None:
+            raise ExportError(
+                "the U-Net reads a mask or the guidance scale, and a refiner is supported that reads neither: give that"
+            )
+        return XLRefiningUNet(unet, factor)
+    return XLInpaintingUNet(unet, factor) if inpainting else XLUNet(unet, factor)
 
 
 def editing_unet(source: Source, unet: Any) -> Denoiser:
@@ -154,12 +161,18 @@ def _check_controlled(source: Source, unet: Denoiser, controlnet: Any) -> None:
         )
 
 
-SIZE_CONDITIONS = 6
-"""Numbers that SDXL's U-Net is told: the picture's size, what was cut off, and the size asked for."""
+def refines(source: Source) -> bool:
+    """Whether an SDXL pipeline is a refiner's, which is told how beautiful a picture is to be."""
+    return bool(source.index.get("requires_aesthetics_score"))
+
+
+def conditions(source: Source) -> int:
+    """How many numbers SDXL's U-Net is told: the size, what was cut off, and the size asked for, or a score."""
+    return 5 if refines(source) else 6
 
 
 def check_conditions(source: Source) -> None:
-    """Refuses an SDXL U-Net that is told something else than sizes beside the text.
+    """Refuses an SDXL U-Net that is told something else beside the text than its pipeline tells it.
 
     Raises:
         ExportError: It has other conditions.
@@ -173,8 +186,8 @@ def check_conditions(source: Source) -> None:
         )
     pooled = text.get("projection_dim", 512)  # CLIP's default, which is left out
     found = (projected - pooled) / width
-    if found != SIZE_CONDITIONS:
+    if found != conditions(source):
         raise ExportError(
-            f"the U-Net reads {found:g} conditions beside the text, and {SIZE_CONDITIONS} are supported, as SDXL's "
-            "base has them: an aesthetic score, as refiners have it, is not"
+            f"the U-Net reads {found:g} conditions beside the text, and {conditions(source)} are what its pipeline "
+            "gives (6, or 5 of a refiner, whose model_index.json says requires_aesthetics_score): save it as it is run"
         )

@@ -166,6 +166,36 @@ class XLUNet(Denoiser):
         )[0]
 
 
+class XLRefiningUNet(Denoiser):
+    """The U-Net of SDXL's refiner, which is told a score in the place of the size asked for.
+
+    positive: (rows, 1), 1 for rows of prompts, 0 for negative ones. The scores are those that diffusers tells it.
+    """
+
+    SCORE, NEGATIVE_SCORE = 6.0, 2.5
+
+    def __init__(self, model: nn.Module, factor: int) -> None:
+        super().__init__(model)
+        self.factor = factor
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        text_embeds: Tensor,
+        positive: Tensor,
+    ) -> Tensor:
+        height, width = pixels(sample, self.factor)
+        crop = torch.zeros_like(height)
+        score = self.NEGATIVE_SCORE + (self.SCORE - self.NEGATIVE_SCORE) * positive
+        told = torch.cat([height, width, crop, crop, score], dim=1)
+        conditions = {"text_embeds": text_embeds, "time_ids": told}
+        return self.model(
+            sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False
+        )[0]
+
+
 class XLInpaintingUNet(XLUNet):
     """SDXL's U-Net with 9 input channels."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from trimtab.errors import ExportError
 from trimtab.export import encoders, texts, unet_modules
 from trimtab.export.denoisers import CONTROLNET, denoiser_module
 from trimtab.export.examples import (
@@ -22,7 +21,7 @@ from trimtab.export.examples import (
 )
 from trimtab.export.parts import PipelineParts
 from trimtab.export.trace import Example
-from trimtab.export.unet_denoisers import SIZE_CONDITIONS, check_conditions
+from trimtab.export.unet_denoisers import check_conditions, conditions
 from trimtab.program import TensorSpec
 
 CONTROL_ENCODER = "control_encoder"
@@ -62,33 +61,32 @@ def stable_diffusion(parts: PipelineParts) -> None:
 
 
 def stable_diffusion_xl(parts: PipelineParts) -> None:
-    """SDXL: two CLIPs side by side, added time ids."""
+    """SDXL: two CLIPs side by side, or of a refiner the second; added time ids."""
     source = parts.source
-    if not source.has("text_encoder"):
-        raise ExportError(
-            "this SDXL pipeline has one text encoder (a refiner), and trimtab takes the base model: give that"
-        )
     check_conditions(source)
+    both = source.has("text_encoder")
     # The pooled text is that of the first encoder which projects it.
-    first = source.class_name("text_encoder") == source.class_name("text_encoder_2")
-    texts.clip(parts, "", "penultimate", "projected" if first else None)
+    first = both and source.class_name("text_encoder") == source.class_name("text_encoder_2")
+    if both:
+        texts.clip(parts, "", "penultimate", "projected" if first else None)
     texts.clip(parts, "_2", "penultimate", None if first else "projected")
     zeros = bool(source.index.get("force_zeros_for_empty_prompt", True))
     parts.inputs.append(TensorSpec("given", "float32", ("rows*batch", 1), {"kind": "given", "zeros": zeros}))
     wrapper = denoiser_module(source)
     config = wrapper.model.config
-    pooled = int(config.projection_class_embeddings_input_dim) - SIZE_CONDITIONS * int(
-        config.addition_time_embed_dim
-    )
-    parts.add(
-        "text_join",
-        encoders.JoinXLText(),
-        _join_xl_examples(parts, pooled),
-        ["encoder_hidden_states", "text_embeds"],
-    )
-    text = {"hidden": "hidden", "hidden_2": "hidden_2", "pooled_2": "pooled" if first else "pooled_2"}
+    told = conditions(source) * int(config.addition_time_embed_dim)
+    pooled = int(config.projection_class_embeddings_input_dim) - told
+    joined = {
+        "hidden_2": hidden_example(parts.output_width("text_encoder_2", "hidden")),
+        "pooled_2": pooled_example(pooled),
+        "given": Example(torch.ones(ROWS, 1), ("prompts", None)),
+    }
+    if both:
+        joined["hidden"] = hidden_example(parts.output_width("text_encoder", "hidden"))
+    parts.add("text_join", encoders.JoinXLText(), joined, ["encoder_hidden_states", "text_embeds"])
     parts.conditioning = {"encoder_hidden_states": "encoder_hidden_states", "text_embeds": "text_embeds"}
-    parts.call("text_join", {**text, "given": "given"}, parts.conditioning)
+    wires = {name: name for name in joined} | {"pooled_2": "pooled" if first else "pooled_2"}
+    parts.call("text_join", wires, parts.conditioning)
     inputs = {
         "sample": _unet_sample(parts),
         "timestep": timestep_example(),
@@ -99,7 +97,12 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     strength = {"image-to-image": 0.3, "inpainting": 0.9999}
     parts.own_posteriors = True
     parts.task_guidance = {"inpainting": 7.5}
-    if config.time_cond_proj_dim is not None:
+    if isinstance(wrapper, unet_modules.XLRefiningUNet):
+        inputs["positive"] = Example(torch.ones(ROWS, 1), ("prompts", None))
+        parts.inputs.append(TensorSpec("positive", "float32", ("rows*batch", 1), {"kind": "positive"}))
+        parts.conditioning["positive"] = "positive"
+        parts.refines = True
+    elif config.time_cond_proj_dim is not None:
         parts.read_guidance(inputs)
     elif isinstance(wrapper, unet_modules.ControlledXLUNet):
         _read_control(parts, inputs)
@@ -173,12 +176,3 @@ def _change_picture(parts: PipelineParts, inputs: dict[str, Example], scale: flo
     latents = torch.randn_like(sample.tensor)
     inputs["reference"] = Example(latents, ("batch", *sample.dims[1:]), sample.multiples)
     inputs["image_guidance"] = Example(torch.tensor(1.5))
-
-
-def _join_xl_examples(parts: PipelineParts, pooled: int) -> dict[str, Example]:
-    return {
-        "hidden": hidden_example(parts.output_width("text_encoder", "hidden")),
-        "hidden_2": hidden_example(parts.output_width("text_encoder_2", "hidden")),
-        "pooled_2": pooled_example(pooled),
-        "given": Example(torch.ones(ROWS, 1), ("prompts", None)),
-    }

@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -177,17 +177,30 @@ def _tables(
 ) -> list[Array]:
     """For every product: (keys, channels)."""
     given = [dict(zip(inputs, key, strict=True)) for key in keys]
+
+    def results(reference: Reference, values: Mapping[str, tuple[float, ...]]) -> list[Array]:
+        return [_row(v, found) for v, found in zip(products, reference.values(values), strict=True)]
+
     reference = Reference(graph, products, open_size=1)
-    tables = [np.concatenate(rows) for rows in zip(*map(reference.values, given), strict=True)]
+    tables = [np.stack(rows) for rows in zip(*(results(reference, each) for each in given), strict=True)]
     # An open size may be another than that of the rows, and count for something.
     other = Reference(graph, products, open_size=3)
     for index in (0, len(keys) - 1):
-        for product, table, found in zip(products, tables, other.values(given[index]), strict=True):
-            expected = np.broadcast_to(table[index], (3, table.shape[1]))
-            bound = 1e-4 * np.abs(expected).max()
-            if found.shape != expected.shape or np.abs(found - expected).max() > bound:
-                raise PassError(f"{product.name} depends on a size too")
+        for product, table, row in zip(products, tables, results(other, given[index]), strict=True):
+            _row(product, np.stack([table[index], row]))
     return tables
+
+
+def _row(product: ir.Value, found: Array) -> Array:
+    """The row of a result, (channels,), whose rows are all the same.
+
+    Raises:
+        PassError: They are not.
+    """
+    if found.ndim != 2 or np.abs(found - found[0]).max() > 1e-4 * np.abs(found[0]).max():
+        raise PassError(f"{product.name} depends on a size too")
+    row: Array = found[0]
+    return row
 
 
 def _row_count(graph: ir.Graph, product: ir.Value) -> ir.Value:
