@@ -195,7 +195,7 @@ def test_graphs_that_were_measured_and_then_cut_stay_in_no_bundle(
     ("options", "message"),
     [
         (["--remove", 0.99, "--keep", "h0->h1"], "at most 128 can go; some were to be kept"),
-        (["--remove", 0.3, "--keep", "h0->h9"], "nothing that can be removed matches h0->h9: near are"),
+        (["--remove", 0.3, "--keep", "h0->h9"], "nothing that can be removed matches h0->h9: did you mean"),
         (["--remove", 0.3, "--drop", "h0->h1", "--keep", "h0->h1"], "is to be kept and to be dropped"),
         (["--remove", 1.5], "not between 0 and 1"),
         (["--remove", 0.3, "--remove-by", "luck"], "no method luck"),

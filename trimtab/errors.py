@@ -17,7 +17,8 @@ Every message is one line: what was found, what was needed, what to do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 
 
 class TrimtabError(Exception):
@@ -84,6 +85,12 @@ class MissingDependency(TrimtabError):
 def first_line(error: BaseException) -> str:
     """What a message quotes of an error that others raised: 200 characters of its first line, or its class."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def did_you_mean(word: str, words: Iterable[str], otherwise: str) -> str:
+    """What a message about an unknown word ends with: "did you mean a or b?", or else something to do."""
+    near = difflib.get_close_matches(word, [*words], 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
 _COMPILE_PACKAGES = (

@@ -27,6 +27,15 @@ _CHUNK = 1 << 24
 """Bytes hashed and written at a time."""
 
 
+def fingerprint(arrays: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:
+    """SHA-256 over the names, dtypes, shapes and values of arrays, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, array in arrays:
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
 class WeightStore:
     """Writes the initializers of graphs into files of one folder, each distinct tensor once.
 

@@ -69,7 +69,7 @@ def test_the_innermost_level_goes_by_hand_and_none_around_it() -> None:
 
 
 def test_a_glob_that_matches_nothing_is_answered_with_what_is_near(candidates: Candidates) -> None:
-    with pytest.raises(PassError, match=r"matches block\.0: near are .*blocks\.0"):
+    with pytest.raises(PassError, match=r"matches block\.0: did you mean .*blocks\.0"):
         by_loss(candidates, Wish(0.5, keep=("block.0",)), LOSSES)
 
 

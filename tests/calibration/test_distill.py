@@ -189,7 +189,7 @@ def test_an_assembled_student_goes_back_into_the_graph(tmp_path: Path) -> None:
             r"blocks\.0\.first\.weight is \[4, 6\] and blocks\.2\.first\.weight is \[12, 6\]",
         ),
         ({"blocks.0": "blocks.9"}, r"blocks\.9\.first\.weight is none of the teacher's weights"),
-        ({"block.0": "blocks.2"}, r"no module block\.0 with weights of its own: near are .*blocks\.0"),
+        ({"block.0": "blocks.2"}, r"no module block\.0 with weights of its own: did you mean .*blocks\.0"),
         ({"blocks.1": "blocks.2"}, "no module blocks.1 with weights of its own"),  # it was removed
     ],
 )

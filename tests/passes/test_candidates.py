@@ -37,7 +37,7 @@ def test_a_graph_without_module_names_has_the_same_branches() -> None:
 
 
 def test_an_unknown_name_is_answered_with_the_nearest() -> None:
-    with pytest.raises(PassError, match=r"called block\.1: the nearest are .*blocks\.1"):
+    with pytest.raises(PassError, match=r"called block\.1: did you mean .*blocks\.1"):
         Candidates(residual.denoiser()).check(["block.1"])
 
 

@@ -203,7 +203,7 @@ def test_denoisers_of_mixtures_inherit_as_those_that_steps_switch_between(progra
 def test_a_module_that_is_no_convolution_is_refused_with_what_is_near(program: Program) -> None:
     model = program.segments["denoiser"].model
     with pytest.raises(
-        PassError, match=r"no convolution is called mid_block.resnets.0.conv9: near are .*conv1"
+        PassError, match=r"no convolution is called mid_block.resnets.0.conv9: did you mean .*conv1"
     ):
         AddExperts(Experts(modules=("mid_block.resnets.0.conv9",)))(model)
     model.graph.inputs[:] = [value for value in model.graph.inputs if value.name != "timestep"]

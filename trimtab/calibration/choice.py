@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,7 @@ import numpy as np
 
 from trimtab.calibration.knapsack import Item, solve
 from trimtab.calibration.measures import Measure, parameters
-from trimtab.errors import InputError, PassError
+from trimtab.errors import InputError, PassError, did_you_mean
 from trimtab.passes.candidates import Candidate, Candidates
 from trimtab.recipe import HANDCRAFTED
 from trimtab.targets.device import Device
@@ -182,11 +181,8 @@ def _matching(candidates: Candidates, globs: Iterable[str]) -> tuple[str, ...]:
     for glob in globs:
         names = [n for n in candidates if _matches(n, (glob, f"{glob}.*", f"{glob}+*"))]
         if not names:
-            near = difflib.get_close_matches(glob, list(candidates), n=3, cutoff=0.3)
-            raise PassError(
-                f"nothing that can be removed matches {glob}"
-                + (f": near are {', '.join(near)}" if near else "")
-            )
+            hint = did_you_mean(glob, candidates, "trimtab score lists what can be")
+            raise PassError(f"nothing that can be removed matches {glob}: {hint}")
         found += names
     return tuple(dict.fromkeys(found))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -21,15 +20,6 @@ SCHEMA = 1
 INDEX = "codebooks.json"
 PARAMETERS = "parameters"
 """Its file in a store; those of weights end in .safetensors."""
-
-
-def fingerprint(weights: Iterable[tuple[str, npt.NDArray[Any]]]) -> str:
-    """SHA-256 over the names, shapes and values of weights, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, array in weights:
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
 
 
 class CodebookStore:

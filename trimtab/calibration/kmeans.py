@@ -16,12 +16,12 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from trimtab.calibration.codebook_plan import Group, Settings, choose, plan
-from trimtab.calibration.codebook_store import CodebookStore, fingerprint
+from trimtab.calibration.codebook_store import CodebookStore
 from trimtab.errors import CalibrationError, MissingDependency
 from trimtab.passes import vq_op
 from trimtab.passes.codebooks import FORMATS, Codebooks, PackedWeight
 from trimtab.passes.vq import Site, sites
-from trimtab.weights import same_tensor
+from trimtab.weights import fingerprint, same_tensor
 
 logger = logging.getLogger(__name__)
 

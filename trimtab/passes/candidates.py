@@ -15,7 +15,6 @@ The last two are what BK-SDM removes by hand (https://arxiv.org/abs/2305.15798, 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from trimtab.errors import PassError
+from trimtab.errors import PassError, did_you_mean
 from trimtab.passes.readers import Bypass, Readers, end_of
 from trimtab.passes.scopes import module_tree, scopes
 
@@ -114,9 +113,8 @@ class Candidates(Mapping[str, Candidate]):
         """Raises PassError for the first name that is none of a candidate, with the nearest ones."""
         for name in names:
             if name not in self:
-                near = difflib.get_close_matches(name, self, n=3, cutoff=0.3)
-                hint = f": the nearest are {', '.join(near)}" if near else ""
-                raise PassError(f"nothing that can be removed from this graph is called {name}{hint}")
+                hint = did_you_mean(name, self, "trimtab score lists what can be")
+                raise PassError(f"nothing that can be removed from this graph is called {name}: {hint}")
 
     def freed(self, names: Iterable[str]) -> tuple[int, int]:
         """Parameters and bytes that nothing reads once all of these are gone; at least the sum over them.

@@ -13,7 +13,6 @@ what is special to theirs. Training time is cut into equal ranges, and a kernel 
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import json
 import math
@@ -24,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from trimtab.errors import InputError, PassError
+from trimtab.errors import InputError, PassError, did_you_mean
 from trimtab.passes.base import Pass, PassResult, Refusal
 from trimtab.passes.constants import add_constant
 from trimtab.passes.scopes import SCOPES
@@ -159,10 +158,8 @@ class AddExperts(Pass):
         for glob in self.experts.modules:
             found = {path: node for path, node in every.items() if fnmatch.fnmatchcase(path, glob)}
             if not found:
-                near = difflib.get_close_matches(glob, every, n=3, cutoff=0.3)
-                raise PassError(
-                    f"no convolution is called {glob}" + (f": near are {', '.join(near)}" if near else "")
-                )
+                hint = did_you_mean(glob, every, "give the path of one")
+                raise PassError(f"no convolution is called {glob}: {hint}")
             chosen |= found
         return chosen
 

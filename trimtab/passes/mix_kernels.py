@@ -8,7 +8,6 @@ denoiser for all steps that come to the same kernels, and steps say which they c
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 
@@ -21,6 +20,7 @@ from trimtab.passes.constants import add_constant
 from trimtab.passes.operators import has_graph
 from trimtab.passes.reference import Array, Reference
 from trimtab.program import DENOISER, Call, PassEntry, Program, Segment, Step
+from trimtab.weights import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class _Mixtures:
             arrays = dict(zip((str(kernel.name) for kernel in self.kernels), computed, strict=True))
             ones = tuple(map(id, arrays.values()))
             if ones not in digests:
-                digests[ones] = _digest(arrays)
+                digests[ones] = fingerprint(sorted(arrays.items()))
             digest = digests[ones]
             if digest not in by_digest:
                 taken = (program.segments.keys() - {self._name}) | segments.keys()
@@ -154,10 +154,3 @@ def _with_kernels(model: ir.Model, arrays: Mapping[str, Array]) -> ir.Model:
         ir.convenience.replace_all_uses_with(computed, kernel)
     common.RemoveUnusedNodesPass()(copy)
     return copy
-
-
-def _digest(arrays: Mapping[str, Array]) -> str:
-    result = hashlib.sha256()
-    for name in sorted(arrays):
-        result.update(np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8).data)
-    return result.hexdigest()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from trimtab.errors import InputError, PassError
+from trimtab.errors import InputError, PassError, did_you_mean
 from trimtab.staging import write_file
+from trimtab.weights import fingerprint
 
 WEIGHTS = "weights.safetensors"
 """The file beside a plan in a student's folder."""
@@ -115,11 +114,8 @@ def assembled(teacher: ir.Model, names: Iterable[str], starts: Mapping[str, str]
     for own, other in starts.items():
         inside = [name for name in names if name.startswith(f"{own}.")]
         if not inside:
-            near = difflib.get_close_matches(own, {n.rpartition(".")[0] for n in names}, n=3, cutoff=0.3)
-            raise PassError(
-                f"the student has no module {own} with weights of its own"
-                + (f": near are {', '.join(near)}" if near else "")
-            )
+            hint = did_you_mean(own, {n.rpartition(".")[0] for n in names}, "give the path of one that has")
+            raise PassError(f"the student has no module {own} with weights of its own: {hint}")
         for name in inside:
             source = other + name.removeprefix(own)
             tensor = (
@@ -142,13 +138,7 @@ def assembled(teacher: ir.Model, names: Iterable[str], starts: Mapping[str, str]
     return found
 
 
-def digest(model: ir.Model, names: Mapping[str, Any]) -> str:
-    """A hash of some initializers as they stand in a graph: names, shapes and bytes."""
-    result = hashlib.sha256()
-    for name in sorted(names):
-        tensor = model.graph.initializers[name].const_value
-        assert tensor is not None
-        array = np.ascontiguousarray(tensor.numpy())
-        result.update(f"{name} {array.shape} {array.dtype} ".encode())
-        result.update(array.reshape(-1).view(np.uint8).data)
-    return result.hexdigest()
+def digest(model: ir.Model, names: Iterable[str]) -> str:
+    """The `fingerprint` of some initializers as they stand in a graph."""
+    tensors = ((name, model.graph.initializers[name].const_value) for name in sorted(names))
+    return fingerprint((name, tensor.numpy()) for name, tensor in tensors if tensor is not None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trimtab.errors import BundleError, InputError
+from trimtab.errors import BundleError, InputError, did_you_mean
 from trimtab.program import Schedule, Task, TensorSpec, check_guidance, first_step
 from trimtab.runtime.images import Pixels
 from trimtab.runtime.inputs import class_names, unguided
@@ -322,8 +321,7 @@ def _class_number(names: Mapping[str, int], label: int | str) -> int:
         return names[label]
     with contextlib.suppress(ValueError):
         return int(label)
-    near = difflib.get_close_matches(label, names, 3, 0.4)
-    hint = f"did you mean {' or '.join(near)}?" if near else "give its number"
+    hint = did_you_mean(label, names, "give its number")
     raise InputError(f"there is no class {label!r} in this model: {hint}")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InputError
+from trimtab.errors import InputError, did_you_mean
 from trimtab.manifest import BACKENDS
 from trimtab.toml_file import read_toml
 
@@ -177,10 +176,9 @@ def find_device(name: str, extra: str | Path | None = None) -> Device:
     """
     devices = known_devices(extra)
     if name not in devices:
-        near = difflib.get_close_matches(name, devices, 3, 0.4)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        hint = did_you_mean(name, devices, "choose one:")
         raise InputError(
-            f"there is no device {name!r}: {hint}known are {', '.join(devices)} (see trimtab devices)"
+            f"there is no device {name!r}: {hint} known are {', '.join(devices)} (see trimtab devices)"
         )
     return devices[name]
 
@@ -230,5 +228,4 @@ def _jetpack(name: str, item: Any) -> JetPack:
 
 def _known(key: str) -> str:
     fields = [field for field in _FIELDS if field != "name"]
-    near = difflib.get_close_matches(key, fields, 1, 0.5)
-    return f"{key!r}: " + (f"did you mean {near[0]}?" if near else f"known are {', '.join(fields)}")
+    return f"{key!r}: {did_you_mean(key, fields, 'known are ' + ', '.join(fields))}"

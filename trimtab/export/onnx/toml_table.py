@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InputError
+from trimtab.errors import InputError, did_you_mean
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "did you mean x? known are x, y": what an error says about a name that is not known."""
     names = [*known]
-    near = difflib.get_close_matches(name, names, 2, 0.5)
-    return (f"did you mean {' or '.join(near)}? " if near else "") + f"known are {', '.join(names) or 'none'}"
+    return f"{did_you_mean(name, names, '')} known are {', '.join(names) or 'none'}".lstrip()
 
 
 def is_number(value: object) -> bool:

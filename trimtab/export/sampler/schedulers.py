@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.errors import ExportError, InputError, MissingDependency, first_line
+from trimtab.errors import ExportError, InputError, MissingDependency, did_you_mean, first_line
 
 SCHEDULERS: dict[str, str] = {
     "ddim": "DDIMScheduler",
@@ -72,9 +71,8 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     if scheduler_class is None or not (
         class_name in SCHEDULERS.values() or hasattr(scheduler_class, "set_timesteps")
     ):
-        near = difflib.get_close_matches(name, [*SCHEDULERS, *SCHEDULERS.values()], 3, 0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise InputError(f"there is no scheduler {name!r}: {hint}known are {', '.join(SCHEDULERS)}")
+        hint = did_you_mean(name, [*SCHEDULERS, *SCHEDULERS.values()], "choose one:")
+        raise InputError(f"there is no scheduler {name!r}: {hint} known are {', '.join(SCHEDULERS)}")
     needed = _kind_of_class(class_name, config)
     found = _kind_of_config(config)
     if found is not None and needed != found:
