@@ -65,7 +65,7 @@ class WeightStore:
                 tensor = value.const_value
                 if tensor is None or tensor.nbytes < INLINE_BYTES or self._holds(tensor):
                     continue
-                shape = tuple(int(d) for d in tensor.shape.numpy())
+                shape = tuple(tensor.shape.numpy())
                 data = _bytes(tensor)
                 key = (hashlib.sha256(data).digest(), tensor.dtype.name, shape)
                 if key not in self._where:

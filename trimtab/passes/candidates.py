@@ -209,7 +209,7 @@ def _sizes(weights: Iterable[ir.Value]) -> tuple[int, int]:
     for value in weights:
         if value.shape is None or value.dtype is None:
             continue
-        size = math.prod(int(d) for d in value.shape.numpy())
+        size = math.prod(value.shape.numpy())
         count += math.ceil(size * value.dtype.itemsize)
         parameters += size if value.dtype.is_floating_point() and size > 1 else 0
     return parameters, count

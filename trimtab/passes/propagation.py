@@ -96,7 +96,7 @@ class _Walk:
             tensor = value.const_value
             if tensor is None:
                 raise PassError(f"the initializer {value.name} has no value: load the graph with its weights")
-            self.extents[value] = Extent(tuple(int(dim) for dim in tensor.shape.numpy()), tensor.dtype)
+            self.extents[value] = Extent(tuple(tensor.shape.numpy()), tensor.dtype)
             if tensor.size <= _SMALL:
                 self.values[value] = tensor.numpy()
         for node in self.model.graph:

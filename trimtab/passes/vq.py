@@ -45,7 +45,7 @@ class Site:
     def shape(self) -> tuple[int, ...]:
         """With the output channels first: (O, I) or (O, I / group, *kernel)."""
         assert self.value.const_value is not None
-        shape = tuple(int(d) for d in self.value.const_value.shape.numpy())
+        shape = tuple(self.value.const_value.shape.numpy())
         return shape[::-1] if self.inputs_first else shape
 
     def rows(self) -> npt.NDArray[Any]:

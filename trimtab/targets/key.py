@@ -235,7 +235,7 @@ def _tensor(tensor: ir.TensorProtocol | None) -> list[Any] | None:
         tensor.tofile(hasher)
     else:
         hasher.write(tensor.tobytes())
-    return [tensor.dtype.name, [int(d) for d in tensor.shape.numpy()], hasher.digest.hexdigest()]
+    return [tensor.dtype.name, list(tensor.shape.numpy()), hasher.digest.hexdigest()]
 
 
 def _plugin_hash(path: Path) -> str:
