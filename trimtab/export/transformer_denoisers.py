@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.errors import ExportError
+from trimtab.export.flux_modules import Flux2Transformer, FluxTransformer
 from trimtab.export.modules import Denoiser
 from trimtab.export.sizes import latent_space
 from trimtab.export.source import Source
 from trimtab.export.transformer_modules import (
     CONDITIONED_SIZE,
     ClassTransformer,
-    Flux2Transformer,
-    FluxTransformer,
     PixArtTransformer,
     SanaSprintTransformer,
     SanaTransformer,
