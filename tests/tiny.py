@@ -14,6 +14,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     AutoencoderTiny,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     ControlNetModel,
     DDIMPipeline,
     DDIMScheduler,
@@ -140,13 +142,13 @@ def clip_text(projection: bool = False, width: int = 16, seed: int = 1) -> CLIPT
     return drawn(seed, lambda: (CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
 
 
-def t5(width: int = 32) -> T5EncoderModel:
+def t5(width: int = 32, layers: int = 2) -> T5EncoderModel:
     config = T5Config(
         vocab_size=80,
         d_model=width,
         d_kv=8,
         d_ff=2 * width,
-        num_layers=2,
+        num_layers=layers,
         num_heads=2,
         feed_forward_proj="gated-gelu",
     )
@@ -441,6 +443,30 @@ def flux_kontext(folder: Path) -> Any:
     return _flux(FluxKontextPipeline, folder)
 
 
+def chroma(folder: Path) -> Any:
+    transformer = ChromaTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(4, 4, 8),
+        approximator_num_channels=16,
+        approximator_hidden_dim=96,
+        approximator_layers=1,
+    ).eval()
+    # Published ones say so, and diffusers' inpainting pipeline asks for it.
+    transformer.register_to_config(guidance_embeds=False)
+    return ChromaPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=shifted_vae(),
+        text_encoder=t5(layers=1),
+        tokenizer=t5_tokenizer(),
+    )
+
+
 def _pixart(cls: Any, **config: Any) -> Any:
     return cls(
         transformer=PixArtTransformer2DModel(
@@ -691,6 +717,7 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
         flux_control,
         flux_fill,
         flux_kontext,
+        chroma,
         pixart_sigma,
         pixart_alpha,
         sana,

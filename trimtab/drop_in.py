@@ -142,6 +142,8 @@ class Denoiser(torch.nn.Module):
             side = math.isqrt(sample.shape[2] // channels)
             sample = _unpack(sample, height, width, side)
             timestep = timestep * 1000
+            if (mask := given.pop("attention_mask", None)) is not None:  # Chroma's, of text and picture
+                given["encoder_attention_mask"] = mask[:, : given["encoder_hidden_states"].shape[1]]
         if sample.shape[1] > channels:  # an inpainting U-Net's sample, with mask and masked picture behind
             given["mask"] = sample[:1, channels : channels + 1]
             given["masked_latents"] = sample[:, channels + 1 :]

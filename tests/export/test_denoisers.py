@@ -329,6 +329,13 @@ def test_a_sana_that_its_pipeline_does_not_run_is_refused_by_name(
         ("z_image", "transformer", {"axes_lens": [500, 64, 64]}, "knows 500 positions of text"),
         ("z_image", "transformer", {"in_channels": 4}, "takes 4 channels and predicts 4, and 16 are needed"),
         (
+            "chroma",
+            "transformer",
+            {"patch_size": 2},
+            "has patch_size 2, and Chroma's pipeline",
+        ),
+        ("chroma", "transformer", {"in_channels": 4}, "takes 4 channels and predicts 4, and 64 are needed"),
+        (
             "flux2",
             "transformer",
             {"guidance_embeds": True},

@@ -65,10 +65,22 @@ class T5Text(nn.Module):
 
 
 class MaskedT5Text(T5Text):
-    """A T5 encoder that is told which tokens are padding; the mask goes on to the denoiser as float32."""
+    """A T5 encoder that is told which tokens are padding; the mask goes on to the denoiser as float32.
+
+    Args:
+        model: T5EncoderModel.
+        one_more: The denoiser is told that the first token of padding is a word too (Chroma).
+    """
+
+    def __init__(self, model: nn.Module, one_more: bool = False) -> None:
+        super().__init__(model)
+        self.one_more = one_more
 
     def forward(self, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model(tokens, attention_mask=attention_mask)[0], attention_mask.to(torch.float32)
+        mask = attention_mask
+        if self.one_more:
+            mask = torch.arange(tokens.shape[1]) <= attention_mask.sum(1, keepdim=True)
+        return self.model(tokens, attention_mask=attention_mask)[0], mask.to(torch.float32)
 
 
 class InstructedText(nn.Module):
@@ -182,10 +194,10 @@ def to_picture(values: Tensor) -> Tensor:
 def latent_scale(pipeline: str, vae: Any) -> tuple[float | Tensor, float | Tensor]:
     """(scale, shift) between a pipeline's latents and its autoencoder's: ``latents / scale + shift`` is decoded.
 
-    A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's, Flux's and Z-Image's alone,
-    and the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting pipeline forgets
-    them when it encodes, and blends latents of two scales; SD3's forgets the shift when it decodes. Here one scale
-    serves all tasks. Flux.2's are what its autoencoder's batch norm has seen.
+    A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's, Flux's, Chroma's and
+    Z-Image's alone, and the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting
+    pipeline forgets them when it encodes, and blends latents of two scales; SD3's forgets the shift when it decodes.
+    Here one scale serves all tasks. Flux.2's are what its autoencoder's batch norm has seen.
 
     Args:
         pipeline: A pipeline's class.
@@ -199,7 +211,7 @@ def latent_scale(pipeline: str, vae: Any) -> tuple[float | Tensor, float | Tenso
         inverse = torch.rsqrt(vae.bn.running_var + config.batch_norm_eps)
         return inverse.reshape(1, -1, 1, 1), vae.bn.running_mean.reshape(1, -1, 1, 1)
     scale = float(config.scaling_factor)
-    if pipeline.startswith(("StableDiffusion3", "Flux", "ZImage")):
+    if pipeline.startswith(("StableDiffusion3", "Flux", "Chroma", "ZImage")):
         return scale, float(getattr(config, "shift_factor", None) or 0.0)
     mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if not pipeline.startswith("StableDiffusionXL") or mean is None or deviation is None:

@@ -10,7 +10,16 @@ from trimtab.export.denoisers import WRAPPERS
 from trimtab.export.modules import Denoiser
 from trimtab.export.parts import PipelineParts
 from trimtab.export.source import Source
-from trimtab.export.transformer_pipelines import dit, flux, flux2, pixart, sana, stable_diffusion_3, z_image
+from trimtab.export.transformer_pipelines import (
+    chroma,
+    dit,
+    flux,
+    flux2,
+    pixart,
+    sana,
+    stable_diffusion_3,
+    z_image,
+)
 from trimtab.export.unet_pipelines import stable_diffusion, stable_diffusion_xl, unconditional
 
 
@@ -40,6 +49,7 @@ _OF_WRAPPER: Mapping[Callable[..., Denoiser], Callable[[PipelineParts], None]] =
     transformers.flux: flux,
     transformers.flux_control: flux,
     transformers.flux_fill: flux,
+    transformers.chroma: chroma,
     transformers.flux2: flux2,
     transformers.pixart: pixart,
     transformers.sana: sana,

@@ -65,7 +65,8 @@ def measure(parts: PipelineParts) -> None:
         if source.has("vae"):
             vae = source.config("vae")
             parts.colors = int(vae.get("out_channels") or vae["in_channels"])  # AutoencoderDC has one of both
-            # A transformer's patches; Flux packs 2x2 latents before its model sees them, and Z-Image names sizes.
+            # A transformer's patches; Flux and Chroma pack 2x2 latents before their models see them, and Z-Image names
+            # sizes.
             patch = 2 if source.class_name(name) in _PATCHES_OF_2 else int(config.get("patch_size", 1))
             parts.multiple = parts.factor * patch * _halvings(config.get("up_block_types") or ())
             # SD3 cuts what it needs out of a table of so many patches a side.
@@ -92,7 +93,7 @@ def measure(parts: PipelineParts) -> None:
         parts.fixed_size = "the model's position embeddings are fixed"
 
 
-_PATCHES_OF_2 = ("FluxTransformer2DModel", "ZImageTransformer2DModel")
+_PATCHES_OF_2 = ("FluxTransformer2DModel", "ChromaTransformer2DModel", "ZImageTransformer2DModel")
 
 _TOLD_SIZES = {"UpBlock2D", "CrossAttnUpBlock2D"}
 """Up blocks that take the size of their skip from the U-Net; others double."""

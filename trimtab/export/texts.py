@@ -55,12 +55,17 @@ def t5(parts: PipelineParts, suffix: str, length: int) -> None:
     parts.call("text_encoder" + suffix, {"tokens": "tokens" + suffix}, {"hidden": "hidden" + suffix})
 
 
-def masked_t5(parts: PipelineParts, length: int) -> None:
-    """A T5 encoder that is told which tokens are padding, as the denoiser is: tokens -> hidden, hidden_mask."""
-    parts.tokens("tokens", "tokenizer", length, mask=True, open_length=True, lowercase=True)
+def masked_t5(parts: PipelineParts, length: int, *, lowercase: bool, reads_padding: bool) -> None:
+    """A T5 encoder that is told which tokens are padding, as the denoiser is: tokens -> hidden, hidden_mask.
+
+    ``lowercase``: what the pipeline makes of prompts first.
+    ``reads_padding``: the denoiser reads padding too, and takes its first token for a word.
+    """
+    open_length = not reads_padding
+    parts.tokens("tokens", "tokenizer", length, mask=True, open_length=open_length, lowercase=lowercase)
     parts.add(
         "text_encoder",
-        encoders.MaskedT5Text(parts.source.load("text_encoder")),
+        encoders.MaskedT5Text(parts.source.load("text_encoder"), reads_padding),
         {"tokens": tokens_example(), "attention_mask": mask_example()},
         ["hidden", "mask"],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trimtab.errors import ExportError
-from trimtab.export.flux_modules import Flux2Transformer, FluxTransformer
+from trimtab.export.flux_modules import ChromaTransformer, Flux2Transformer, FluxTransformer
 from trimtab.export.modules import Denoiser
 from trimtab.export.sizes import latent_space
 from trimtab.export.source import Source
@@ -43,6 +43,16 @@ def flux_fill(source: Source, transformer: Any) -> Denoiser:
     pixels = factor**2  # of the mask, stacked along channels
     _check_channels(source, transformer, packed=4, beside=channels + pixels)
     return FluxTransformer(transformer)
+
+
+def chroma(source: Source, transformer: Any) -> Denoiser:
+    _check_channels(source, transformer, packed=4)
+    if (patch := transformer.config.patch_size) != 1:
+        raise ExportError(
+            f"the transformer has patch_size {patch}, and Chroma's pipeline, which packs 2x2 latents itself, draws "
+            "with 1: give another"
+        )
+    return ChromaTransformer(transformer)
 
 
 def flux2(source: Source, transformer: Any) -> Denoiser:

@@ -31,6 +31,7 @@ from trimtab.program import TensorSpec
 
 T5_LENGTH_SD3 = 256
 T5_LENGTH_FLUX = 512
+T5_LENGTH_CHROMA = 512
 T5_LENGTH_PIXART_ALPHA = 120
 T5_LENGTH_PIXART_SIGMA = 300
 GEMMA_LENGTH_SANA = 300
@@ -127,6 +128,21 @@ def flux(parts: PipelineParts) -> None:
     parts.vae()
 
 
+def chroma(parts: PipelineParts) -> None:
+    """Chroma: T5 with a mask, a Flux whose modulations the time step alone makes, guidance by a negative row."""
+    texts.masked_t5(parts, T5_LENGTH_CHROMA, lowercase=False, reads_padding=True)
+    wrapper = denoiser_module(parts.source)
+    parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
+    parts.guidance = 5.0
+    parts.task_guidance = {"inpainting": 7.0}
+    parts.start_from_pictures({"image-to-image": 0.9, "inpainting": 0.6})
+    parts.inpaints_from_noise = False
+    parts.strength_rounds_up = True
+    parts.denoiser(wrapper, _masked_text(parts, wrapper.model.config.joint_attention_dim))
+    del wrapper
+    parts.vae()
+
+
 def flux2(parts: PipelineParts) -> None:
     """Flux.2 klein: three layers of a language model, its padding among the text, guidance unless it is distilled.
 
@@ -158,7 +174,7 @@ def pixart(parts: PipelineParts) -> None:
     source = parts.source
     sigma = "Sigma" in source.pipeline_class
     length = T5_LENGTH_PIXART_SIGMA if sigma else T5_LENGTH_PIXART_ALPHA
-    texts.masked_t5(parts, length)
+    texts.masked_t5(parts, length, lowercase=True, reads_padding=False)
     wrapper = denoiser_module(source)
     parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
     parts.guidance = 4.5

@@ -2,7 +2,7 @@
 
 Rows of a denoiser know nothing of each other, so steps can be rows, wherever the graph takes a time step for each row:
 
-    timestep (), labels (rows,)           -> result (rows, channels)
+    timestep (), labels (rows,)           -> result (rows, channels), or with more axes
     timestep (steps,), labels (rows,)     -> result (steps, rows, channels)
 """
 
@@ -27,7 +27,8 @@ def for_all_steps(model: ir.Model, name: str) -> None:
     Exact: the same operators run on the same rows.
 
     Args:
-        model: Its results are (rows, channels), and one of its other inputs is (rows, ...) at least. It is edited.
+        model: Its results are (rows, channels), or have more axes, and one of its other inputs is (rows, ...) at least.
+            It is edited.
         name: The input that is the time step: a number, or a vector of one.
 
     Raises:
@@ -153,10 +154,9 @@ def _every(rows: ir.SymbolicDim) -> str:
 def _by_step(after: _Nodes, value: ir.Value, rows: ir.SymbolicDim, sizes: Sequence[ir.Value]) -> ir.Value:
     """A result (steps * rows, channels) as (steps, rows, channels), under its name."""
     assert value.shape is not None
-    channels = value.shape[1]
-    assert isinstance(channels, int)
+    channels = [size for size in value.shape[1:] if isinstance(size, int)]
     name, value.name = str(value.name), f"{value.name}/rows"
-    whole = after.join([*sizes, after.numbers(channels)], 3)
-    result = after.op("Reshape", [value, whole], [STEPS, rows, channels])
+    whole = after.join([*sizes, after.numbers(*channels)], 2 + len(channels))
+    result = after.op("Reshape", [value, whole], [STEPS, rows, *channels])
     result.name = name
     return result

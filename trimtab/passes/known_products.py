@@ -27,7 +27,7 @@ class KnownProducts:
         model: The denoiser's graph.
         local: Sizes and constants in it.
         times: Inputs that are known beforehand and change with the step.
-        timed: Products that the time decides, alone or with a condition: (rows, channels) each.
+        timed: Products that the time decides, alone or with a condition: (rows, ...) each, of which rows are open.
         fixed: Products that conditions decide alone.
     """
 
@@ -124,7 +124,7 @@ def last_products(
         local: Sizes and constants, from `trimtab.passes.segments.local_nodes`.
 
     Returns:
-        MatMul and Gemm nodes in running order: those that the time decides, whose result is (rows, channels), and
+        MatMul and Gemm nodes in running order: those that the time decides, whose result is (rows, ...), and
         those that ``fixed`` decides alone, of any shape.
     """
     known = {value for value in graph.inputs if value.name in timed | fixed}
@@ -170,10 +170,8 @@ def _is_constant(value: ir.Value, local: Set[ir.Node]) -> bool:
 
 
 def _is_rows(value: ir.Value) -> bool:
-    """Whether a value is (rows, channels), of which only the rows are open."""
-    return (
-        value.shape is not None
-        and value.shape.rank() == 2
-        and isinstance(value.shape[1], int)
-        and not isinstance(value.shape[0], int)
-    )
+    """Whether a value is (rows, channels), or has more axes, of which only the rows are open."""
+    if value.shape is None or value.shape.rank() < 2:
+        return False
+    rows, *channels = value.shape
+    return not isinstance(rows, int) and all(isinstance(size, int) for size in channels)

@@ -64,6 +64,11 @@ class Reference:
             values.update(zip(node.outputs, self._results(node, values), strict=True))
         return [values[value] for value in self._wanted]
 
+    def forget(self) -> None:
+        """Lets go of what was made of large arrays: of numbers that come once, none is asked for again."""
+        held = set(map(id, self._small.values()))
+        self._made = {key: made for key, made in self._made.items() if held.issuperset(key[1:])}
+
     def _results(self, node: ir.Node, values: Mapping[ir.Value, Array]) -> list[Array]:
         read = [value for value in node.inputs if value is not None]
         computed = {str(value.name): values[value] for value in read if value.const_value is None}

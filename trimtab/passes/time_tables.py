@@ -175,31 +175,33 @@ def _tabulated(model: ir.Model, timed: _Timed, keys: Sequence[Key]) -> ir.Model:
 def _tables(
     graph: ir.Graph, products: Sequence[ir.Value], inputs: Sequence[str], keys: Sequence[Key]
 ) -> list[Array]:
-    """For every product: (keys, channels)."""
+    """For every product: (keys, channels), or more axes."""
     given = [dict(zip(inputs, key, strict=True)) for key in keys]
 
-    def results(reference: Reference, values: Mapping[str, tuple[float, ...]]) -> list[Array]:
-        return [_row(v, found) for v, found in zip(products, reference.values(values), strict=True)]
+    def rows(reference: Reference, numbers: Mapping[str, tuple[float, ...]]) -> list[Array]:
+        found = reference.values(numbers)
+        reference.forget()  # what leads to Chroma's modulations is 350 MB for each time step
+        return [_row(product, result) for product, result in zip(products, found, strict=True)]
 
     reference = Reference(graph, products, open_size=1)
-    tables = [np.stack(rows) for rows in zip(*(results(reference, each) for each in given), strict=True)]
+    tables = [np.stack(every) for every in zip(*(rows(reference, numbers) for numbers in given), strict=True)]
     # An open size may be another than that of the rows, and count for something.
     other = Reference(graph, products, open_size=3)
     for index in (0, len(keys) - 1):
-        for product, table, row in zip(products, tables, results(other, given[index]), strict=True):
+        for product, table, row in zip(products, tables, rows(other, given[index]), strict=True):
             _row(product, np.stack([table[index], row]))
     return tables
 
 
 def _row(product: ir.Value, found: Array) -> Array:
-    """The row of a result, (channels,), whose rows are all the same.
+    """The row of a result, (channels,) or with more axes, whose rows are all the same.
 
     Raises:
         PassError: They are not.
     """
-    if found.ndim != 2 or np.abs(found - found[0]).max() > 1e-4 * np.abs(found[0]).max():
-        raise PassError(f"{product.name} depends on a size too")
     row: Array = found[0]
+    if np.abs(np.subtract(found, row)).max() > 1e-4 * np.abs(row).max():
+        raise PassError(f"{product.name} depends on a size too")
     return row
 
 
