@@ -33,7 +33,7 @@ def inputs_of(model: ir.Model) -> dict[str, np.ndarray]:
     return inputs
 
 
-@pytest.mark.parametrize("family", ["dit", "sd15", "sdxl", "sana_sprint", "z_image", "controlnet"])
+@pytest.mark.parametrize("family", ["dit", "sd15", "sdxl", "sana_sprint", "z_image", "controlnet", "chroma"])
 def test_torch_gives_what_onnx_runtime_gives(family: str, bundle_folder: Callable[[str], Path]) -> None:
     path = bundle_folder(family) / "graphs" / "denoiser.onnx"
     model = ir.load(path)
