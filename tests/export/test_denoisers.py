@@ -334,6 +334,7 @@ def test_a_sana_that_its_pipeline_does_not_run_is_refused_by_name(
             {"patch_size": 2},
             "has patch_size 2, and Chroma's pipeline",
         ),
+        ("chroma", "transformer", {"axes_dims_rope": [4, 4, 4]}, "heads are 16 wide, and its axes_dims_rope"),
         ("chroma", "transformer", {"in_channels": 4}, "takes 4 channels and predicts 4, and 64 are needed"),
         (
             "flux2",

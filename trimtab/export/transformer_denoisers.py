@@ -29,24 +29,24 @@ def sd3(source: Source, transformer: Any) -> Denoiser:
 
 
 def flux(source: Source, transformer: Any) -> Denoiser:
-    _check_channels(source, transformer, packed=4)
+    _check_flux(source, transformer)
     return FluxTransformer(transformer)
 
 
 def flux_control(source: Source, transformer: Any) -> Denoiser:
-    _check_channels(source, transformer, packed=4, beside=latent_space(source)[0])
+    _check_flux(source, transformer, beside=latent_space(source)[0])
     return FluxTransformer(transformer)
 
 
 def flux_fill(source: Source, transformer: Any) -> Denoiser:
     channels, factor = latent_space(source)
     pixels = factor**2  # of the mask, stacked along channels
-    _check_channels(source, transformer, packed=4, beside=channels + pixels)
+    _check_flux(source, transformer, beside=channels + pixels)
     return FluxTransformer(transformer)
 
 
 def chroma(source: Source, transformer: Any) -> Denoiser:
-    _check_channels(source, transformer, packed=4)
+    _check_flux(source, transformer)
     if (patch := transformer.config.patch_size) != 1:
         raise ExportError(
             f"the transformer has patch_size {patch}, and Chroma's pipeline, which packs 2x2 latents itself, draws "
@@ -57,6 +57,7 @@ def chroma(source: Source, transformer: Any) -> Denoiser:
 
 def flux2(source: Source, transformer: Any) -> Denoiser:
     _check_channels(source, transformer)
+    _check_axes(transformer)
     if transformer.config.guidance_embeds:
         raise ExportError(
             "the transformer has guidance_embeds, and Flux.2 klein's pipeline tells it no guidance scale: give another"
@@ -121,6 +122,22 @@ def z_image(source: Source, transformer: Any) -> Denoiser:
             f"{Z_IMAGE_LENGTH}: give another"
         )
     return ZImageTransformer(transformer)
+
+
+def _check_flux(source: Source, transformer: Any, beside: int = 0) -> None:
+    """`_check_channels` of a model whose pipeline packs 2x2 latents into a token, and `_check_axes`."""
+    _check_channels(source, transformer, packed=4, beside=beside)
+    _check_axes(transformer)
+
+
+def _check_axes(transformer: Any) -> None:
+    """Raises ExportError where a position's axes do not share out the width of a head, as rotations need it."""
+    axes, width = transformer.config.axes_dims_rope, transformer.config.attention_head_dim
+    if sum(axes) != width:
+        raise ExportError(
+            f"the transformer's heads are {width} wide, and its axes_dims_rope {tuple(axes)} add up to {sum(axes)}: "
+            "give one in which they agree"
+        )
 
 
 def _check_channels(
