@@ -33,9 +33,13 @@ TEXT = (
     "flux",
     "z_image",
     "lcm",
+    "dreamlite",
     # Its text encoder has 28 layers at the least, which take half a minute to trace; see test_transformer_modules too.
     pytest.param("flux2", marks=pytest.mark.slow),
 )
+ONE_AT_A_TIME = ("dreamlite",)
+"""Whose pipeline draws one picture at a time: it has the size conditions of two rows, for any number of them."""
+
 WITH_NEGATIVE = ("sd15", "sdxl", "sd3", "pixart_sigma", "sana", "z_image")
 UNGUIDED = {"z_image": 0.0}
 """Guidance scale that changes nothing, where it is not 1."""
@@ -80,7 +84,9 @@ def test_text_to_image_equals_diffusers(family: str, load: Load, diffusers_pipel
     assert_equal(ours, reference(diffusers_pipeline(family), 0, prompt=PROMPT, width=64, height=64))
 
 
-@pytest.mark.parametrize("family", TEXT)
+@pytest.mark.parametrize(
+    "family", ["dreamlite_mobile", *(family for family in TEXT if family not in ONE_AT_A_TIME)]
+)
 def test_a_batch_at_a_size_never_seen_at_export_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -92,7 +98,32 @@ def test_a_batch_at_a_size_never_seen_at_export_equals_diffusers(
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+@pytest.mark.parametrize("family", ONE_AT_A_TIME)
+def test_a_batch_of_several_prompts_is_what_diffusers_draws_one_at_a_time(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    prompts = [PROMPT, "two dogs of which one is far longer than the other"]
+    ours = load(family)(prompts, seed=[7, 8], size=(64, 64))
+    singles = [
+        reference(diffusers_pipeline(family), seed, prompt=prompt, width=64, height=64)
+        for seed, prompt in zip((7, 8), prompts, strict=True)
+    ]
+    assert_equal(ours, np.concatenate(singles))
+
+
+@pytest.mark.parametrize("family", ["dreamlite"])
+def test_a_guidance_towards_the_negative_prompt_equals_diffusers_where_it_is_no_end_of_guidance(
+    family: str, load: Load, diffusers_pipeline: Any
+) -> None:
+    asked: dict[str, Any] = {"negative_prompt": "dog"}
+    ours = load(family)(PROMPT, seed=1, size=(64, 64), guidance=-1.0, **asked)
+    theirs = reference(
+        diffusers_pipeline(family), 1, prompt=PROMPT, guidance_scale=-1.0, width=64, height=64, **asked
+    )
+    assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl", "dreamlite"])
 def test_a_latent_size_that_does_not_halve_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -115,7 +146,7 @@ def test_a_negative_prompt_equals_diffusers(family: str, load: Load, diffusers_p
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["pixart_sigma", "sana", "z_image"])
+@pytest.mark.parametrize("family", ["pixart_sigma", "sana", "z_image", "dreamlite"])
 def test_texts_have_as_many_tokens_as_the_longest_of_them_needs_and_equal_diffusers(
     family: str, load: Load, diffusers_pipeline: Any
 ) -> None:
@@ -161,7 +192,7 @@ def test_a_guidance_that_changes_nothing_runs_one_row_and_equals_diffusers(
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["sd15", "flux", "z_image"])
+@pytest.mark.parametrize("family", ["sd15", "flux", "z_image", "dreamlite"])
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning_and_equals_diffusers(
     family: str, load: Load, diffusers_pipeline: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -455,12 +486,17 @@ def test_what_a_compiled_denoiser_cannot_heed_is_refused(
         denoiser(sample, 5, hidden, added_cond_kwargs={"time_ids": ids})
 
 
-@pytest.mark.parametrize(("family", "reason"), [("sana_sprint", "TrigFlow"), ("z_image", "a list of them")])
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("sana_sprint", "TrigFlow"), ("z_image", "a list of them"), ("dreamlite", "hands over both halves")],
+)
 def test_a_denoiser_that_its_pipeline_drives_otherwise_is_no_drop_in(
     family: str, reason: str, bundle_folder: Callable[[str], Path], diffusers_pipeline: Any
 ) -> None:
+    pipeline = diffusers_pipeline(family)
+    original = pipeline.unet if hasattr(pipeline, "unet") else pipeline.transformer
     with pytest.raises(trimtab.TrimtabError, match=reason):
-        trimtab.Denoiser(bundle_folder(family), diffusers_pipeline(family).transformer)
+        trimtab.Denoiser(bundle_folder(family), original)
 
 
 @pytest.mark.parametrize("family", ["lcm"])

@@ -24,6 +24,9 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    DreamLiteMobilePipeline,
+    DreamLitePipeline,
+    DreamLiteUNetModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -57,7 +60,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -68,6 +71,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
     T5Config,
     T5EncoderModel,
 )
@@ -171,6 +176,13 @@ def vae(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
     )
 
 
+def tiny_vae(seed: int, **config: Any) -> AutoencoderTiny:
+    blocks: dict[str, Any] = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
+    for side in ("encoder", "decoder"):
+        blocks[f"{side}_block_out_channels"] = (8,) * 4
+    return drawn(seed, lambda: AutoencoderTiny(latent_channels=4, **blocks, **config))
+
+
 def shifted_vae() -> AutoencoderKL:
     """As SD3's and Flux's: with a shift, and without the convolutions about the latents."""
     return vae(
@@ -227,10 +239,7 @@ def sd15(folder: Path) -> Any:
 def taesd(folder: Path) -> Any:
     """`sd15` with an autoencoder that has no posterior."""
     pipeline = sd15(folder)
-    blocks: dict[str, Any] = {"num_encoder_blocks": (1,) * 4, "num_decoder_blocks": (1,) * 4}
-    for side in ("encoder", "decoder"):
-        blocks[f"{side}_block_out_channels"] = (8,) * 4
-    pipeline.register_modules(vae=drawn(5, lambda: AutoencoderTiny(latent_channels=4, **blocks)))
+    pipeline.register_modules(vae=tiny_vae(5))
     return pipeline
 
 
@@ -657,6 +666,89 @@ def flux2(folder: Path) -> Any:
     )
 
 
+def worded_qwen_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """`qwen_tokenizer` with a token for every word of some texts, as it has for those of a whole language."""
+    letters = qwen_tokenizer()
+    words = letters.backend_tokenizer
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=letters.all_special_tokens,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    words.train_from_iterator(texts, trainer)
+    return letters
+
+
+def qwen_vl(width: int = 32) -> Qwen3VLForConditionalGeneration:
+    config = Qwen3VLConfig(
+        text_config={
+            "vocab_size": 500,
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": width,
+            "deepstack_visual_indexes": [0],
+        },
+    )
+    return drawn(10, lambda: Qwen3VLForConditionalGeneration(config))
+
+
+def dreamlite_unet(**config: Any) -> DreamLiteUNetModel:
+    """Of two levels: the upper with attention to the text alone, the lower with attention to itself too, of heads that
+    share a key and a value.
+    """
+    defaults: dict[str, Any] = {
+        "block_out_channels": (8, 16),
+        "down_block_types": ("DreamLiteCrossAttnNoSelfAttnDownBlock2D", "DreamLiteCrossAttnDownBlock2D"),
+        "mid_block_type": None,  # of the same parts again
+        "up_block_types": ("DreamLiteUpBlock2D", "DreamLiteUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 16,
+        "encoder_hid_dim": 32,
+        "encoder_hid_dim_type": "text_proj_rms",
+        "addition_embed_type": "time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 2 * 8,
+        "ff_mult": 2,
+    }
+    return drawn(11, lambda: DreamLiteUNetModel(**defaults | config))
+
+
+def _dreamlite(cls: Any) -> Any:
+    without_models = cls(
+        **dict.fromkeys(("text_encoder", "tokenizer", "processor", "vae", "unet", "scheduler"))
+    )
+    tokenizer = worded_qwen_tokenizer([without_models.prompt_template_encode_generate])
+    return cls(
+        text_encoder=qwen_vl(),
+        tokenizer=tokenizer,
+        processor=tokenizer,  # its own, which needs torchvision, reads pictures to edit
+        vae=tiny_vae(31, scaling_factor=0.3, shift_factor=0.1),
+        unet=dreamlite_unet(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    )
+
+
+def dreamlite(folder: Path) -> Any:
+    return _dreamlite(DreamLitePipeline)
+
+
+def dreamlite_mobile(folder: Path) -> Any:
+    return _dreamlite(DreamLiteMobilePipeline)
+
+
 def dit(folder: Path) -> Any:
     return DiTPipeline(
         transformer=DiTTransformer2DModel(
@@ -724,6 +816,8 @@ FAMILIES: dict[str, Callable[[Path], Any]] = {
         sana_sprint,
         z_image,
         flux2,
+        dreamlite,
+        dreamlite_mobile,
         dit,
         ddpm,
         ddim,

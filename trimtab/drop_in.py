@@ -33,6 +33,7 @@ _OF_THE_TEXT = {"encoder_hidden_states", "encoder_attention_mask"}
 _DRIVEN_OTHERWISE = {
     "SanaSprint": "is run as TrigFlow, which diffusers' pipeline makes of the model around it",
     "ZImage": "reads one array of texts, and diffusers' pipeline hands over a list of them, each of its own length",
+    "DreamLite": "doubles its sample itself, and diffusers' pipeline hands over both halves",
     "FluxFill": "reads mask and picture beside the sample, and diffusers' pipeline hands over all three as one",
 }
 """Begin of a pipeline's class -> why what it calls is not what was compiled."""

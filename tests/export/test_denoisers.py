@@ -359,6 +359,42 @@ def test_a_transformer_of_one_stream_that_its_pipeline_does_not_run_is_refused_b
         check_denoiser(source)
 
 
+@pytest.mark.xdist_group("dreamlite")
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("index", {"vae": ["diffusers", "AutoencoderKL"]}, "AutoencoderKL, and AutoencoderTiny is needed"),
+        ("unet", {"in_channels": 9}, "takes 9 channels and predicts 4, and 4 are needed with this vae"),
+        ("unet", {"out_channels": 8}, "takes 4 channels and predicts 8, and 4 are needed with this vae"),
+        ("unet", {"only_cross_attention": [True, False]}, "whose layers read a text's padding too"),
+        ("unet", {"class_embed_type": "timestep"}, "the U-Net reads a class (class_embed_type 'timestep')"),
+        ("unet", {"addition_embed_type": "text"}, "has addition_embed_type 'text', and its pipeline"),
+        ("unet", {"encoder_hid_dim_type": "image_proj"}, "has encoder_hid_dim_type 'image_proj', and its"),
+    ],
+)
+def test_a_dreamlite_that_its_pipeline_does_not_run_is_refused_by_name(
+    part: str, change: dict[str, Any], reason: str, pipeline_folder: PipelineFolder, tmp_path: Path
+) -> None:
+    source = changed(pipeline_folder("dreamlite"), part, change, tmp_path)
+    with pytest.raises(ExportError, match=re.escape(reason)):
+        check_denoiser(source)
+
+
+@pytest.mark.xdist_group("dreamlite")
+def test_a_dreamlite_draws_what_its_pipeline_says_whatever_its_unet_does(
+    pipeline_folder: PipelineFolder, tmp_path: Path
+) -> None:
+    folder = pipeline_folder("dreamlite")
+    source = changed(folder, "unet", {"sample_size": 16}, tmp_path)
+    parts = PipelineParts(source, lambda _, graph: graph)
+    measure(parts)
+    assert (parts.multiple, parts.largest_side, parts.size) == (8, None, (1024, 1024))
+    assert has_guidance(source)
+    assert not has_guidance(
+        changed(folder, "index", {"_class_name": "DreamLiteMobilePipeline"}, tmp_path / "m")
+    )
+
+
 @pytest.mark.parametrize(("distilled", "guided"), [(False, True), (True, False)])
 def test_a_distilled_flux_2_has_no_guidance(
     distilled: bool, guided: bool, pipeline_folder: PipelineFolder, tmp_path: Path

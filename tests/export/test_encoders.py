@@ -24,8 +24,9 @@ from trimtab.errors import ExportError
 from trimtab.export.encoders import ChatText, ClipText, InstructedText, VaeDecoder, VaeEncoder, latent_scale
 from trimtab.export.parts import PipelineParts
 from trimtab.export.source import Source
-from trimtab.export.texts import _around, chat, clip
+from trimtab.export.texts import _around, chat, clip, templated
 from trimtab.export.transformer_pipelines import QWEN_LAYERS_FLUX2, QWEN_LENGTH_FLUX2
+from trimtab.export.unet_pipelines import _dreamlite_text
 
 STATISTICS: dict[str, Any] = {
     "latents_mean": [-1.6, 1.1, 0.4, -0.2],
@@ -213,6 +214,31 @@ def test_flux_2_s_text_is_that_of_its_pipeline(diffusers_pipeline: Callable[[str
             given.input_ids, given.attention_mask
         )
         assert torch.equal(found, pipe.encode_prompt(prompts)[0])
+
+
+@pytest.mark.xdist_group("dreamlite")
+def test_what_sees_is_left_out_of_a_language_model_that_is_asked_in_a_template(
+    pipeline_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = PipelineParts(Source(pipeline_folder("dreamlite")), lambda _, graph: graph)
+    added: dict[str, torch.nn.Module] = {}
+    monkeypatch.setattr(parts, "add", lambda name, module, *_: added.update({name: module}))
+    templated(parts, 200, ("a b ", " c"), 3, instruction="Say: ")
+    names = [name for name, _ in added["text_encoder"].named_parameters()]
+    assert names and not any("visual" in name for name in names)
+    (tokens, mask) = parts.inputs
+    assert tokens.source["length"] == mask.source["length"] == 203
+    with pytest.raises(ExportError, match="makes 7 tokens of the pipeline's template, of which the first 7 "):
+        templated(parts, 200, ("xqjkwz", "v"), 7, instruction="")
+
+
+@pytest.mark.xdist_group("dreamlite")
+def test_the_text_of_dreamlite_is_that_of_its_pipelines(diffusers_pipeline: Callable[[str], Any]) -> None:
+    for family in ("dreamlite", "dreamlite_mobile"):
+        pipe = diffusers_pipeline(family)
+        kept = inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
+        template = pipe.prompt_template_encode_generate
+        assert _dreamlite_text() == (template, pipe.prompt_template_encode_generate_start_idx, kept)
 
 
 def test_flux_2_s_latents_are_decoded_by_what_its_batch_norm_has_seen(

@@ -71,6 +71,22 @@ def test_a_model_without_guidance_refuses_a_scale(scale: float) -> None:
         guidance_scale(Task((), (), {}), {}, scale)
 
 
+@pytest.mark.parametrize(
+    ("source", "rows"),
+    [
+        ({}, {-1.0: 1, 0.0: 1, 0.5: 1, 1.0: 1, 1.5: 2}),
+        ({"unguided": 0}, {-1.0: 1, 0.0: 1, 0.5: 2, 1.0: 2, 1.5: 2}),
+        ({"below": True}, {-1.0: 2, 0.0: 2, 0.5: 2, 1.0: 1, 1.5: 2}),
+    ],
+)
+def test_guidance_takes_rows_from_the_scale_that_changes_nothing_and_below_it_where_the_bundle_says_so(
+    source: dict[str, Any], rows: dict[float, int]
+) -> None:
+    mix = TensorSpec("mix", "float32", ("rows",), {"kind": "mix", "classifier_free": True, **source})
+    task = Task((), (), {}, guidance=3.5)
+    assert {scale: guidance_scale(task, {"mix": mix}, scale)[1] for scale in rows} == rows
+
+
 def test_numbers_may_be_numpys() -> None:
     kinds = {"label": TensorSpec("label", "int64", ("rows*batch",), {"kind": "label"})}
     assert all_labels(kinds, np.int64(3), 2) == all_labels(kinds, np.array([3, 3]), 1) == (3, 3)

@@ -114,6 +114,8 @@ WRAPPERS: Mapping[str, Callable[..., Denoiser]] = {
     "ZImageImg2ImgPipeline": transformers.z_image,
     "ZImageInpaintPipeline": transformers.z_image,
     "DiTPipeline": transformers.dit,
+    "DreamLitePipeline": unets.dreamlite,
+    "DreamLiteMobilePipeline": unets.dreamlite,
     "DDPMPipeline": unets.pixel_unet,
     "DDIMPipeline": unets.pixel_unet,
 }

@@ -122,22 +122,46 @@ class ChatText(nn.Module):
         model: A decoder of transformers.
         layers: Which hidden states, side by side along the width: 0 is the embedding, -1 behind the last norm.
         masks: Whether the denoiser is told which tokens are words too.
+        left_out: Tokens in front that are not kept.
     """
 
     model: Any
 
-    def __init__(self, model: nn.Module, layers: tuple[int, ...], masks: bool) -> None:
+    def __init__(self, model: nn.Module, layers: tuple[int, ...], masks: bool, left_out: int = 0) -> None:
         super().__init__()
         self.model = model
         self.layers = layers
         self.masks = masks
+        self.left_out = left_out
 
     def forward(self, tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         states: Any = self.model(
             tokens, attention_mask=attention_mask, output_hidden_states=True, use_cache=False
         ).hidden_states
-        hidden = torch.cat([states[layer] for layer in self.layers], dim=-1)
-        return (hidden, attention_mask.to(torch.float32)) if self.masks else (hidden,)
+        kept = (torch.cat([states[layer] for layer in self.layers], dim=-1), attention_mask.to(torch.float32))
+        return tuple(each[:, self.left_out :] for each in kept[: 1 + self.masks])
+
+
+class TextPlaces(nn.Module):
+    """The rotary embedding of a language model that sees (Qwen3-VL), for texts alone: exact.
+
+    Words have the same place along all of its three axes, and its own forward interleaves them, which it does by writes
+    in place that a trace has to take apart.
+
+    Args:
+        embedding: The model's own.
+    """
+
+    def __init__(self, embedding: Any) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", embedding.inv_freq, persistent=False)
+        self.scale = embedding.attention_scaling
+
+    def forward(self, hidden: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        # places (3, rows, tokens)
+        angles = places[0, ..., None] * self.get_buffer("frequencies")
+        angles = torch.cat([angles, angles], dim=-1)
+        return torch.cos(angles) * self.scale, torch.sin(angles) * self.scale
 
 
 class JoinXLText(nn.Module):
@@ -194,8 +218,8 @@ def to_picture(values: Tensor) -> Tensor:
 def latent_scale(pipeline: str, vae: Any) -> tuple[float | Tensor, float | Tensor]:
     """(scale, shift) between a pipeline's latents and its autoencoder's: ``latents / scale + shift`` is decoded.
 
-    A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's, Flux's, Chroma's and
-    Z-Image's alone, and the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting
+    A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's, Flux's, Chroma's, Z-Image's
+    and DreamLite's alone, and the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting
     pipeline forgets them when it encodes, and blends latents of two scales; SD3's forgets the shift when it decodes.
     Here one scale serves all tasks. Flux.2's are what its autoencoder's batch norm has seen.
 
@@ -211,7 +235,7 @@ def latent_scale(pipeline: str, vae: Any) -> tuple[float | Tensor, float | Tenso
         inverse = torch.rsqrt(vae.bn.running_var + config.batch_norm_eps)
         return inverse.reshape(1, -1, 1, 1), vae.bn.running_mean.reshape(1, -1, 1, 1)
     scale = float(config.scaling_factor)
-    if pipeline.startswith(("StableDiffusion3", "Flux", "Chroma", "ZImage")):
+    if pipeline.startswith(("StableDiffusion3", "Flux", "Chroma", "ZImage", "DreamLite")):
         return scale, float(getattr(config, "shift_factor", None) or 0.0)
     mean, deviation = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     if not pipeline.startswith("StableDiffusionXL") or mean is None or deviation is None:

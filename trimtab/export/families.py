@@ -20,7 +20,7 @@ from trimtab.export.transformer_pipelines import (
     stable_diffusion_3,
     z_image,
 )
-from trimtab.export.unet_pipelines import stable_diffusion, stable_diffusion_xl, unconditional
+from trimtab.export.unet_pipelines import dreamlite, stable_diffusion, stable_diffusion_xl, unconditional
 
 
 def has_guidance(source: Source) -> bool:
@@ -34,6 +34,8 @@ def has_guidance(source: Source) -> bool:
         return bool(source.config(source.denoiser).get("guidance_embeds"))
     if family is flux2:
         return not source.index.get("is_distilled")
+    if family is dreamlite:
+        return source.pipeline_class == "DreamLitePipeline"  # the mobile one is distilled
     return family is not unconditional
 
 
@@ -44,6 +46,7 @@ _OF_WRAPPER: Mapping[Callable[..., Denoiser], Callable[[PipelineParts], None]] =
     unets.xl_unet: stable_diffusion_xl,
     unets.editing_xl_unet: stable_diffusion_xl,
     unets.controlled_xl_unet: stable_diffusion_xl,
+    unets.dreamlite: dreamlite,
     unets.pixel_unet: unconditional,
     transformers.sd3: stable_diffusion_3,
     transformers.flux: flux,

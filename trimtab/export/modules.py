@@ -37,6 +37,13 @@ def for_rows(values: Tensor, sample: Tensor) -> Tensor:
     return values.repeat(sample.shape[0] // values.shape[0], *[1] * (values.ndim - 1))
 
 
+def attended(attention: Any, heads: list[Tensor], mask: Tensor | None) -> Tensor:
+    """What attention makes of queries, keys and values, (rows, tokens, heads, width) each."""
+    query, key, value = (part.transpose(1, 2) for part in heads)
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
 def pixels(sample: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """Height and width of the picture in pixels, (rows, 1) float32 each, taken from the latents' shape."""
     ones = torch.ones_like(sample[:, :1, 0, 0])

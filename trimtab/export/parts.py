@@ -50,6 +50,7 @@ class Parts:
         classifier_free: Guidance by a second, negative row.
         unguided: The guidance scale that changes nothing, from which down there is none: 1, or 0 where the pipeline
             counts from there.
+        guided_below: Smaller scales than that guide too.
         task_guidance: Task -> default guidance scale where it is another.
         no_pictures: Why no picture can be given to start from, or None.
         strength: Task that starts from a picture -> its default strength; what is not here cannot be done, or is not
@@ -91,6 +92,7 @@ class Parts:
     guidance: float | None = 7.5
     classifier_free: bool = True
     unguided: int = 1
+    guided_below: bool = False
     task_guidance: dict[str, float] = field(default_factory=dict)
     no_pictures: str | None = None
     strength: dict[str, float] = field(default_factory=dict)

@@ -13,7 +13,7 @@ from trimtab.export.source import Source
 _AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny")
 """Of the others, ConsistencyDecoderVAE samples, and AsymmetricAutoencoderKL reads the picture beside the latents."""
 
-_OTHER_AUTOENCODERS = {"Sana": "AutoencoderDC", "Flux2": "AutoencoderKLFlux2"}
+_OTHER_AUTOENCODERS = {"Sana": "AutoencoderDC", "Flux2": "AutoencoderKLFlux2", "DreamLite": "AutoencoderTiny"}
 """Begin of a pipeline's class -> the one that it has instead."""
 
 _OF_PIXELS = ("DDPMPipeline", "DDIMPipeline")
@@ -79,8 +79,9 @@ def measure(parts: PipelineParts) -> None:
             parts.colors = parts.channels
             # Its upsamplers double, so that a side must halve at every level.
             parts.multiple = 2 ** (len(config["block_out_channels"]) - 1)
-        # Flux's configuration says no size; its pipeline's default is 128 latents of its autoencoder's.
-        sides = config.get("sample_size") or (64 if source.pipeline_class.startswith("Flux2") else 128)
+        # Flux's configuration says no size, and DreamLite's pipeline reads none: 128 latents of the autoencoder's.
+        own = None if source.pipeline_class.startswith("DreamLite") else config.get("sample_size")
+        sides = own or (64 if source.pipeline_class.startswith("Flux2") else 128)
         if source.pipeline_class in MENDING and _is_old(config):
             sides = max(sides, 64)
         height, width = (sides, sides) if isinstance(sides, int) else sides
@@ -95,7 +96,11 @@ def measure(parts: PipelineParts) -> None:
 
 _PATCHES_OF_2 = ("FluxTransformer2DModel", "ChromaTransformer2DModel", "ZImageTransformer2DModel")
 
-_TOLD_SIZES = {"UpBlock2D", "CrossAttnUpBlock2D"}
+_TOLD_SIZES = {
+    *("UpBlock2D", "CrossAttnUpBlock2D"),
+    *("DreamLiteUpBlock2D", "DreamLiteCrossAttnUpBlock2D", "DreamLiteCrossAttnNoSelfAttnUpBlock2D"),
+    *("CrossAttnUpRemoveSelfAttnBlock2D", "CrossAttnUpRemoveSelfAttnBlock2DV1"),
+}
 """Up blocks that take the size of their skip from the U-Net; others double."""
 
 

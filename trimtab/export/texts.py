@@ -132,24 +132,69 @@ def chat(
     Raises:
         ExportError: It has fewer layers, or no template that can be written around a prompt.
     """
-    before, after = _around(parts.source.load("tokenizer"), thinking)
+    around = _around(parts.source.load("tokenizer"), thinking)
     model = parts.source.load("text_encoder")
     if model.config.num_hidden_layers < max(layers):
         raise ExportError(
             f"the text encoder has {model.config.num_hidden_layers} layers, and the pipeline reads behind the "
             f"{max(layers)}th: give another"
         )
-    parts.tokens("tokens", "tokenizer", length, mask=True, open_length=masks, prefix=before, suffix=after)
+    _asked(parts, length, encoders.ChatText(model, layers, masks), around)
+
+
+def templated(
+    parts: PipelineParts, kept: int, around: tuple[str, str], left_out: int, instruction: str
+) -> None:
+    """The language model of one that sees, asked in a template of the pipeline's: tokens -> hidden, hidden_mask.
+
+    What sees is let go, unread.
+
+    Args:
+        parts: Grows.
+        kept: Tokens of a text, at the most, behind those that are left out.
+        around: What stands before a prompt and behind it.
+        left_out: Tokens in front of every text that are not kept: as many as the template begins with.
+        instruction: Stands before prompts that are not negative.
+
+    Raises:
+        ExportError: The tokenizer leaves nothing of an empty text.
+    """
+    found = len(parts.source.load("tokenizer")("".join(around)).input_ids)
+    if found <= left_out:
+        raise ExportError(
+            f"the tokenizer makes {found} tokens of the pipeline's template, of which the first {left_out} are left "
+            "out: copy the tokenizer again"
+        )
+    model = parts.source.load("text_encoder").model.language_model
+    model.rotary_emb = encoders.TextPlaces(model.rotary_emb)
+    _asked(parts, left_out + kept, encoders.ChatText(model, (-1,), True, left_out), around, instruction)
+
+
+def _asked(
+    parts: PipelineParts, length: int, text: encoders.ChatText, around: tuple[str, str], instruction: str = ""
+) -> None:
+    """Adds a language model that is asked for prompts within a text."""
+    before, after = around
+    said = {"instruction": instruction} if instruction else {}
+    parts.tokens(
+        "tokens", "tokenizer", length, mask=True, open_length=text.masks, prefix=before, suffix=after, **said
+    )
+    tokens = torch.randint(3, 10, (ROWS, text.left_out + TOKENS))
+    words = torch.ones_like(tokens)
+    words[0, text.left_out + TOKENS // 2 :] = 0
     parts.add(
         "text_encoder",
-        encoders.ChatText(model, layers, masks),
-        {"tokens": tokens_example(), "attention_mask": mask_example()},
-        ["hidden", "mask"] if masks else ["hidden"],
+        text,
+        {
+            "tokens": Example(tokens, ("prompts", "tokens")),
+            "attention_mask": Example(words, ("prompts", "tokens")),
+        },
+        ["hidden", "mask"] if text.masks else ["hidden"],
     )
     parts.call(
         "text_encoder",
         {"tokens": "tokens", "attention_mask": "tokens_mask"},
-        {"hidden": "hidden", **({"mask": "hidden_mask"} if masks else {})},
+        {"hidden": "hidden", **({"mask": "hidden_mask"} if text.masks else {})},
     )
 
 

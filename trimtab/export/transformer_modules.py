@@ -11,7 +11,7 @@ import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
-from trimtab.export.modules import Denoiser, pixels, timestep_rows
+from trimtab.export.modules import Denoiser, attended, pixels, timestep_rows
 
 
 class ClassTransformer(Denoiser):
@@ -44,14 +44,7 @@ class _Attention:
         if attention.norm_q is not None:  # across heads
             query, key = attention.norm_q(query), attention.norm_k(key)
         heads = [part.unflatten(-1, (attention.heads, -1)) for part in (query, key, value)]
-        return _mixed(attention, heads, attention_mask)
-
-
-def _mixed(attention: Any, heads: list[Tensor], mask: Tensor | None) -> Tensor:
-    """What attention makes of queries, keys and values, (rows, tokens, heads, width) each."""
-    query, key, value = (part.transpose(1, 2) for part in heads)
-    mixed = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    return attention.to_out[0](mixed.transpose(1, 2).flatten(2))
+        return attended(attention, heads, attention_mask)
 
 
 def _bias(mask: Tensor, queries: int) -> Tensor:
@@ -190,7 +183,7 @@ class _RotaryAttention:
         if attention.norm_q is not None:  # in each head
             query, key = attention.norm_q(query), attention.norm_k(key)
         assert freqs_cis is not None
-        return _mixed(attention, [_turn(query, freqs_cis), _turn(key, freqs_cis), value], attention_mask)
+        return attended(attention, [_turn(query, freqs_cis), _turn(key, freqs_cis), value], attention_mask)
 
 
 def _turn(heads: Tensor, angles: Tensor) -> Tensor:

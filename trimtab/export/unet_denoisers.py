@@ -12,6 +12,7 @@ from trimtab.export.unet_modules import (
     ConditionalUNet,
     ControlledUNet,
     ControlledXLUNet,
+    DreamLiteUNet,
     EditingUNet,
     GuidedUNet,
     InpaintingUNet,
@@ -60,6 +61,24 @@ def editing_xl_unet(source: Source, unet: Any) -> Denoiser:
     return XLEditingUNet(unet, latent_space(source)[1])
 
 
+def dreamlite(source: Source, unet: Any) -> Denoiser:
+    """Refuses what its pipeline does not run, or runs otherwise (Raises ExportError)."""
+    _check_told(unet, addition_embed_type="time", encoder_hid_dim_type="text_proj_rms")
+    channels, factor = latent_space(source)
+    if (found := (unet.config.in_channels, unet.config.out_channels)) != (channels, channels):
+        raise ExportError(
+            f"the U-Net takes {found[0]} channels and predicts {found[1]}, and {channels} are needed with this vae: "
+            "give another"
+        )
+    alone = unet.config.only_cross_attention
+    if any(alone) if isinstance(alone, list | tuple) else alone:
+        raise ExportError(
+            "the U-Net has only_cross_attention, whose layers read a text's padding too, and one that reads words "
+            "alone is supported: give another"
+        )
+    return DreamLiteUNet(unet, factor)
+
+
 def controlled_unet(source: Source, unet: Any, controlnet: Any) -> Denoiser:
     plain = conditional_unet(source, unet)
     _check_controlled(source, plain, controlnet)
@@ -97,8 +116,8 @@ def _check_told(unet: Any, **told: str) -> None:
     for name, value in ({"encoder_hid_dim_type": "text_proj"} | told).items():
         if (found := unet.config[name]) not in (None, value):
             raise ExportError(
-                f"the U-Net has {name} {found!r}, and its pipeline gives it text alone (None or {value!r}): "
-                "give another pipeline"
+                f"the U-Net has {name} {found!r}, and its pipeline tells it no such thing (None or {value!r} is "
+                "supported): give another pipeline"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trimtab.export.modules import Denoiser, for_rows, pixels
+from trimtab.export.modules import Denoiser, attended, for_rows, pixels
 
 
 def _with_known(sample: Tensor, mask: Tensor, masked_latents: Tensor) -> Tensor:
@@ -289,6 +289,64 @@ class ControlledXLUNet(ControlledUNet):
         return super().forward(
             sample, timestep, encoder_hidden_states, control, control_scale, added_cond_kwargs=told
         )
+
+
+class _SharedHeads:
+    """Attention in which several heads share a key and a value, with a mask (rows, 1, keys) for all queries.
+
+    As in `trimtab.export.transformer_modules`, the mask has a query axis of full size.
+    """
+
+    def __call__(
+        self,
+        attention: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = attention.to_q(hidden_states), attention.to_k(source), attention.to_v(source)
+        width = query.shape[-1] // attention.heads
+        query, key, value = (part.unflatten(-1, (-1, width)) for part in (query, key, value))
+        if attention.norm_q is not None:  # in each head
+            query, key = attention.norm_q(query), attention.norm_k(key)
+        shared = attention.heads // key.shape[2]
+        if shared > 1:
+            key, value = (part.repeat_interleave(shared, dim=2) for part in (key, value))
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, None].expand(-1, -1, query.shape[1], -1)
+        return attended(attention, [query, key, value], attention_mask)
+
+
+class DreamLiteUNet(Denoiser):
+    """DreamLite's U-Net, which draws beside a picture to edit: beside nothing here, as its pipeline draws from texts.
+
+    The sample is doubled along its width by zeros. Attention and convolutions see both halves, so that all of it is
+    computed, and what is predicted for the zeros is dropped.
+    """
+
+    def __init__(self, model: nn.Module, factor: int) -> None:
+        super().__init__(model)
+        self.factor = factor
+        self.model.set_attn_processor(_SharedHeads())
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor,
+    ) -> Tensor:
+        height, width = pixels(sample, self.factor)
+        prediction = self.model(
+            torch.cat([sample, torch.zeros_like(sample)], dim=3),
+            timestep,
+            encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            added_cond_kwargs={"time_ids": torch.cat([width, height], dim=1)},
+            return_dict=False,
+        )[0]
+        return prediction[..., : sample.shape[3]]
 
 
 class PixelUNet(Denoiser):

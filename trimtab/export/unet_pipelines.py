@@ -6,6 +6,8 @@ Components are loaded, traced and let go one after another.
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 
 from trimtab.export import encoders, texts, unet_modules
@@ -118,6 +120,47 @@ def stable_diffusion_xl(parts: PipelineParts) -> None:
     parts.denoiser(wrapper, inputs)
     del wrapper
     parts.vae()
+
+
+def dreamlite(parts: PipelineParts) -> None:
+    """DreamLite: a language model asked in a template, a U-Net that is told which tokens are words.
+
+    The mobile one is distilled: without guidance.
+    """
+    template, left_out, kept = _dreamlite_text()
+    before, after = template.split("{}")
+    texts.templated(parts, kept, (before, after), left_out, instruction="[Generate]: ")
+    wrapper = denoiser_module(parts.source)
+    parts.conditioning = {"encoder_hidden_states": "hidden", "encoder_attention_mask": "hidden_mask"}
+    parts.classifier_free = parts.pipeline == "DreamLitePipeline"
+    parts.guidance = 3.5 if parts.classifier_free else None
+    parts.guided_below = parts.classifier_free
+    width = parts.output_width("text_encoder", "hidden")
+    parts.denoiser(
+        wrapper,
+        {
+            "sample": _unet_sample(parts),
+            "timestep": timestep_example(),
+            "encoder_hidden_states": hidden_example(width),
+            "encoder_attention_mask": Example(torch.ones(ROWS, TOKENS), ("prompts", "tokens")),
+        },
+    )
+    del wrapper
+    parts.vae()
+
+
+def _dreamlite_text() -> tuple[str, int, int]:
+    """The template of diffusers' pipelines, how many of its tokens they leave out in front, how many they keep."""
+    from diffusers import DreamLitePipeline
+
+    said = inspect.signature(DreamLitePipeline).parameters
+    pipeline = DreamLitePipeline(**dict.fromkeys(said))  # of no models
+    kept = inspect.signature(DreamLitePipeline.__call__).parameters["max_sequence_length"].default
+    return (
+        pipeline.prompt_template_encode_generate,
+        pipeline.prompt_template_encode_generate_start_idx,
+        kept,
+    )
 
 
 def unconditional(parts: PipelineParts) -> None:

@@ -83,10 +83,18 @@ def guidance_scale(task: Task, kinds: Mapping[str, TensorSpec], guidance: float 
         check_guidance(guidance, has_guidance=False)
         return 1.0, 1
     scale = _finite("guidance scale", task.guidance if guidance is None else guidance)
-    # As in diffusers, a scale of 1 or less, or of 0 for some, turns classifier-free guidance off.
     mix = kinds.get("mix")
-    rows = 2 if mix is not None and mix.source.get("classifier_free") and scale > unguided(kinds) else 1
-    return scale, rows
+    return scale, 2 if mix is not None and _guides(mix, scale, unguided(kinds)) else 1
+
+
+def _guides(mix: TensorSpec, scale: float, none: int) -> bool:
+    """As in diffusers, a scale of 1 or less, or of 0 for some, turns classifier-free guidance off.
+
+    Some pipelines (DreamLite's) have no such bound: there a scale below 1 leans to the negative prompt.
+    """
+    if not mix.source.get("classifier_free"):
+        return False
+    return scale != none if mix.source.get("below") else scale > none
 
 
 def choose_schedule(

@@ -153,7 +153,7 @@ def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any
     """What the family's pipeline hands to ``set_timesteps`` beside the number of steps."""
     options: dict[str, Any] = {}
     own = scheduler.config.get("use_flow_sigmas") and not parts.pipeline.startswith("Chroma")
-    if parts.pipeline.startswith(("Flux", "Chroma", "ZImage")) and not own:
+    if parts.pipeline.startswith(("Flux", "Chroma", "ZImage", "DreamLite")) and not own:
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if parts.pipeline == "SanaSprintPipeline":
         # Of two steps the second has a time of its own; of other numbers the pipeline takes none.
@@ -164,9 +164,14 @@ def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any
 
 
 def image_tokens(parts: Parts, size: tuple[int, int]) -> int:
-    """How many tokens a transformer makes of a picture of (width, height) pixels."""
+    """How many tokens a transformer makes of a picture of (width, height) pixels, or is said to make."""
     width, height = size
-    return (width // parts.multiple) * (height // parts.multiple)
+    return (width // parts.multiple) * (height // parts.multiple) // patches_of_token(parts.pipeline)
+
+
+def patches_of_token(pipeline: str) -> int:
+    """How many patches count as one token: DreamLite's pipeline takes a quarter of the latents."""
+    return 4 if pipeline.startswith("DreamLite") else 1
 
 
 MANY_TOKENS = 4300
@@ -188,8 +193,8 @@ def time_shift(pipeline: str, config: Mapping[str, Any], steps: int, tokens: int
         from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 
         return float(compute_empirical_mu(tokens, steps))
-    # What SD3's pipeline takes for the larger shift of a scheduler that says none: not Flow matching's own, 1.15.
-    most = 1.16 if pipeline.startswith("StableDiffusion3") else 1.15
+    # What these pipelines take for the larger shift of a scheduler that says none: not Flow matching's own, 1.15.
+    most = 1.16 if pipeline.startswith(("StableDiffusion3", "DreamLite")) else 1.15
     few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", most)
     slope = (high - low) / (many - few)
@@ -202,6 +207,8 @@ def _task_wiring(name: str, parts: Parts) -> tuple[list[TensorSpec], list[Call],
     guided: dict[str, str | int] = {"kind": "mix", "classifier_free": parts.classifier_free}
     if parts.unguided != 1:
         guided["unguided"] = parts.unguided
+    if parts.guided_below:
+        guided["below"] = True
     mix = TensorSpec("mix", "float32", ("rows",), guided)
     inputs, prologue = [*parts.inputs, mix], list(parts.prologue)
     conditioning = dict(parts.conditioning)

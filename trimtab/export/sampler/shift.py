@@ -32,6 +32,7 @@ from trimtab.export.sampler.schedules import (
     MANY_TOKENS,
     Sampling,
     image_tokens,
+    patches_of_token,
     plan_tasks,
     probe_tasks,
     time_shift,
@@ -104,6 +105,7 @@ class ShiftedTables(nn.Module):
     ) -> None:
         super().__init__()
         self.patch = parts.multiple // parts.factor
+        self.patches = patches_of_token(parts.pipeline)
         self.exponential = config.get("time_shift_type", "exponential") == "exponential"
         self.terminal = config.get("shift_terminal")
         self.bends = parts.pipeline.startswith("Flux2")
@@ -129,7 +131,7 @@ class ShiftedTables(nn.Module):
                 self.register_buffer(f"{name}_{part}", index)
 
     def forward(self, noise: Tensor) -> tuple[Tensor, ...]:
-        tokens = (noise.shape[2] // self.patch) * (noise.shape[3] // self.patch)
+        tokens = (noise.shape[2] // self.patch) * (noise.shape[3] // self.patch) // self.patches
         count = torch.ones(1) * tokens
         mu = self._line("few", count)
         if self.bends:
