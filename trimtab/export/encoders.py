@@ -219,9 +219,9 @@ def latent_scale(pipeline: str, vae: Any) -> tuple[float | Tensor, float | Tenso
     """(scale, shift) between a pipeline's latents and its autoencoder's: ``latents / scale + shift`` is decoded.
 
     A configuration may say more than its pipeline reads: ``shift_factor`` is read by SD3's, Flux's, Chroma's, Z-Image's
-    and DreamLite's alone, and the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's inpainting
-    pipeline forgets them when it encodes, and blends latents of two scales; SD3's forgets the shift when it decodes.
-    Here one scale serves all tasks. Flux.2's are what its autoencoder's batch norm has seen.
+    and DreamLite's alone, and the mean and deviation of every channel by SDXL's alone (Playground v2.5). SDXL's
+    inpainting pipeline forgets them when it encodes, and blends latents of two scales; SD3's forgets the shift when it
+    decodes. Here one scale serves all tasks. Flux.2's are what its autoencoder's batch norm has seen.
 
     Args:
         pipeline: A pipeline's class.

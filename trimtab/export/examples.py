@@ -73,13 +73,13 @@ def pooled_example(width: int) -> Example:
     return Example(torch.randn(ROWS, width), ("prompts", None))
 
 
-def tokens_example() -> Example:
-    """Token ids: (rows * batch, tokens)."""
-    return Example(torch.randint(3, 30, (ROWS, TOKENS)), ("prompts", "tokens"))
+def tokens_example(left_out: int = 0) -> Example:
+    """Token ids, (rows * batch, tokens), of which so many more in front are left out of what is encoded."""
+    return Example(torch.randint(3, 10, (ROWS, left_out + TOKENS)), ("prompts", "tokens"))
 
 
-def mask_example() -> Example:
+def mask_example(left_out: int = 0) -> Example:
     """Which tokens of `tokens_example` are words: (rows * batch, tokens) int64."""
-    mask = torch.ones(ROWS, TOKENS, dtype=torch.int64)
-    mask[0, TOKENS // 2 :] = 0
+    mask = torch.ones(ROWS, left_out + TOKENS, dtype=torch.int64)
+    mask[0, left_out + TOKENS // 2 :] = 0
     return Example(mask, ("prompts", "tokens"))

@@ -11,7 +11,7 @@ import torch
 
 from trimtab.errors import ExportError, first_line
 from trimtab.export import encoders
-from trimtab.export.examples import ROWS, TOKENS, mask_example, tokens_example
+from trimtab.export.examples import ROWS, mask_example, tokens_example
 from trimtab.export.parts import PipelineParts
 from trimtab.export.trace import Example
 from trimtab.program import TensorSpec
@@ -95,15 +95,12 @@ def instructed(parts: PipelineParts, kept: int, instruction: str) -> None:
     )
     parts.inputs.append(TensorSpec("positive", "float32", ("rows*batch", 1), {"kind": "positive"}))
     left_out = length - kept
-    tokens = torch.randint(3, 10, (ROWS, left_out + TOKENS))
-    words = torch.ones_like(tokens)
-    words[0, left_out:] = 0
     parts.add(
         "text_encoder",
         encoders.InstructedText(parts.source.load("text_encoder"), left_out),
         {
-            "tokens": Example(tokens, ("prompts", "tokens")),
-            "attention_mask": Example(words, ("prompts", "tokens")),
+            "tokens": tokens_example(left_out),
+            "attention_mask": mask_example(left_out),
             "positive": Example(torch.ones(ROWS, 1), ("prompts", None)),
         },
         ["hidden", "mask"],
@@ -179,16 +176,10 @@ def _asked(
     parts.tokens(
         "tokens", "tokenizer", length, mask=True, open_length=text.masks, prefix=before, suffix=after, **said
     )
-    tokens = torch.randint(3, 10, (ROWS, text.left_out + TOKENS))
-    words = torch.ones_like(tokens)
-    words[0, text.left_out + TOKENS // 2 :] = 0
     parts.add(
         "text_encoder",
         text,
-        {
-            "tokens": Example(tokens, ("prompts", "tokens")),
-            "attention_mask": Example(words, ("prompts", "tokens")),
-        },
+        {"tokens": tokens_example(text.left_out), "attention_mask": mask_example(text.left_out)},
         ["hidden", "mask"] if text.masks else ["hidden"],
     )
     parts.call(

@@ -14,6 +14,7 @@ from trimtab.export import encoders, texts, unet_modules
 from trimtab.export.denoisers import CONTROLNET, denoiser_module
 from trimtab.export.examples import (
     ROWS,
+    TOKENS,
     halving_example,
     hidden_example,
     odd_latent,

@@ -152,8 +152,8 @@ def _starts(steps: int, parts: Parts, task: str) -> Iterable[int]:
 def timesteps_options(scheduler: Any, steps: int, parts: Parts) -> dict[str, Any]:
     """What the family's pipeline hands to ``set_timesteps`` beside the number of steps."""
     options: dict[str, Any] = {}
-    own = scheduler.config.get("use_flow_sigmas") and not parts.pipeline.startswith("Chroma")
-    if parts.pipeline.startswith(("Flux", "Chroma", "ZImage", "DreamLite")) and not own:
+    own = parts.pipeline.startswith(("Flux", "ZImage")) and not scheduler.config.get("use_flow_sigmas")
+    if own or parts.pipeline.startswith(("Chroma", "DreamLite")):
         options["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     if parts.pipeline == "SanaSprintPipeline":
         # Of two steps the second has a time of its own; of other numbers the pipeline takes none.
