@@ -181,11 +181,20 @@ EXPANDED = """g (float time, float[rows, 2] text) => (float[rows, 3] y)
 }"""
 
 
-def test_steps_become_rows_and_every_result_is_that_of_its_step() -> None:
+MORE_AXES = EXPANDED.replace("float[rows, 3] y", "float[rows, 2, 3] y").replace(
+    "y = MatMul (both, w)",
+    """line = MatMul (both, w)
+    lines = Unsqueeze (line, one)
+    y = Concat <axis: int = 1> (lines, lines)""",
+)
+
+
+@pytest.mark.parametrize("text_form", [EXPANDED, MORE_AXES])
+def test_steps_become_rows_and_every_result_is_that_of_its_step(text_form: str) -> None:
     text = np.arange(8, dtype=np.float32).reshape(4, 2)
     times = np.array([3, 1, 2], np.float32)
-    each = [run_model(parsed(EXPANDED), {"time": np.array(time), "text": text})["y"] for time in times]
-    model = parsed(EXPANDED)
+    each = [run_model(parsed(text_form), {"time": np.array(time), "text": text})["y"] for time in times]
+    model = parsed(text_form)
     for_all_steps(model, "time")
     np.testing.assert_array_equal(run_model(model, {"time": times, "text": text})["y"], np.stack(each))
 
