@@ -22,6 +22,7 @@ import onnx_ir as ir
 import pytest
 import tiny
 import torch
+import torch._dynamo.config
 from diffusers.configuration_utils import FrozenDict
 from filelock import FileLock
 
@@ -35,6 +36,12 @@ SAMPLE_MODELS = Path(__file__).parents[1] / "samples" / "01_shapes" / "models"
 
 # The collector would go through all objects of torch once every few hundred new ones: 9% of the tests' time, now 4%.
 gc.set_threshold(100_000)
+
+# Of models with one layer of each kind, what fake tensors gave is seldom asked for again: to keep it takes a fifth of a
+# trace.
+torch._dynamo.config.fake_tensor_cache_enabled = False
+DEEP = 500
+"""Modules from which on it is kept: the shipped models'."""
 
 if IS_WORKER:
     # Workers share the cores; torch would take them all for each.
@@ -118,7 +125,9 @@ def _traced_once(workshop: Path) -> Iterator[None]:
         _ByContent(stream).dump((module, sizes, outputs))
 
         def save(folder: Path) -> None:
-            graph = tracing.trace(module, inputs, outputs)
+            deep = sum(1 for _ in module.modules()) >= DEEP
+            with torch._dynamo.config.patch(fake_tensor_cache_enabled=deep):
+                graph = tracing.trace(module, inputs, outputs)
             folder.mkdir()
             ir.save(graph, folder / "graph.onnx")
 

@@ -345,7 +345,7 @@ def test_calibration_brings_every_packed_denoiser_nearer_to_what_it_was(
     with made(plain(bundle_folder("sd15")), tmp_path / "dense", switch=[(plan, 0.5)]) as dense:
         samples = record(dense, own_requests(dense, 2), steps=[1, 8, 12, 18])
     before = errors("k-means", samples)
-    after = errors("calibrated", samples, vq_minutes=0.15)
+    after = errors("calibrated", samples, vq_minutes=0.08)
     assert before.keys() == {"denoiser", "denoiser-small"}
     # How much nearer is a matter of time, and here there are seconds.
     assert all(after[name] < before[name] for name in before), (before, after)

@@ -23,7 +23,7 @@ TOLERANCE = 1e-3
 STEPS = 20
 TEXT = (
     "sd15",
-    "sd21_v",
+    pytest.param("sd21_v", marks=pytest.mark.slow),
     "sdxl",
     "sd3",
     "pixart_sigma",
@@ -311,7 +311,7 @@ def test_inpainting_equals_diffusers(
     assert_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("family", ["controlnet", "controlnet_xl"])
+@pytest.mark.parametrize("family", ["controlnet", pytest.param("controlnet_xl", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("task", ["text-to-image", "image-to-image", "inpainting"])
 def test_a_picture_drawn_along_another_equals_diffusers(
     task: str, family: str, load: Load, diffusers_pipeline: Any

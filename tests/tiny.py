@@ -306,7 +306,7 @@ def sdxl_refiner(folder: Path) -> Any:
     )
 
 
-def _controlnet(**config: Any) -> ControlNetModel:
+def controlnet_model(**config: Any) -> ControlNetModel:
     """What it adds to the skips counts, as after training: its last convolutions are zeros before."""
     model = ControlNetModel(
         layers_per_block=1,
@@ -331,7 +331,7 @@ def controlnet(folder: Path) -> Any:
     parts = _stable_diffusion(folder, DDIMScheduler(**SD_BETAS), **TWO_LEVELS).components
     return StableDiffusionControlNetPipeline(
         **{name: part for name, part in parts.items() if name != "image_encoder"},
-        controlnet=_controlnet(cross_attention_dim=16, **levels),
+        controlnet=controlnet_model(cross_attention_dim=16, **levels),
         requires_safety_checker=False,
     )
 
@@ -344,7 +344,7 @@ def controlnet_xl(folder: Path) -> Any:
     names += ("use_linear_projection",)
     return StableDiffusionXLControlNetPipeline(
         **{name: part for name, part in parts.items() if name not in ("image_encoder", "feature_extractor")},
-        controlnet=_controlnet(**{name: config[name] for name in names}),
+        controlnet=controlnet_model(**{name: config[name] for name in names}),
         add_watermarker=False,
     )
 
@@ -412,7 +412,7 @@ def sd3(folder: Path) -> Any:
     )
 
 
-def _flux(cls: Any, folder: Path, channels: int = 64, single_layers: int = 1) -> Any:
+def _flux(cls: Any, folder: Path, channels: int = 64, single_layers: int = 0) -> Any:
     return cls(
         transformer=FluxTransformer2DModel(
             patch_size=1,
@@ -530,7 +530,7 @@ def gemma(width: int = 32) -> Gemma2Model:
         vocab_size=80,
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=8,

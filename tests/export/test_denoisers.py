@@ -15,10 +15,11 @@ import pytest
 import torch
 from diffusers import LatentConsistencyModelPipeline, PixArtTransformer2DModel, UNet2DModel
 from graphs import run
-from tiny import TWO_LEVELS, clip_text, unet, vae
+from tiny import ONE_LEVEL, TWO_LEVELS, clip_text, controlnet_model, unet, vae
 
 from trimtab.errors import ExportError, InputError
 from trimtab.export.denoisers import WRAPPERS, check_denoiser, denoiser_module
+from trimtab.export.encoders import ControlEncoder
 from trimtab.export.families import has_guidance
 from trimtab.export.parts import PipelineParts
 from trimtab.export.pipeline import check_options
@@ -28,7 +29,7 @@ from trimtab.export.trace import Example, trace
 from trimtab.export.transformer_denoisers import caption_width
 from trimtab.export.transformer_modules import PixArtTransformer
 from trimtab.export.unet_denoisers import check_conditions
-from trimtab.export.unet_modules import GuidedUNet, PixelUNet, XLRefiningUNet
+from trimtab.export.unet_modules import ControlledXLUNet, GuidedUNet, PixelUNet, XLRefiningUNet
 
 PipelineFolder = Callable[[str], Path]
 
@@ -156,6 +157,25 @@ def test_a_unet_that_reads_something_else_than_the_picture_it_changes_is_refused
     source = saved_xl(tmp_path, cls="StableDiffusionXLInstructPix2PixPipeline", **config)
     with pytest.raises(ExportError, match=reason):
         check_denoiser(source)
+
+
+def test_a_controlnet_of_sdxl_is_run_as_diffusers_runs_it_with_its_picture_embedded_beforehand() -> None:
+    told: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    told |= {"projection_class_embeddings_input_dim": 8 * 6 + 16, "cross_attention_dim": 16}
+    levels = {name: ONE_LEVEL[name] for name in ("block_out_channels", "down_block_types")}
+    model, controlnet = unet(**ONE_LEVEL | told), controlnet_model(**levels | told)
+    picture = torch.rand(1, 64, 48, 3)
+    read = (torch.randn(2, 4, 8, 6), torch.tensor(3.0), torch.randn(2, 5, 16))
+    pooled, ids = torch.randn(2, 16), torch.tensor([[64.0, 48.0, 0.0, 0.0, 64.0, 48.0]] * 2)
+    added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": ids}, "return_dict": False}
+    with torch.no_grad():
+        down, middle = controlnet(*read, picture.permute(0, 3, 1, 2), 0.5, **added)
+        residuals = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        expected = model(*read, **residuals, **added)[0]
+        control = ControlEncoder(controlnet)(picture)
+        found = ControlledXLUNet(model, controlnet, 8)(*read, pooled, control, torch.tensor(0.5))
+    torch.testing.assert_close(found, expected)
+    assert (found - model(*read, **added)[0]).abs().max() > 1e-2
 
 
 def test_a_learned_time_embedding_is_looked_up(tmp_path: Path) -> None:

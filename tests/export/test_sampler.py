@@ -359,6 +359,7 @@ def every_kind_of_table() -> list[SamplerTable]:
     return tables
 
 
+@pytest.mark.xdist_group("tables")
 def test_no_evaluation_writes_a_slot_that_it_reads(every_kind_of_table: list[SamplerTable]) -> None:
     for table in every_kind_of_table:
         kept = table.evaluations[0].known_weights is not None
@@ -375,6 +376,7 @@ def test_no_evaluation_writes_a_slot_that_it_reads(every_kind_of_table: list[Sam
                 assert evaluation.clip_weights is None or evaluation.clip_weights[slot] == 0
 
 
+@pytest.mark.xdist_group("tables")
 def test_no_evaluation_reads_a_slot_before_it_is_written(every_kind_of_table: list[SamplerTable]) -> None:
     for table in every_kind_of_table:
         written = {0, 1}
