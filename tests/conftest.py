@@ -37,12 +37,6 @@ SAMPLE_MODELS = Path(__file__).parents[1] / "samples" / "01_shapes" / "models"
 # The collector would go through all objects of torch once every few hundred new ones: 9% of the tests' time, now 4%.
 gc.set_threshold(100_000)
 
-# Of models with one layer of each kind, what fake tensors gave is seldom asked for again: to keep it takes a fifth of a
-# trace.
-torch._dynamo.config.fake_tensor_cache_enabled = False
-DEEP = 500
-"""Modules from which on it is kept: the shipped models'."""
-
 if IS_WORKER:
     # Workers share the cores; torch would take them all for each.
     torch.set_num_threads(1)
@@ -68,6 +62,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if IS_WORKER else base) / "workshop"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+DEEP = 500
+"""Modules from which on a trace keeps what fake tensors gave, as the shipped models'. Where there is one layer of each
+kind, it is seldom asked for again, and to keep it takes a fifth of the time."""
 
 
 def made_once(folder: Path, make: Callable[[Path], object]) -> Path:

@@ -323,6 +323,7 @@ def test_larger_pictures_that_no_engine_would_draw_are_refused_before_anything_i
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_calibration_brings_every_packed_denoiser_nearer_to_what_it_was(
     bundle_folder: BundleFolder, tmp_path: Path
 ) -> None:

@@ -27,7 +27,7 @@ TEXT = (
     "sdxl",
     "sd3",
     "pixart_sigma",
-    "pixart_alpha",
+    pytest.param("pixart_alpha", marks=pytest.mark.slow),
     "sana",
     "sana_sprint",
     "flux",

@@ -212,6 +212,7 @@ def test_an_image_guidance_scale_that_does_not_fit_is_refused(
         editor(family)(PROMPT, image=picture(), image_guidance=scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sdxl_refiner"])
 @pytest.mark.parametrize(
     ("task", "given"),

@@ -159,6 +159,18 @@ def test_a_unet_that_reads_something_else_than_the_picture_it_changes_is_refused
         check_denoiser(source)
 
 
+def test_a_refiner_is_told_a_score_in_the_place_of_the_size_asked_for() -> None:
+    told: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    model = unet(**ONE_LEVEL | told, projection_class_embeddings_input_dim=8 * 5 + 16)
+    read = (torch.randn(2, 4, 8, 6), torch.tensor(3.0), torch.randn(2, 5, 16))
+    ids = torch.tensor([[64.0, 48.0, 0.0, 0.0, score] for score in (2.5, 6.0)])
+    pooled = torch.randn(2, 16)
+    with torch.no_grad():
+        expected = model(*read, added_cond_kwargs={"text_embeds": pooled, "time_ids": ids}).sample
+        found = XLRefiningUNet(model, 8)(*read, pooled, torch.tensor([[0.0], [1.0]]))
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_controlnet_of_sdxl_is_run_as_diffusers_runs_it_with_its_picture_embedded_beforehand() -> None:
     told: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     told |= {"projection_class_embeddings_input_dim": 8 * 6 + 16, "cross_attention_dim": 16}
