@@ -93,6 +93,17 @@ def did_you_mean(word: str, words: Iterable[str], otherwise: str) -> str:
     return f"did you mean {' or '.join(near)}?" if near else otherwise
 
 
+def nearest(name: str, known: Iterable[str], others: Iterable[str] = ()) -> str:
+    """ "did you mean x? known are x, y": what an error says about a name that is none of the known ones.
+
+    ``others`` are taken as well, and not listed.
+    """
+    names = [*known]
+    listed = f"known are {', '.join(names) or 'none'}"
+    hint = did_you_mean(name, [*names, *others], "")
+    return f"{hint} {listed}" if hint else listed
+
+
 _COMPILE_PACKAGES = (
     "torch",
     "onnx_ir",

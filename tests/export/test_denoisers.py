@@ -33,6 +33,9 @@ from trimtab.export.unet_modules import ControlledXLUNet, GuidedUNet, PixelUNet,
 
 PipelineFolder = Callable[[str], Path]
 
+TOLD: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+"""What makes a U-Net one of SDXL's: it is told numbers beside the text."""
+
 
 @pytest.mark.parametrize(
     ("family", "wrapper"),
@@ -61,12 +64,7 @@ def test_it_takes_the_graphs_inputs_by_name(pipeline_folder: PipelineFolder) -> 
 
 def saved_xl(folder: Path, cls: str = "StableDiffusionXLPipeline", **config: Any) -> Source:
     """An SDXL pipeline as far as its denoiser goes, with another U-Net than that of the family."""
-    made = unet(
-        **TWO_LEVELS
-        | {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-        | {"projection_class_embeddings_input_dim": 8 * 6 + 16}
-        | config
-    )
+    made = unet(**TWO_LEVELS | TOLD | {"projection_class_embeddings_input_dim": 8 * 6 + 16} | config)
     made.save_pretrained(folder / "unet")
     vae().save_pretrained(folder / "vae")
     clip_text(projection=True).save_pretrained(folder / "text_encoder_2")
@@ -160,8 +158,7 @@ def test_a_unet_that_reads_something_else_than_the_picture_it_changes_is_refused
 
 
 def test_a_refiner_is_told_a_score_in_the_place_of_the_size_asked_for() -> None:
-    told: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    model = unet(**ONE_LEVEL | told, projection_class_embeddings_input_dim=8 * 5 + 16)
+    model = unet(**ONE_LEVEL | TOLD, projection_class_embeddings_input_dim=8 * 5 + 16)
     read = (torch.randn(2, 4, 8, 6), torch.tensor(3.0), torch.randn(2, 5, 16))
     ids = torch.tensor([[64.0, 48.0, 0.0, 0.0, score] for score in (2.5, 6.0)])
     pooled = torch.randn(2, 16)
@@ -172,8 +169,7 @@ def test_a_refiner_is_told_a_score_in_the_place_of_the_size_asked_for() -> None:
 
 
 def test_a_controlnet_of_sdxl_is_run_as_diffusers_runs_it_with_its_picture_embedded_beforehand() -> None:
-    told: dict[str, Any] = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    told |= {"projection_class_embeddings_input_dim": 8 * 6 + 16, "cross_attention_dim": 16}
+    told = TOLD | {"projection_class_embeddings_input_dim": 8 * 6 + 16, "cross_attention_dim": 16}
     levels = {name: ONE_LEVEL[name] for name in ("block_out_channels", "down_block_types")}
     model, controlnet = unet(**ONE_LEVEL | told), controlnet_model(**levels | told)
     picture = torch.rand(1, 64, 48, 3)

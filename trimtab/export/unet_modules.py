@@ -186,10 +186,8 @@ class XLRefiningUNet(Denoiser):
         text_embeds: Tensor,
         positive: Tensor,
     ) -> Tensor:
-        height, width = pixels(sample, self.factor)
-        crop = torch.zeros_like(height)
         score = self.NEGATIVE_SCORE + (self.SCORE - self.NEGATIVE_SCORE) * positive
-        told = torch.cat([height, width, crop, crop, score], dim=1)
+        told = torch.cat([_time_ids(sample, self.factor)[:, :4], score], dim=1)
         conditions = {"text_embeds": text_embeds, "time_ids": told}
         return self.model(
             sample, timestep, encoder_hidden_states, added_cond_kwargs=conditions, return_dict=False

@@ -140,5 +140,10 @@ def assembled(teacher: ir.Model, names: Iterable[str], starts: Mapping[str, str]
 
 def digest(model: ir.Model, names: Iterable[str]) -> str:
     """The `fingerprint` of some initializers as they stand in a graph."""
-    tensors = ((name, model.graph.initializers[name].const_value) for name in sorted(names))
-    return fingerprint((name, tensor.numpy()) for name, tensor in tensors if tensor is not None)
+
+    def array(name: str) -> Array:
+        tensor = model.graph.initializers[name].const_value
+        assert tensor is not None
+        return tensor.numpy()
+
+    return fingerprint((name, array(name)) for name in sorted(names))

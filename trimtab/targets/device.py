@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InputError, did_you_mean
+from trimtab.errors import InputError, did_you_mean, nearest
 from trimtab.manifest import BACKENDS
 from trimtab.toml_file import read_toml
 
@@ -176,10 +176,7 @@ def find_device(name: str, extra: str | Path | None = None) -> Device:
     """
     devices = known_devices(extra)
     if name not in devices:
-        hint = did_you_mean(name, devices, "choose one:")
-        raise InputError(
-            f"there is no device {name!r}: {hint} known are {', '.join(devices)} (see trimtab devices)"
-        )
+        raise InputError(f"there is no device {name!r}: {nearest(name, devices)} (see trimtab devices)")
     return devices[name]
 
 

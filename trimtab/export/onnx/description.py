@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InputError
-from trimtab.export.onnx.toml_table import Table, is_number, nearest
+from trimtab.errors import InputError, nearest
+from trimtab.export.onnx.toml_table import Table, is_number
 from trimtab.program import DENOISER, SHIFT
 from trimtab.toml_file import read_toml
 

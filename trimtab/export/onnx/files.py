@@ -10,7 +10,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from trimtab.errors import ExportError, InputError
+from trimtab.errors import ExportError, InputError, nearest
 from trimtab.export.onnx.description import (
     DECODER,
     GraphTable,
@@ -22,7 +22,6 @@ from trimtab.export.onnx.description import (
 )
 from trimtab.export.onnx.graphs import Foreign, open_graph
 from trimtab.export.onnx.parts import add_decoder, add_denoiser, add_prologue
-from trimtab.export.onnx.toml_table import nearest
 from trimtab.export.onnx.wires import Wires
 from trimtab.export.parts import Keep, Parts
 from trimtab.export.pipeline import finish

@@ -16,10 +16,9 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from trimtab.errors import BundleError, ExportError, InputError, first_line
+from trimtab.errors import BundleError, ExportError, InputError, first_line, nearest
 from trimtab.export.onnx.modules import restore_modules
 from trimtab.export.onnx.tidy import tidy
-from trimtab.export.onnx.toml_table import nearest
 from trimtab.passes.scopes import SCOPES
 from trimtab.shapes import FUNCTIONS, evaluate
 from trimtab.silence import errors_alone

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab.errors import InputError, did_you_mean
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "did you mean x? known are x, y": what an error says about a name that is not known."""
-    names = [*known]
-    return f"{did_you_mean(name, names, '')} known are {', '.join(names) or 'none'}".lstrip()
+from trimtab.errors import InputError, nearest
 
 
 def is_number(value: object) -> bool:

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from trimtab.errors import ExportError, InputError, TrimtabError, first_line
+from trimtab.errors import ExportError, InputError, TrimtabError, first_line, nearest
 from trimtab.export.onnx.adapt import Adapter
 from trimtab.export.onnx.description import GraphTable, Host, Label, Numbers, Outputs, Tokens, Wire
 from trimtab.export.onnx.graphs import Foreign
-from trimtab.export.onnx.toml_table import nearest
 from trimtab.export.parts import Parts
 from trimtab.export.source import tokenizer_json
 from trimtab.passes.sampler import ROWS_BATCH

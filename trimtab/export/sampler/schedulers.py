@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trimtab.errors import ExportError, InputError, MissingDependency, did_you_mean, first_line
+from trimtab.errors import ExportError, InputError, MissingDependency, first_line, nearest
 
 SCHEDULERS: dict[str, str] = {
     "ddim": "DDIMScheduler",
@@ -71,8 +71,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     if scheduler_class is None or not (
         class_name in SCHEDULERS.values() or hasattr(scheduler_class, "set_timesteps")
     ):
-        hint = did_you_mean(name, [*SCHEDULERS, *SCHEDULERS.values()], "choose one:")
-        raise InputError(f"there is no scheduler {name!r}: {hint} known are {', '.join(SCHEDULERS)}")
+        raise InputError(f"there is no scheduler {name!r}: {nearest(name, SCHEDULERS, SCHEDULERS.values())}")
     needed = _kind_of_class(class_name, config)
     found = _kind_of_config(config)
     if found is not None and needed != found:
